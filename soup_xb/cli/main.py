@@ -1,0 +1,107 @@
+"""The `soupx` group and the edge of the program: exceptions become one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from soup_xb import __version__
+from soup_xb.core.errors import Problem, SoupError
+
+# Name -> what it does. A command lives in the module of its name, in the variable `command`, and is imported
+# only when it runs: `soupx --help` stays instant.
+COMMANDS = {
+    "check": "Check a config file: every problem at once, nothing loaded.",
+    "data": "Show what a data file holds and which tokens would be trained on.",
+    "demo": "Fine-tune a small real model on a shipped dataset, and show the difference.",
+    "eval": "Loss and perplexity on a file, of the base and of the adapter.",
+    "features": "What works on which backend.",
+    "generate": "Answer a prompt with a trained adapter or a base.",
+    "plan": "Show modules, steps and learning rates of a run, without loading weights.",
+    "runs": "List output folders.",
+    "schema": "Print the JSON Schema of the config, for editors.",
+    "train": "Fine-tune: check, open the base, plan, train, save.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that lists its commands from a table and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, sorted."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"soup_xb.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or refuse with the closest names."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from soup_xb.core.suggest import did_you_mean
+
+            raise click.UsageError(f"no such command `{args[0]}`. {did_you_mean(args[0], COMMANDS)}".strip())
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="soupx")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Fine-tune a language model with LoRA from one YAML file, on PyTorch or on Apple MLX."""
+
+
+def run() -> None:
+    """Run the command line and exit; every failure is one message on stderr."""
+    debug = "--debug" in sys.argv[1:] or os.environ.get("SOUPX_DEBUG") == "1"
+    sys.exit(_guarded(debug))
+
+
+def _guarded(debug: bool) -> int:
+    try:
+        code: Any = main.main(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except SoupError as error:
+        _show_traceback(debug)
+        click.echo(str(error), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        problem = Problem("usage", error.format_message(), help="`soupx --help` lists commands and options.")
+        click.echo(problem.render(), err=True)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; nothing was written", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`soupx runs | head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the very edge: a bug becomes exit 1 and a request to report it
+        _show_traceback(debug)
+        problem = Problem(
+            "bug",
+            f"{type(error).__name__}: {error}",
+            help="this is a bug in soup-xb; run again with `soupx --debug …` and report what it prints.",
+        )
+        click.echo(problem.render(), err=True)
+        return 1
+
+
+def _show_traceback(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()

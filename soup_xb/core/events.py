@@ -1,0 +1,67 @@
+"""What happens during a run, as plain values: the loop emits them, the run folder and the screen read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Union
+
+from attrs import frozen
+
+from soup_xb.core.errors import Problem
+
+
+@frozen
+class StepEvent:
+    """One optimizer update. `loss` is the mean over the step's target tokens, `tokens` counts real tokens."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    target_tokens: int
+    tokens: int
+    seconds: float
+
+
+@frozen
+class EvalEvent:
+    """One evaluation on held-out rows. `loss` is the mean over `target_tokens`."""
+
+    step: int
+    loss: float
+    perplexity: float
+    target_tokens: int
+    seconds: float
+
+
+@frozen
+class RestartEvent:
+    """One ReLoRA firing: `pruned` of `entries` adapter entries went; the losses are of the same rows."""
+
+    step: int
+    entries: int
+    pruned: int
+    loss_before: float
+    loss_after: float
+
+
+@frozen
+class SaveEvent:
+    """One checkpoint, whole on the disk."""
+
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@frozen
+class Notice:
+    """Something that the user should know; `warning` says that it may be a mistake."""
+
+    problem: Problem
+    warning: bool = False
+
+
+Event = Union[StepEvent, EvalEvent, RestartEvent, SaveEvent, Notice]
+Listener = Callable[[Event], None]

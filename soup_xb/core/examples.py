@@ -1,0 +1,76 @@
+"""What a data row means, before and after the tokenizer; plain values that cross every border."""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import numpy as np
+from attrs import field, frozen
+
+
+@frozen
+class Source:
+    """Where a row stands: file and line (1-based), or file and row number for formats without lines."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@frozen
+class Message:
+    """One turn. `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@frozen
+class ChatExample:
+    """A conversation; the assistant's turns are trained on."""
+
+    messages: tuple[Message, ...]
+    source: Source
+
+
+@frozen
+class CompletionExample:
+    """Plain text with an untrained `prompt` (empty for plain text) and a trained `completion`."""
+
+    prompt: str
+    completion: str
+    source: Source
+
+
+Example = Union[ChatExample, CompletionExample]
+
+
+def _read_only(array: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    result = np.asarray(array, dtype=dtype)
+    result.setflags(write=False)
+    return result
+
+
+@frozen(eq=False)
+class TokenRow:
+    """One tokenized row.
+
+    `tokens` is int32 (length,); `trained` is bool (length,): True where the token is a target, that is, where
+    the model learns to predict it. The first token is never a target, since nothing comes before it.
+    """
+
+    tokens: np.ndarray[Any, Any] = field(converter=lambda array: _read_only(array, np.int32))
+    trained: np.ndarray[Any, Any] = field(converter=lambda array: _read_only(array, np.bool_))
+    source: Source
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return int(self.tokens.size)
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of targets."""
+        return int(self.trained[1:].sum())
