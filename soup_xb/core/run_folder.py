@@ -1,0 +1,189 @@
+"""The output folder of a run: one owner at a time, and nothing in it that is half written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+from attrs import define
+
+from soup_xb.core import checkpoint, metrics, run_lock, staging
+from soup_xb.core.durable import disk_errors, disk_full, free_bytes, write_all, write_bytes, write_text
+from soup_xb.core.errors import ConfigError, ResourceError
+from soup_xb.core.events import Event, Notice, SaveEvent
+from soup_xb.core.run_record import RECORD, RunRecord, read_record, record_text
+
+__all__ = ["RunFolder", "RunRecord", "open_run_folder", "read_record"]
+
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
+ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+CHECKPOINTS = "checkpoints"
+
+
+@define(eq=False)
+class RunFolder:
+    """An open, locked output folder, let go at the end of `with`; `notices` tell what opening found."""
+
+    path: Path
+    lock: run_lock.RunLock
+    notices: tuple[Notice, ...] = ()
+    _metrics_handle: int = -1
+    _last_step: int = 0
+
+    @property
+    def adapter(self) -> Path:
+        """Where the portable adapter goes."""
+        return self.path / ADAPTER
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def report(self) -> Path:
+        """The page that a person reads."""
+        return self.path / REPORT
+
+    @property
+    def metrics(self) -> Path:
+        """The events, one a line."""
+        return self.path / METRICS
+
+    def check_space(self, bytes_needed: int) -> None:
+        """Raise ResourceError where the disk has less room than that."""
+        free = free_bytes(self.path)
+        if free is not None and free < bytes_needed:
+            raise disk_full(self.path, bytes_needed, "the disk is too small")
+
+    def write_record(self, record: RunRecord) -> None:
+        """Replace `run.json` in one piece."""
+        text = record_text(record)
+        with disk_errors(self.path / RECORD, len(text)):
+            write_text(self.path / RECORD, text)
+
+    def record_event(self, event: Event) -> None:
+        """Append one line to `metrics.jsonl`. A checkpoint's line brings the file to the disk."""
+        if not isinstance(event, Notice):
+            self._last_step = event.step
+        line = metrics.encode_event(event, self._last_step).encode() + b"\n"
+        with disk_errors(self.metrics, len(line)):
+            if self._metrics_handle < 0:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._metrics_handle = os.open(self.metrics, flags, 0o666)
+            write_all(self._metrics_handle, line)
+            if isinstance(event, SaveEvent):
+                os.fsync(self._metrics_handle)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop events after `step` and a torn last line: a run resumed there then has each step once."""
+        self._close_metrics()
+        self._last_step = step
+        if not self.metrics.exists():
+            return
+        with disk_errors(self.metrics):
+            write_bytes(self.metrics, metrics.kept_lines(self.metrics, step))
+
+    def close(self) -> None:
+        """Close the files and release the lock; a second call does nothing."""
+        self._close_metrics()
+        self.lock.release()
+
+    def _close_metrics(self) -> None:
+        if self._metrics_handle >= 0:
+            os.close(self._metrics_handle)
+            self._metrics_handle = -1
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run_folder(path: Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
+    """Create or enter an output folder and lock it.
+
+    Raises ResourceError where it is a file, cannot be written, belongs to a live process, or holds a run and
+    neither `resume` nor `overwrite` is given. `overwrite` removes what that run left, and nothing else.
+    """
+    if overwrite and resume:
+        raise ConfigError("contradiction", "--resume and --overwrite exclude each other")
+    with disk_errors(path):
+        _make(path)
+        lock = run_lock.acquire(path)
+    try:
+        if overwrite:
+            _remove_run(path)
+        elif not resume:
+            _refuse_run(path)
+    except BaseException:
+        lock.release()
+        raise
+    found = lock.taken_over
+    notices = (Notice(run_lock.takeover_notice(path, found), warning=True),) if found else ()
+    return RunFolder(path, lock, notices)
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ResourceError(
+            "output-is-file",
+            "the output is a file, or below one; it must be a folder",
+            where=str(path),
+            help="choose another `output`.",
+        ) from error
+
+
+def _what_a_run_left(path: Path) -> list[Path]:
+    """What a run wrote here, the record last: a folder that merely has the name of ours is not ours."""
+    left = []
+    if any((path / CHECKPOINTS).glob("*step-*")):
+        left.append(path / CHECKPOINTS)
+    if (path / ADAPTER / ADAPTER_CONFIG).exists():
+        left.append(path / ADAPTER)
+    files = (path / name for name in (REPORT, METRICS, RECORD))
+    return left + [file for file in files if file.exists() or file.is_symlink()]
+
+
+def _refuse_run(path: Path) -> None:
+    with disk_errors(path):
+        left = _what_a_run_left(path)
+    if not left:
+        return
+    names = ", ".join(f"`{item.name}`" for item in reversed(left))
+    raise ResourceError(
+        "output-holds-a-run",
+        f"this folder already holds a run ({names})",
+        where=str(path),
+        help="`--resume` goes on with it, `--overwrite` starts anew, or choose another `--output`.",
+    )
+
+
+def _remove_run(path: Path) -> None:
+    with disk_errors(path):
+        left = _what_a_run_left(path)
+        for item in left:
+            _refuse_foreign(item)
+        for item in left:
+            if item.name == CHECKPOINTS:
+                checkpoint.remove_all(item)
+            else:
+                staging.discard(item)
+
+
+def _refuse_foreign(item: Path) -> None:
+    if item.is_symlink() or item.is_dir() == (item.name in (REPORT, METRICS, RECORD)):
+        raise ResourceError(
+            "not-from-a-run",
+            "a run writes no links and no such folder, so this is not removed",
+            where=str(item),
+            help="move it away, or choose another `--output`.",
+        )
