@@ -1,0 +1,147 @@
+"""The config of a run: every key of `soup.yaml` with its default, its range and one line on what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any
+
+from attrs import NOTHING, field, frozen
+
+from soup_xb.core.fields import Key, Range, choice, declared, integer, number, paths, ranks, section, switch
+from soup_xb.core.fields import targets as target_patterns
+from soup_xb.core.fields import text as words
+
+PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
+TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, "ppo", "grpo", "rlhf", "embedding", "vision", "audio")
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "preference")
+EVERY_LINEAR = ("auto", "all-linear")
+
+_SHARE = Range(0, 1, below=True)
+_INNER_SHARE = Range(0, 1, above=True, below=True)
+# Twice the largest rank: alpha = 2 r is the widest convention in use.
+_LARGEST_ALPHA = 2048
+_LARGEST_SEED = 2**32 - 1
+
+
+@frozen(kw_only=True)
+class LoraConfig:
+    """`training.lora`: the adapter."""
+
+    r: int = integer(16, "Rank of the adapter.", 1, 1024)
+    alpha: int = integer(32, "The adapter is added times alpha / r.", 1, _LARGEST_ALPHA)
+    dropout: float = number(0.0, "Share of the adapter's inputs zeroed in training.", _SHARE)
+    target_modules: str | tuple[str, ...] = target_patterns(
+        "auto",
+        (*EVERY_LINEAR, "auto+experts"),
+        "Modules to adapt: `auto` (every linear layer of the decoder blocks), a pattern, or a list of them.",
+    )
+    init_strategy: str = choice(
+        "random",
+        ("random", "pissa", "olora"),
+        "Where the factors start: random, top singular triplets (pissa), or thin QR (olora).",
+    )
+    rank_pattern: Mapping[str, int] = ranks("Rank of the modules that match a pattern; the first match wins.")
+    alpha_pattern: Mapping[str, int] = ranks(
+        "Alpha of the modules that match a pattern; the first match wins."
+    )
+    use_rslora: bool = switch(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    use_dora: bool = switch(False, "Train the magnitude of each weight row beside its direction (DoRA).")
+    use_vera: bool = switch(False, "Share one frozen pair of factors and train only scaling vectors (VeRA).")
+    use_olora: bool = switch(False, "The older spelling of `init_strategy: olora`.")
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """`data`: the rows to learn from."""
+
+    train: tuple[str, ...] = paths(NOTHING, "Training rows: a file, a list of files, or a hub dataset id.")
+    eval: tuple[str, ...] = paths((), "Held-out rows to evaluate on: a file or a list of files.")
+    format: str = choice("auto", FORMATS, "How a row is written; `auto` looks at the columns.")
+    split: str = words("train", "Split of a hub dataset.")
+    subset: str | None = words(None, "Subset (configuration name) of a hub dataset.")
+    val_split: float = number(0.0, "Share of the training rows held out for evaluation.", _SHARE)
+    max_length: int = integer(2048, "Longest row in tokens; what is longer is cut.", 2, 1_048_576)
+    packing: bool = switch(False, "Put several short rows into one sequence.")
+    chat_template: str | None = words(None, "Jinja chat template for a base that has none: text or a file.")
+
+
+@frozen(kw_only=True)
+class TrainingConfig:
+    """`training`: how the adapter learns."""
+
+    epochs: int = integer(3, "Passes over the training rows; `max_steps` wins where it is given.", 1, 10_000)
+    max_steps: int | None = integer(None, "Optimizer updates to do, whatever the epochs.", 1, 100_000_000)
+    lr: float = number(2e-4, "Highest learning rate.", Range(0, 1, above=True))
+    batch_size: int = integer(4, "Rows of one micro-batch, over all processes.", 1, 65_536)
+    gradient_accumulation_steps: int = integer(1, "Micro-batches of one optimizer update.", 1, 65_536)
+    scheduler: str = choice(
+        "cosine", ("linear", "cosine", "constant"), "How the learning rate falls after the warm-up."
+    )
+    warmup_ratio: float = number(0.0, "Share of the steps in which the learning rate rises.", _SHARE)
+    warmup_steps: int | None = integer(None, "Steps in which the learning rate rises.", 0, 100_000_000)
+    weight_decay: float = number(0.01, "Decoupled weight decay of the adapter.", Range(0, 1))
+    max_grad_norm: float = number(1.0, "Longest gradient; longer ones are scaled down. 0: off.", Range(0))
+    optimizer: str = choice("adamw", ("adamw", "sgd"), "The optimizer.")
+    adam_beta1: float = number(0.9, "AdamW: decay of the gradient's mean.", _SHARE)
+    adam_beta2: float = number(0.999, "AdamW: decay of the squared gradient's mean.", _SHARE)
+    adam_epsilon: float = number(1e-8, "AdamW: term that keeps the division finite.", Range(0, 1, above=True))
+    seed: int = integer(42, "Seed of the row order, the adapter's start and dropout.", 0, _LARGEST_SEED)
+    precision: str = choice(
+        "auto",
+        ("auto", "fp32", "bf16", "fp16"),
+        "Number format; `auto`: fp32 on a CPU, bf16 on CUDA and Metal.",
+    )
+    quantization: str = choice(
+        "none", ("none", "4bit", "8bit"), "Quantize the base while loading, in the backend's own format."
+    )
+    gradient_checkpointing: bool = switch(False, "Recompute activations going backward: less memory, slower.")
+    eval_steps: int | None = integer(None, "Evaluate every so many steps.", 1)
+    save_steps: int | None = integer(None, "Write a checkpoint every so many steps.", 1)
+    save_total_limit: int | None = integer(None, "Checkpoints to keep, the newest ones.", 1)
+    logging_steps: int = integer(10, "Show progress every so many steps; `metrics.jsonl` has every step.", 1)
+    relora_steps: int | None = integer(
+        None, "ReLoRA: restart the adapter every so many steps. Absent: off.", 1
+    )
+    relora_warmup_ratio: float = number(0.1, "ReLoRA: share of the steps before the first restart.", _SHARE)
+    relora_prune_ratio: float = number(0.9, "ReLoRA: share of the factors that a prune zeroes.", _INNER_SHARE)
+    relora_reset_optimizer: bool = switch(True, "ReLoRA: start the optimizer state afresh at a restart.")
+    relora_mode: str = choice(
+        "prune",
+        ("prune", "merge"),
+        "ReLoRA: zero small entries, or merge the adapter and begin a new one.",
+    )
+    relora_rewarm_steps: int | None = integer(None, "ReLoRA merge: steps of warm-up after a restart.", 1)
+    lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
+
+
+@frozen(kw_only=True)
+class Config:
+    """A whole `soup.yaml`, immutable, every default filled in."""
+
+    base: str = words(NOTHING, "The model to fine-tune: a hub id or a local folder.")
+    task: str = choice("sft", TASKS, "What to train for; `sft` is supervised fine-tuning.")
+    backend: str = choice(
+        "auto",
+        ("auto", "torch", "mlx"),
+        "The engine; `auto`: mlx on Apple silicon where it can, else torch.",
+    )
+    data: DataConfig = field(metadata=section(DataConfig, "The rows to learn from.", required=True))
+    training: TrainingConfig = field(
+        factory=TrainingConfig, metadata=section(TrainingConfig, "How the adapter learns.")
+    )
+    adapter: str | None = words(None, "Folder of a saved adapter to start from.")
+    output: str = words("./output", "Folder that the run writes to.")
+
+
+KEYS: Mapping[str, Key] = MappingProxyType(dict(declared(Config)))
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value under a dotted key.
+
+    >>> value_of(Config(base="tiny", data=DataConfig(train="rows.jsonl")), "training.lora.r")
+    16
+    """
+    return attrgetter(key)(config)
