@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from attrs import NOTHING, Attribute, Factory, field, frozen
+from attrs import NOTHING, Attribute, field, frozen
 
 Kind = Literal["integer", "number", "boolean", "text", "choice", "paths", "targets", "ranks", "section"]
 
@@ -110,10 +110,9 @@ def ranks(meaning: str) -> Any:
     return _declare(key, lambda entries: MappingProxyType(dict(entries)))
 
 
-def section(of: type, meaning: str, default: Any = None) -> Any:
-    """Keys under a key. Required with the default NOTHING, else made of the defaults of its class."""
-    default = Factory(of) if default is None else NOTHING
-    return field(default=default, metadata={_METADATA: Key("section", meaning, default, section=of)})
+def section(of: type, meaning: str, required: bool = False) -> dict[str, Key]:
+    """The metadata of an attribute that holds further keys; its class declares them."""
+    return {_METADATA: Key("section", meaning, NOTHING if required else None, section=of)}
 
 
 def _declare(key: Key, converter: Any = None) -> Any:
@@ -127,12 +126,9 @@ def _holds(instance: object, attribute: Attribute[Any], value: Any) -> None:
         return
     if key.kind == "choice" and value not in key.choices:
         raise ValueError(f"{attribute.name} must be one of {', '.join(key.choices)}, got {value!r}")
-    numbers = {
-        "integer": (value,),
-        "number": (value,),
-        "ranks": value.values() if key.kind == "ranks" else (),
-    }
-    for entry in numbers.get(key.kind, ()):
+    if key.kind not in ("integer", "number", "ranks"):
+        return
+    for entry in value.values() if key.kind == "ranks" else (value,):
         if not key.range.holds(entry):
             raise ValueError(f"{attribute.name} must be {key.range}, got {entry!r}")
 
@@ -146,7 +142,7 @@ def _one_or_tuple(value: Any) -> str | tuple[str, ...]:
 
 
 def _digits(value: float | None) -> str:
-    return f"{value:,.10g}".replace(",", "_") if value is not None else ""
+    return f"{value:.10g}" if value is not None else ""
 
 
 def declared(cls: type, prefix: str = "") -> Mapping[str, Key]:
