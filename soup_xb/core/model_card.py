@@ -1,0 +1,129 @@
+"""The adapter's README: what it is, what it was trained on, how to load it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from soup_xb.core.report import ModuleRow
+from soup_xb.core.units import count_text
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The ranks that vLLM allocates for.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@frozen(kw_only=True)
+class CardFacts:
+    """What a model card tells.
+
+    `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
+    saved file (twice the trained one after pissa and olora). Losses are None where there were none.
+    """
+
+    base: str
+    data: str
+    steps: int
+    modules: Sequence[ModuleRow]
+    saved_rank: int
+    settings: str
+    version: str
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    tags: Sequence[str] = ()
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md of an adapter folder, with the front matter that model hubs read.
+
+    A base that is a local folder is not named in the front matter: hubs refuse a `base_model` that is not one
+    of their ids.
+    """
+    base = facts.base if HUB_ID.fullmatch(facts.base) else ""
+    parts = [
+        _front_matter(base, facts),
+        f"# LoRA adapter for {_code(base or _folder_name(facts.base))}",
+        _summary(facts),
+        f"## Load it\n\n{_loading(base or 'PATH/TO/BASE', facts.saved_rank)}",
+        f"## Modules\n\n{_module_table(facts.modules)}",
+        f"## Settings\n\n{_fenced(facts.settings.strip(), 'yaml')}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: str, facts: CardFacts) -> str:
+    tags = dict.fromkeys(["lora", "peft", "soup-xb", *facts.tags])
+    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    if base:
+        lines.append(f"base_model: {json.dumps(base)}")
+    # JSON text is YAML text, so a tag cannot break out of its line.
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"]
+    return "\n".join(lines)
+
+
+def _summary(facts: CardFacts) -> str:
+    losses = [
+        f"{name} loss {loss:.4f}"
+        for name, loss in (("final training", facts.train_loss), ("evaluation", facts.eval_loss))
+        if loss is not None and math.isfinite(loss)
+    ]
+    trained = f"Trained for {facts.steps:,} steps on {_code(facts.data)} with soup-xb {facts.version}"
+    return ": ".join([trained, *([", ".join(losses)] if losses else [])]) + "."
+
+
+def _loading(base: str, rank: int) -> str:
+    allowed = min((size for size in VLLM_RANKS if size >= rank), default=rank)
+    python = "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
+            'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+        ]
+    )
+    merge = "\n".join(
+        [
+            'model.merge_and_unload().save_pretrained("merged")  # the model from above',
+            'tokenizer.save_pretrained("merged")  # then: mlx_lm.generate --model merged --prompt "…"',
+        ]
+    )
+    serve = (
+        f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules tuned=PATH/TO/THIS/FOLDER"
+    )
+    return "\n\n".join(
+        [
+            f"With PEFT:\n\n{_fenced(python, 'python')}",
+            f"With mlx-lm, which reads merged models:\n\n{_fenced(merge, 'python')}",
+            f"With vLLM:\n\n{_fenced(serve, 'bash')}",
+        ]
+    )
+
+
+def _module_table(modules: Sequence[ModuleRow]) -> str:
+    lines = ["| module | count | rank | alpha | scale | parameters |", "|---|---:|---:|---:|---:|---:|"]
+    for row in modules:
+        numbers = f"{row.count} | {row.rank} | {row.alpha:g} | {row.scale:.4g} | {count_text(row.parameters)}"
+        lines.append(f"| {_code(row.name)} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _code(text: str) -> str:
+    plain = "".join(letter for letter in text if letter.isprintable()).replace("`", "'").replace("|", "\\|")
+    return f"`{plain}`"
+
+
+def _folder_name(base: str) -> str:
+    return base.rstrip("/").rpartition("/")[2] or base
