@@ -39,6 +39,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
+PREFIX = "step-"
 NAME = re.compile(r"step-(\d{8,12})")
 # safetensors and mlx do not raise OSError for a write that the system refuses.
 WRITER_FULL = re.compile(r"os error (28|27|122|69)\b|No space left|File too large|\[write\] Unable to write")
@@ -87,7 +88,7 @@ def write_checkpoint(
         raise disk_full(target, needed, "the disk is too small")
     needed = max(needed, _newest_bytes(root))
     with disk_errors(target, needed):
-        staging.clean(root)
+        staging.clean(root, PREFIX)
         staged = staging.start(target)
     try:
         manifest = _fill(staged, step, write, facts)
@@ -173,7 +174,7 @@ def remove_after(root: Path, step: int) -> None:
 def remove_all(root: Path) -> None:
     """Delete every checkpoint and what unfinished ones left, and the folder where nothing else is in it."""
     with disk_errors(root):
-        staging.clean(root)
+        staging.clean(root, PREFIX)
     _discard_all(_candidates(root))
     with disk_errors(root):
         if not any(root.iterdir()):
@@ -214,6 +215,6 @@ def _newest_bytes(root: Path) -> int:
 
 def _bytes_below(folder: Path) -> int:
     try:
-        return sum(path.lstat().st_size for path in folder.rglob("*"))
+        return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError:
         return 0

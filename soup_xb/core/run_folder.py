@@ -72,8 +72,7 @@ class RunFolder:
         line = metrics.encode_event(event, self._last_step).encode() + b"\n"
         with disk_errors(self.metrics, len(line)):
             if self._metrics_handle < 0:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._metrics_handle = os.open(self.metrics, flags, 0o666)
+                self._metrics_handle = _open_to_append(self.metrics)
             write_all(self._metrics_handle, line)
             if isinstance(event, SaveEvent):
                 os.fsync(self._metrics_handle)
@@ -130,6 +129,15 @@ def open_run_folder(path: Path, *, overwrite: bool = False, resume: bool = False
     return RunFolder(path, lock, notices)
 
 
+def _open_to_append(path: Path) -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    size = os.fstat(handle).st_size
+    # A kill may have torn the last line; what follows must not become a part of it.
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        write_all(handle, b"\n")
+    return handle
+
+
 def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -172,6 +180,9 @@ def _remove_run(path: Path) -> None:
         left = _what_a_run_left(path)
         for item in left:
             _refuse_foreign(item)
+        staging.clean(path, ADAPTER)
+        for name in (REPORT, METRICS, RECORD):
+            (path / f".{name}.tmp").unlink(missing_ok=True)
         for item in left:
             if item.name == CHECKPOINTS:
                 checkpoint.remove_all(item)

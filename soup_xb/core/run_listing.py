@@ -24,8 +24,8 @@ SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages"})
 class ListedRun:
     """One output folder.
 
-    `status` is that of the record, or `died` (its process is gone) or `damaged`; then `problem` has the reason
-    and what is unknown is None.
+    `status` is that of the record, or `died` (its process is gone) or `damaged`; then `problem` has the
+    reason and what is unknown is None.
     """
 
     path: str

@@ -7,6 +7,7 @@ first too, so that a half-deleted folder never carries a name that somebody read
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -43,15 +44,19 @@ def publish(staged: Path, target: Path) -> None:
     discard(replaced)
 
 
-def clean(parent: Path) -> None:
-    """Mend what a kill left below `parent`: put a set-aside folder back, remove staging and trash."""
+def clean(parent: Path, prefix: str) -> None:
+    """Mend what a kill left of the targets that begin with `prefix`.
+
+    A set-aside folder without a successor is put back; staging and trash are removed, other names untouched.
+    """
+    leftover = re.compile(rf"(\.trash-)?(\.staging-|\.replaced-|\.trash-){re.escape(prefix)}.*")
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
-        if path.name.startswith(REPLACED):
-            target = path.with_name(path.name.removeprefix(REPLACED))
-            if not target.exists():
-                path.rename(target)
-                continue
-        if path.name.startswith((STAGING, REPLACED, TRASH)):
+        if not leftover.fullmatch(path.name):
+            continue
+        target = path.with_name(path.name.removeprefix(REPLACED))
+        if path.name.startswith(REPLACED) and not target.exists():
+            path.rename(target)
+        else:
             discard(path)
 
 
