@@ -177,10 +177,10 @@ def _refuse_run(path: Path) -> None:
 
 def _remove_run(path: Path) -> None:
     with disk_errors(path):
+        staging.clean(path, ADAPTER)
         left = _what_a_run_left(path)
         for item in left:
             _refuse_foreign(item)
-        staging.clean(path, ADAPTER)
         for name in (REPORT, METRICS, RECORD):
             (path / f".{name}.tmp").unlink(missing_ok=True)
         for item in left:

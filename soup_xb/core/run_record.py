@@ -110,5 +110,5 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
         "run-record-damaged",
         reason,
         where=str(path),
-        help="delete this file, then `--resume` goes on from the newest checkpoint; `--overwrite` starts anew.",
+        help="delete it, then `--resume` goes on from the newest checkpoint; `--overwrite` starts anew.",
     )
