@@ -23,6 +23,7 @@ _INNER_SHARE = Range(0, 1, above=True, below=True)
 # Twice the largest rank: alpha = 2 r is the widest convention in use.
 _LARGEST_ALPHA = 2048
 _LARGEST_SEED = 2**32 - 1
+_MOST_STEPS = 100_000_000
 
 
 @frozen(kw_only=True)
@@ -72,7 +73,7 @@ class TrainingConfig:
     """`training`: how the adapter learns."""
 
     epochs: int = integer(3, "Passes over the training rows; `max_steps` wins where it is given.", 1, 10_000)
-    max_steps: int | None = integer(None, "Optimizer updates to do, whatever the epochs.", 1, 100_000_000)
+    max_steps: int | None = integer(None, "Optimizer updates to do, whatever the epochs.", 1, _MOST_STEPS)
     lr: float = number(2e-4, "Highest learning rate.", Range(0, 1, above=True))
     batch_size: int = integer(4, "Rows of one micro-batch, over all processes.", 1, 65_536)
     gradient_accumulation_steps: int = integer(1, "Micro-batches of one optimizer update.", 1, 65_536)
@@ -80,9 +81,11 @@ class TrainingConfig:
         "cosine", ("linear", "cosine", "constant"), "How the learning rate falls after the warm-up."
     )
     warmup_ratio: float = number(0.0, "Share of the steps in which the learning rate rises.", _SHARE)
-    warmup_steps: int | None = integer(None, "Steps in which the learning rate rises.", 0, 100_000_000)
+    warmup_steps: int | None = integer(None, "Steps in which the learning rate rises.", 0, _MOST_STEPS)
     weight_decay: float = number(0.01, "Decoupled weight decay of the adapter.", Range(0, 1))
-    max_grad_norm: float = number(1.0, "Longest gradient; longer ones are scaled down. 0: off.", Range(0))
+    max_grad_norm: float = number(
+        1.0, "Longest gradient; longer ones are scaled down. 0: off.", Range(0, 1e9)
+    )
     optimizer: str = choice("adamw", ("adamw", "sgd"), "The optimizer.")
     adam_beta1: float = number(0.9, "AdamW: decay of the gradient's mean.", _SHARE)
     adam_beta2: float = number(0.999, "AdamW: decay of the squared gradient's mean.", _SHARE)
@@ -97,12 +100,14 @@ class TrainingConfig:
         "none", ("none", "4bit", "8bit"), "Quantize the base while loading, in the backend's own format."
     )
     gradient_checkpointing: bool = switch(False, "Recompute activations going backward: less memory, slower.")
-    eval_steps: int | None = integer(None, "Evaluate every so many steps.", 1)
-    save_steps: int | None = integer(None, "Write a checkpoint every so many steps.", 1)
-    save_total_limit: int | None = integer(None, "Checkpoints to keep, the newest ones.", 1)
-    logging_steps: int = integer(10, "Show progress every so many steps; `metrics.jsonl` has every step.", 1)
+    eval_steps: int | None = integer(None, "Evaluate every so many steps.", 1, _MOST_STEPS)
+    save_steps: int | None = integer(None, "Write a checkpoint every so many steps.", 1, _MOST_STEPS)
+    save_total_limit: int | None = integer(None, "Checkpoints to keep, the newest ones.", 1, _MOST_STEPS)
+    logging_steps: int = integer(
+        10, "Show progress every so many steps; `metrics.jsonl` has every step.", 1, _MOST_STEPS
+    )
     relora_steps: int | None = integer(
-        None, "ReLoRA: restart the adapter every so many steps. Absent: off.", 1
+        None, "ReLoRA: restart the adapter every so many steps. Absent: off.", 1, _MOST_STEPS
     )
     relora_warmup_ratio: float = number(0.1, "ReLoRA: share of the steps before the first restart.", _SHARE)
     relora_prune_ratio: float = number(0.9, "ReLoRA: share of the factors that a prune zeroes.", _INNER_SHARE)
@@ -112,7 +117,9 @@ class TrainingConfig:
         ("prune", "merge"),
         "ReLoRA: zero small entries, or merge the adapter and begin a new one.",
     )
-    relora_rewarm_steps: int | None = integer(None, "ReLoRA merge: steps of warm-up after a restart.", 1)
+    relora_rewarm_steps: int | None = integer(
+        None, "ReLoRA merge: steps of warm-up after a restart.", 1, _MOST_STEPS
+    )
     lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
 
 

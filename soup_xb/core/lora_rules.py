@@ -1,0 +1,100 @@
+"""What cannot be combined in `training.lora`: starts, kinds of adapter and patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from soup_xb.core.errors import Problem
+from soup_xb.core.loaded_config import LoadedConfig
+from soup_xb.core.rules import Rule, excluded, line_words
+
+_LORA = "training.lora"
+_STRATEGY = f"{_LORA}.init_strategy"
+
+
+def _strategy(loaded: LoadedConfig) -> tuple[str, str]:
+    """The start that is asked for and the key that asks for it."""
+    if loaded.config.training.lora.use_olora:
+        return "olora", f"{_LORA}.use_olora"
+    return loaded.config.training.lora.init_strategy, _STRATEGY
+
+
+def _one_strategy(loaded: LoadedConfig) -> Iterator[Problem]:
+    lora = loaded.config.training.lora
+    if lora.use_olora and _STRATEGY in loaded.written and lora.init_strategy != "olora":
+        key = f"{_LORA}.use_olora"
+        yield Problem(
+            "contradiction",
+            f"`use_olora: true` ({line_words(loaded, key)}) means `init_strategy: olora`, "
+            f"and `init_strategy` is `{lora.init_strategy}` ({line_words(loaded, _STRATEGY)})",
+            loaded.where(key),
+            "keep `init_strategy` and remove `use_olora`.",
+        )
+
+
+def _strategy_needs_plain_factors(loaded: LoadedConfig) -> Iterator[Problem]:
+    lora = loaded.config.training.lora
+    strategy, key = _strategy(loaded)
+    if strategy == "random":
+        return
+    for other, on, reason in (
+        ("use_vera", lora.use_vera, "VeRA's factors are shared and cannot hold any weight's directions"),
+        ("use_dora", lora.use_dora, "DoRA's start is not exact once the base holds the residual alone"),
+    ):
+        if on:
+            yield excluded(loaded, (key, f"the {strategy} start"), f"{_LORA}.{other}", reason)
+
+
+def _vera_alone(loaded: LoadedConfig) -> Iterator[Problem]:
+    lora = loaded.config.training.lora
+    if not lora.use_vera:
+        return
+    if lora.use_dora:
+        yield excluded(
+            loaded, (f"{_LORA}.use_dora", "DoRA"), f"{_LORA}.use_vera", "they are two kinds of adapter"
+        )
+    if lora.use_rslora:
+        reason = "VeRA has no alpha to scale by"
+        yield excluded(loaded, (f"{_LORA}.use_rslora", "rsLoRA"), f"{_LORA}.use_vera", reason)
+
+
+def _patterns_without_vera(loaded: LoadedConfig) -> Iterator[Problem]:
+    lora = loaded.config.training.lora
+    if not lora.use_vera:
+        return
+    for name, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        if pattern:
+            reason = "VeRA shares one pair of factors, and so one rank, between all modules"
+            yield excluded(loaded, (f"{_LORA}.{name}", "a pattern"), f"{_LORA}.use_vera", reason)
+
+
+def _warm_start_has_factors(loaded: LoadedConfig) -> Iterator[Problem]:
+    strategy, key = _strategy(loaded)
+    if loaded.config.adapter is not None and strategy != "random":
+        yield excluded(
+            loaded, (key, f"the {strategy} start"), "adapter", "a saved adapter brings its own factors"
+        )
+
+
+def _start_with_dropout(loaded: LoadedConfig) -> Iterator[Problem]:
+    strategy, _ = _strategy(loaded)
+    if strategy != "random" and loaded.config.training.lora.dropout > 0:
+        yield Problem(
+            "start-not-exact",
+            f"the {strategy} start with dropout is not exact in training: dropout also drops base weight",
+            loaded.where(f"{_LORA}.dropout"),
+            "use `dropout: 0` for a start that equals the base.",
+        )
+
+
+RULES = (
+    Rule(_one_strategy, (f"{_LORA}.use_olora", _STRATEGY)),
+    Rule(
+        _strategy_needs_plain_factors,
+        (f"{_LORA}.use_olora", _STRATEGY, f"{_LORA}.use_vera", f"{_LORA}.use_dora"),
+    ),
+    Rule(_vera_alone, (f"{_LORA}.use_vera", f"{_LORA}.use_dora", f"{_LORA}.use_rslora")),
+    Rule(_patterns_without_vera, (f"{_LORA}.use_vera", f"{_LORA}.rank_pattern", f"{_LORA}.alpha_pattern")),
+    Rule(_warm_start_has_factors, (_STRATEGY, f"{_LORA}.use_olora", "adapter")),
+    Rule(_start_with_dropout, (_STRATEGY, f"{_LORA}.use_olora", f"{_LORA}.dropout"), warning=True),
+)

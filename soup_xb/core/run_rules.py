@@ -1,0 +1,161 @@
+"""What cannot be combined in the rows, the schedule and the folders of a run."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterator
+
+from soup_xb.core.config import PREFERENCE_TASKS
+from soup_xb.core.errors import Problem
+from soup_xb.core.loaded_config import LoadedConfig
+from soup_xb.core.rules import Rule, excluded
+
+_LOCAL_PATH = re.compile(
+    r"[./~\\]|[A-Za-z]:\\|.*\.(jsonl?|csv|tsv|parquet|txt|gz|zst)$", re.IGNORECASE | re.DOTALL
+)
+
+
+def is_local_path(name: str) -> bool:
+    """Whether `data.train` names a file rather than a dataset on the hub, judged by its spelling alone.
+
+    >>> is_local_path("./rows"), is_local_path("rows.jsonl"), is_local_path("tatsu-lab/alpaca")
+    (True, True, False)
+    """
+    return _LOCAL_PATH.match(name) is not None
+
+
+def _rewarm_fits(loaded: LoadedConfig) -> Iterator[Problem]:
+    training = loaded.config.training
+    rewarm, every = training.relora_rewarm_steps, training.relora_steps
+    if rewarm is not None and every is not None and rewarm >= every:
+        yield Problem(
+            "contradiction",
+            f"must be below `training.relora_steps` ({every}), got {rewarm}",
+            loaded.where("training.relora_rewarm_steps"),
+            "the learning rate would never reach its height between two restarts.",
+        )
+
+
+def _merge_needs_an_open_base(loaded: LoadedConfig) -> Iterator[Problem]:
+    training = loaded.config.training
+    if training.relora_steps is None or training.relora_mode != "merge":
+        return
+    if training.quantization != "none":
+        reason = "a quantized base cannot take an adapter in without rounding it away"
+        yield excluded(loaded, ("training.relora_mode", "`merge`"), "training.quantization", reason)
+    if not training.relora_reset_optimizer:
+        reason = "the new factors have nothing in common with the optimizer state of the old ones"
+        keys = ("training.relora_reset_optimizer", "`false`")
+        yield excluded(loaded, keys, "training.relora_mode", reason)
+
+
+def _one_held_out_set(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    if data.eval and data.val_split > 0:
+        reason = "the rows to evaluate on come from one place"
+        yield excluded(loaded, ("data.val_split", f"{data.val_split:g}"), "data.eval", reason)
+
+
+def _evaluation_has_rows(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    if loaded.config.training.eval_steps is not None and not data.eval and data.val_split == 0:
+        yield Problem(
+            "contradiction",
+            "there are no rows to evaluate on",
+            loaded.where("training.eval_steps"),
+            "write `data.eval` or `data.val_split`, or remove `training.eval_steps`.",
+        )
+
+
+def _split_of_a_hub_dataset(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    if not all(is_local_path(path) for path in data.train):
+        return
+    for key, on in (("data.split", data.split != "train"), ("data.subset", data.subset is not None)):
+        if on:
+            yield Problem(
+                "key-without-effect",
+                "belongs to a dataset on the hub, and `data.train` is a local file",
+                loaded.where(key),
+                "remove it, or name a hub dataset in `data.train`.",
+            )
+
+
+def _format_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
+    preference = loaded.config.data.format == "preference"
+    task = loaded.config.task
+    if preference and task not in PREFERENCE_TASKS:
+        yield Problem(
+            "contradiction",
+            f"`preference` rows are for {', '.join(PREFERENCE_TASKS)}, and `task` is `{task}`",
+            loaded.where("data.format"),
+            "use `format: auto` with chat or completion rows.",
+        )
+
+
+def _output_is_its_own(loaded: LoadedConfig) -> Iterator[Problem]:
+    config = loaded.config
+    for key, folder in (("base", config.base), ("adapter", config.adapter)):
+        if folder is not None and os.path.normpath(folder) == os.path.normpath(config.output):
+            yield Problem(
+                "contradiction",
+                f"is the folder of `{key}`, which the run would write into",
+                loaded.where("output"),
+                "name another folder.",
+            )
+
+
+def _warmup_ends(loaded: LoadedConfig) -> Iterator[Problem]:
+    training = loaded.config.training
+    warmup, steps = training.warmup_steps, training.max_steps
+    if warmup is not None and steps is not None and warmup >= steps:
+        yield Problem(
+            "warmup-never-ends",
+            f"{warmup} steps of warm-up in a run of {steps} steps: the learning rate never falls",
+            loaded.where("training.warmup_steps"),
+        )
+
+
+def _evaluated_on_other_rows(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    shared = [path for path in data.eval if path in data.train]
+    if shared:
+        yield Problem(
+            "eval-is-train",
+            f"`{shared[0]}` is also trained on, so its loss says little",
+            loaded.where("data.eval"),
+            "evaluate on rows that are held out.",
+        )
+
+
+def _template_is_used(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    if data.chat_template is not None and data.format in ("text", "prompt-completion"):
+        yield Problem(
+            "key-without-effect",
+            f"`format: {data.format}` rows are used without a chat template",
+            loaded.where("data.chat_template"),
+        )
+
+
+RULES = (
+    Rule(_rewarm_fits, ("training.relora_steps", "training.relora_rewarm_steps", "training.relora_mode")),
+    Rule(
+        _merge_needs_an_open_base,
+        (
+            "training.relora_steps",
+            "training.relora_mode",
+            "training.relora_reset_optimizer",
+            "training.quantization",
+        ),
+    ),
+    Rule(_one_held_out_set, ("data.eval", "data.val_split")),
+    Rule(_evaluation_has_rows, ("training.eval_steps", "data.eval", "data.val_split")),
+    Rule(_split_of_a_hub_dataset, ("data.train", "data.split", "data.subset")),
+    Rule(_format_fits_task, ("data.format", "task")),
+    Rule(_output_is_its_own, ("base", "adapter", "output")),
+    Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
+    Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),
+    Rule(_template_is_used, ("data.format", "data.chat_template"), warning=True),
+)
