@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from soup_xb.core.checkpoint import CheckpointFacts, newest_whole, rotate, write_checkpoint
+from soup_xb.core.checkpoint import CheckpointFacts, newest_whole, read_checkpoint, rotate, write_checkpoint
 
 FACTS = CheckpointFacts("torch", 1, "c" * 64, "d" * 64, {"torch": "2.13"})
 CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "close")
@@ -98,6 +98,9 @@ def kill_and_look(root: Path, save: Callable[[Path], None], nth: int) -> bool:
     assert value_of(found.path) in ('{"value": 1.0}', '{"value": 2.0}')
     if code == DONE:
         assert value_of(found.path) == '{"value": 2.0}'
+    # What is deleted loses its name first: a folder named as a checkpoint is one.
+    for path in root.glob("step-*"):
+        read_checkpoint(path)
     # The next save mends whatever the kill left.
     write_checkpoint(root, 30, fill(3.0), FACTS)
     names = {path.name for path in root.iterdir()}

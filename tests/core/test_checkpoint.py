@@ -136,6 +136,19 @@ def test_a_harmed_state_file_is_never_taken_for_whole(
     assert name in problem.message
 
 
+def test_a_folder_that_became_a_link_is_not_entered(tmp_path: Path) -> None:
+    def nested(folder: Path) -> None:
+        (folder / "rank-0").mkdir()
+        (folder / "rank-0" / "state.json").write_text("{}")
+
+    write_checkpoint(tmp_path, 1, nested, FACTS)
+    inner = tmp_path / "step-00000001" / "rank-0"
+    inner.rename(tmp_path / "elsewhere")
+    inner.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        read_checkpoint(tmp_path / "step-00000001")
+
+
 def test_each_byte_of_the_manifest_counts(tmp_path: Path) -> None:
     save(tmp_path, 1)
     manifest = tmp_path / "step-00000001" / "manifest.json"

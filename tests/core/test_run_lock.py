@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -86,6 +87,24 @@ def test_one_process_cannot_open_a_folder_twice(tmp_path: Path) -> None:
             acquire(tmp_path)
         assert live_owner(tmp_path) is not None
     acquire(tmp_path).release()
+
+
+def test_a_lock_on_a_file_that_its_last_owner_just_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = fcntl.flock, []
+
+    def flock(handle: int, kind: int) -> None:
+        if not removed:
+            (tmp_path / ".lock").unlink()
+            removed.append(handle)
+        real(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = acquire(tmp_path)
+    assert removed
+    assert live_owner(tmp_path) is not None
+    lock.release()
 
 
 def test_a_refused_folder_is_left_unlocked(tmp_path: Path) -> None:
