@@ -10,7 +10,7 @@ PYTEST := $(VENV)/bin/python -m pytest --cov=soup_xb --cov-report=term:skip-cove
 
 # Fine-tune a small real model for about a minute, and show what it learned.
 demo: $(VENV)/installed-demo
-	$(VENV)/bin/soupx demo $(DEMO)
+	$(VENV)/bin/soupx demo --overwrite $(DEMO)
 
 test: lint
 	$(PYTEST) -m "not slow"

@@ -1,0 +1,72 @@
+"""The demo as a run: the shipped config on the prepared base, the held-out prompts answered and judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from attrs import frozen
+
+from soup_xb.core.config_file import LoadedConfig, load_config
+from soup_xb.core.examples import Message
+from soup_xb.core.session import GenerationSettings
+from soup_xb.demo.judge import passes
+from soup_xb.trained import Trained, TrainedOptions, continue_chat, open_trained
+
+# Answers in the taught format are shorter; a base that rambles on has missed it by then.
+ANSWER_TOKENS = 80
+
+
+@frozen
+class Trial:
+    """One held-out prompt, answered by the base and by the tuned model."""
+
+    prompt: str
+    base: str
+    tuned: str
+
+    @property
+    def base_passes(self) -> bool:
+        """Whether the base's answer has the format."""
+        return passes(self.base)
+
+    @property
+    def tuned_passes(self) -> bool:
+        """Whether the tuned model's answer has the format."""
+        return passes(self.tuned)
+
+
+def shipped(name: str) -> Path:
+    """A file of the demo's folder, as it lies in the installed package."""
+    return Path(str(files("soup_xb.demo"))) / name
+
+
+def held_out_prompts() -> tuple[str, ...]:
+    """The 20 prompts that no training row asks."""
+    text = shipped("data/prompts.jsonl").read_text(encoding="utf-8")
+    return tuple(json.loads(line)["prompt"] for line in text.splitlines())
+
+
+def demo_config(base: Path, output: Path, overrides: tuple[str, ...] = ()) -> LoadedConfig:
+    """The shipped config with its three places filled in; `overrides` are `--set` texts."""
+    places = {"base": str(base), "data.train": str(shipped("data/train.jsonl")), "output": str(output)}
+    filled = tuple(f"{key}={json.dumps(place)}" for key, place in places.items())
+    return load_config(shipped("soup.yaml"), (*filled, *overrides))
+
+
+def hold_trials(adapter: Path, backend: str, show: Callable[[Trial], None]) -> tuple[Trial, ...]:
+    """Answer every held-out prompt greedily, without and with the adapter as saved; `show` hears each."""
+    trials = []
+    with open_trained(TrainedOptions(backend, adapter)) as trained:
+        for prompt in held_out_prompts():
+            trial = Trial(prompt, _answer(trained, prompt, False), _answer(trained, prompt, True))
+            show(trial)
+            trials.append(trial)
+    return tuple(trials)
+
+
+def _answer(trained: Trained, prompt: str, adapter: bool) -> str:
+    settings = GenerationSettings(ANSWER_TOKENS, temperature=0.0, end_ids=trained.tokenizer.end_ids)
+    return continue_chat(trained, [Message("user", prompt)], settings, adapter)
