@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,7 +53,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Loade
     root = lay_over(root, laid)
     places = list(_lines(root, ""))
     reading = read_config(root.plain())
-    faulty = {fault.key for fault in reading.faults}
+    faulty = set(_with_keys_below(fault.key for fault in reading.faults))
     written = {key: line for key, line, has_value in places if has_value and key not in faulty}
     loaded = LoadedConfig(reading.config, source, MappingProxyType(written))
     lines = {key: line for key, line, _ in places}
@@ -94,6 +94,12 @@ def _lines(node: Node, prefix: str) -> Iterator[tuple[str, int, bool]]:
         yield prefix + name, node.lines[name], entry.value is not None
         if isinstance(entry.value, dict):
             yield from _lines(entry, f"{prefix}{name}.")
+
+
+def _with_keys_below(keys: Iterable[str]) -> Iterator[str]:
+    for key in keys:
+        yield key
+        yield from (below for below in KEYS if below.startswith(f"{key}."))
 
 
 def _fault_problems(faults: Sequence[Fault], source: str, lines: Mapping[str, int]) -> Iterator[Problem]:

@@ -1,0 +1,212 @@
+"""What works on which backend: one row for each config key and for each choice of a key.
+
+A row's name is the dotted key, or `key=choice`. A row whose choice is in words (`base=bitsandbytes`) is about
+what only the opened base shows; the backend asks for it by name.
+"""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+BACKENDS = ("torch", "mlx")
+
+
+@frozen
+class No:
+    """Why a backend refuses a feature, and what to do instead."""
+
+    because: str
+    instead: str
+
+
+@frozen
+class Row:
+    """One feature. None stands for yes; `feature` is the word in the error code (`mlx-no-relora`).
+
+    A row that `follows` another is a setting of that feature: it has the same answer, and is told once.
+    """
+
+    name: str
+    feature: str = ""
+    torch: No | None = None
+    mlx: No | None = None
+    follows: str = ""
+
+    @property
+    def key(self) -> str:
+        """The dotted config key."""
+        return self.name.partition("=")[0]
+
+    @property
+    def choice(self) -> str:
+        """The choice of the key that the row is about, empty for the key as a whole."""
+        return self.name.partition("=")[2]
+
+    def answer(self, backend: str) -> No | None:
+        """Why `backend` refuses, None where it does not."""
+        answer: No | None = getattr(self, backend)
+        return answer
+
+
+def _works(*names: str) -> tuple[Row, ...]:
+    return tuple(Row(name) for name in names)
+
+
+def _choices(key: str, *choices: str) -> tuple[Row, ...]:
+    return _works(key, *(f"{key}={choice}" for choice in choices))
+
+
+def _later(instead: str) -> No:
+    return No("it is not built yet in this version", instead)
+
+
+def _unbuilt(name: str, feature: str, instead: str) -> Row:
+    return Row(name, feature, torch=_later(instead), mlx=_later(instead))
+
+
+def _task(task: str, instead: str) -> Row:
+    return _unbuilt(f"task={task}", task, instead)
+
+
+_CHOSEN_ANSWERS = "train on the preferred answers alone: chat rows with `task: sft`."
+_WORKED_ANSWERS = "train on worked answers: chat rows with `task: sft`."
+_TEXT_ROWS = "`task: sft` on text rows is what this version trains."
+
+_TASKS = (
+    *_works("task", "task=sft"),
+    _task("pretrain", "use `task: sft` with `data.format: text`, which trains on every token of a row."),
+    *(_task(name, _CHOSEN_ANSWERS) for name in ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")),
+    *(_task(name, _WORKED_ANSWERS) for name in ("ppo", "grpo", "rlhf")),
+    *(_task(name, _TEXT_ROWS) for name in ("embedding", "vision", "audio")),
+)
+
+_RELORA_LATER = _later("remove the `relora_*` keys.")
+_RELORA_NO_MLX = No(
+    "a restart edits factors and optimizer state in the middle of a run, which the mlx engine does not do",
+    "remove the `relora_*` keys.",
+)
+_RELORA = (
+    Row("training.relora_steps", "relora", torch=_RELORA_LATER, mlx=_RELORA_NO_MLX),
+    *(
+        Row(
+            f"training.{name}",
+            "relora",
+            torch=_RELORA_LATER,
+            mlx=_RELORA_NO_MLX,
+            follows="training.relora_steps",
+        )
+        for name in (
+            "relora_warmup_ratio",
+            "relora_prune_ratio",
+            "relora_reset_optimizer",
+            "relora_mode",
+            "relora_mode=prune",
+            "relora_mode=merge",
+            "relora_rewarm_steps",
+        )
+    ),
+)
+
+_BACKENDS = (
+    *_works("backend", "backend=auto", "backend=torch"),
+    # Once the engine is there this row is `*_works("backend=mlx")`.
+    Row("backend=mlx", "engine", mlx=No("this version has no MLX engine yet", "run with `--backend torch`.")),
+)
+
+_DATA = (
+    *_works(
+        "data", "data.train", "data.eval", "data.split", "data.subset", "data.val_split", "data.max_length"
+    ),
+    *_choices("data.format", "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"),
+    _unbuilt("data.format=preference", "preference", _CHOSEN_ANSWERS),
+    _unbuilt("data.packing", "packing", "remove it; rows of like length share a batch anyway."),
+    *_works("data.chat_template"),
+)
+
+_TRAINING = (
+    *_works("training", "training.epochs", "training.max_steps", "training.lr", "training.batch_size"),
+    *_works("training.gradient_accumulation_steps", "training.gradient_checkpointing", "training.seed"),
+    *_choices("training.scheduler", "linear", "cosine", "constant"),
+    *_works(
+        "training.warmup_ratio", "training.warmup_steps", "training.weight_decay", "training.max_grad_norm"
+    ),
+    *_choices("training.optimizer", "adamw", "sgd"),
+    *_works("training.adam_beta1", "training.adam_beta2", "training.adam_epsilon"),
+    *_choices("training.precision", "auto", "fp32", "bf16", "fp16"),
+    *_choices("training.quantization", "none", "4bit", "8bit"),
+    *_works(
+        "training.eval_steps", "training.save_steps", "training.save_total_limit", "training.logging_steps"
+    ),
+)
+
+_START = "use `init_strategy: random`."
+_LORA = (
+    *_works("training.lora", "training.lora.r", "training.lora.alpha", "training.lora.dropout"),
+    *_choices("training.lora.target_modules", "auto", "all-linear"),
+    Row(
+        "training.lora.target_modules=auto+experts",
+        "experts",
+        torch=_later("use `target_modules: auto`, which leaves the experts out."),
+        mlx=No(
+            "3-D expert weights are adapted by a wrapper of PEFT's that mlx-lm does not have",
+            "use `target_modules: auto`, which leaves the experts out.",
+        ),
+    ),
+    *_choices("training.lora.init_strategy", "random"),
+    _unbuilt("training.lora.init_strategy=pissa", "pissa", _START),
+    _unbuilt("training.lora.init_strategy=olora", "olora", _START),
+    Row(
+        "training.lora.use_olora",
+        "olora",
+        torch=_later(_START),
+        mlx=_later(_START),
+        follows="training.lora.init_strategy=olora",
+    ),
+    *_works("training.lora.rank_pattern", "training.lora.alpha_pattern"),
+    *_works("training.lora.use_rslora", "training.lora.use_dora"),
+    Row(
+        "training.lora.use_vera",
+        "vera",
+        torch=_later("use plain LoRA with a small `r`."),
+        mlx=No("mlx-lm has no VeRA layer", "use plain LoRA with a small `r`."),
+    ),
+)
+
+_OPENED_BASES = (
+    Row(
+        "base=bitsandbytes",
+        "bitsandbytes",
+        mlx=No(
+            "its weights are in bitsandbytes' own format, which MLX cannot read",
+            "name the unquantized base and write `training.quantization: 4bit` for MLX's own format.",
+        ),
+    ),
+    Row(
+        "base=experts",
+        "experts",
+        torch=_later("name modules outside the experts."),
+        mlx=No(
+            "mlx-lm's adapters do not reach fused expert weights here", "name modules outside the experts."
+        ),
+    ),
+    Row(
+        "base=gemma 4 towers",
+        "towers",
+        torch=_later("use `target_modules: auto`, the text decoder alone."),
+        mlx=No(
+            "mlx-lm opens the text model without its vision and audio towers",
+            "use `target_modules: auto`, the text decoder alone.",
+        ),
+    ),
+)
+
+ROWS = (
+    *_works("base", "adapter", "output"),
+    *_TASKS,
+    *_BACKENDS,
+    *_DATA,
+    *_TRAINING,
+    *_RELORA,
+    *_LORA,
+    *_OPENED_BASES,
+)
