@@ -20,8 +20,8 @@ def config_page() -> str:
         _GENERATED,
         "",
         "One YAML file describes a run. `soupx check` reads it alone and reports every problem at once;",
-        "`soupx schema` prints it as a JSON Schema for editors. A key that is absent or `null` has its default.",
-        "Every key can be set from the command line: `--set training.lr=1e-4`.",
+        "`soupx schema` prints it as a JSON Schema for editors. A key that is absent has its default.",
+        "Every key can be set from the command line: `--set training.lr=1e-4`; there, `null` is the default.",
     ]
     for section in ("", *(name for name, key in KEYS.items() if key.section is not None)):
         lines += ["", f"## `{section}`" if section else "## Top level", "", *_section_lines(section)]

@@ -34,7 +34,11 @@ def check_supported(loaded: LoadedConfig, backend: str) -> None:
 
 
 def feature_refusal(name: str, backend: str, where: str = "") -> Problem | None:
-    """The refusal of one row by its name, for what only the opened base shows (`base=bitsandbytes`)."""
+    """The refusal of one row by its name, for what only the opened base shows.
+
+    >>> feature_refusal("base=quantized by bitsandbytes", "mlx").code
+    'mlx-no-bitsandbytes'
+    """
     row = _BY_NAME[name]
     return None if row.answer(backend) is None else _problem(row, backend, where)
 
@@ -44,9 +48,9 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend of a run and the reason for it.
 
-    `system` and `machine` are as `platform.system()` and `platform.machine()` tell; `installed` says whether a
-    package can be imported. `auto` is mlx on Apple silicon, where it is installed and refuses nothing of the
-    file, else torch. Raises ConfigError where the backend is not installed.
+    `system` and `machine` are what `platform.system()` and `platform.machine()` tell; `installed` says
+    whether a package can be imported. `auto` is mlx on Apple silicon where it is installed and takes every
+    key of the file, else torch. Raises ConfigError where the backend is not installed.
     """
     asked = loaded.config.backend
     where = loaded.where("backend")
@@ -108,7 +112,8 @@ def _problem(row: Row, backend: str, where: str) -> Problem:
     no = row.answer(backend)
     assert no is not None
     name = row.name.replace("=", ": ")
-    message = f"`{name}` is not available on the {backend} backend: {no.because}"
+    on = "" if row.key == "backend" else f" on the {backend} backend"
+    message = f"`{name}` is not available{on}: {no.because}"
     return Problem(f"{backend}-no-{row.feature}", message, where, _way_out(row, backend, no))
 
 
@@ -154,6 +159,8 @@ def _word(row: Row, backend: str) -> str:
 
 
 def _notes(row: Row) -> tuple[str, ...]:
+    if row.follows:
+        return (f"a setting of `{row.follows.replace('=', ': ')}`",)
     answers = {backend: row.answer(backend) for backend in BACKENDS}
     reasons = {no.because for no in answers.values() if no is not None}
     if len(reasons) == 1 and all(answers.values()):

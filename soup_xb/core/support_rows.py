@@ -1,7 +1,7 @@
 """What works on which backend: one row for each config key and for each choice of a key.
 
-A row's name is the dotted key, or `key=choice`. A row whose choice is in words (`base=bitsandbytes`) is about
-what only the opened base shows; the backend asks for it by name.
+A row's name is the dotted key, or `key=choice`. A row whose choice is in words (`base=quantized by
+bitsandbytes`) is about what only the opened base shows; the backend asks for it by name.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ _LORA = (
 
 _OPENED_BASES = (
     Row(
-        "base=bitsandbytes",
+        "base=quantized by bitsandbytes",
         "bitsandbytes",
         mlx=No(
             "its weights are in bitsandbytes' own format, which MLX cannot read",
@@ -182,15 +182,7 @@ _OPENED_BASES = (
         ),
     ),
     Row(
-        "base=experts",
-        "experts",
-        torch=_later("name modules outside the experts."),
-        mlx=No(
-            "mlx-lm's adapters do not reach fused expert weights here", "name modules outside the experts."
-        ),
-    ),
-    Row(
-        "base=gemma 4 towers",
+        "training.lora.target_modules=Gemma 4 towers",
         "towers",
         torch=_later("use `target_modules: auto`, the text decoder alone."),
         mlx=No(
