@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUFF := $(VENV)/bin/ruff
-PYTEST := $(VENV)/bin/python -m pytest --cov=soup_xb --cov-report=term:skip-covered
+# The examples in docstrings run too.
+TESTED := tests soup_xb/core soup_xb/demo --doctest-modules
+PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term:skip-covered
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all lint format clean
