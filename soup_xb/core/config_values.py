@@ -121,7 +121,8 @@ def _choice(key: Key, raw: Any) -> str:
         return raw
     guess = raw.lower() if isinstance(raw, str) else str(raw).lower()
     message = f"must be one of {', '.join(key.choices)}, got {shown(raw)}"
-    raise KeyRefused("unknown-choice", message, did_you_mean(guess[:60], key.choices))
+    near = (guess,) if guess in key.choices else key.choices
+    raise KeyRefused("unknown-choice", message, did_you_mean(guess[:60], near))
 
 
 def _paths(key: Key, raw: Any) -> tuple[str, ...]:

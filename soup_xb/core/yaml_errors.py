@@ -35,6 +35,11 @@ def syntax_problem(error: MarkedYAMLError, source: str) -> Problem:
         )
     elif "cannot start any token" in cause:
         help = "put the value in quotes."
+    elif "<stream end>" in cause:
+        message, help = "the text ends where a value is expected", "close every bracket and quote."
+    elif cause.startswith("expected the node content"):
+        message = f"{cause.rpartition(' ')[2].replace(chr(39), chr(96))} where a value is expected"
+        help = "delete it, or put the value in quotes."
     elif "<block end>" in cause:
         message = "a list entry, key or bracket where it does not fit"
         help = "indent the keys of one section alike; a list entry begins with `- `."
