@@ -6,7 +6,7 @@ from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StepEvent
+from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StartEvent, StepEvent
 from soup_xb.core.units import bytes_text, count_text, duration_text, rate_text
 
 if TYPE_CHECKING:
@@ -47,10 +47,17 @@ class ProgressListener:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, StepEvent):
+        if isinstance(event, StartEvent):
+            self._begin(event)
+        elif isinstance(event, StepEvent):
             self._show_step(event)
         else:
             self._write(event_line(event))
+
+    def _begin(self, event: StartEvent) -> None:
+        self.total_steps = event.total_steps
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=event.total_steps, completed=event.done)
 
     def _show_step(self, event: StepEvent) -> None:
         self._recent.append(event)

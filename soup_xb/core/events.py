@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Union
-
 from attrs import frozen
 
 from soup_xb.core.errors import Problem
+
+
+@frozen
+class StartEvent:
+    """Training begins after step `done` and ends at `total_steps`. Told to listeners, not kept in a file."""
+
+    done: int
+    total_steps: int
 
 
 @frozen
@@ -63,5 +69,5 @@ class Notice:
     warning: bool = False
 
 
-Event = Union[StepEvent, EvalEvent, RestartEvent, SaveEvent, Notice]
+Event = StartEvent | StepEvent | EvalEvent | RestartEvent | SaveEvent | Notice
 Listener = Callable[[Event], None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from attrs import field, frozen
@@ -44,13 +44,21 @@ class CompletionExample:
     source: Source
 
 
-Example = Union[ChatExample, CompletionExample]
+Example = ChatExample | CompletionExample
 
 
-def _read_only(array: Any, dtype: Any) -> np.ndarray[Any, Any]:
-    result = np.asarray(array, dtype=dtype)
-    result.setflags(write=False)
-    return result
+def _token_ids(array: Any) -> np.ndarray[Any, Any]:
+    return _read_only(np.asarray(array, dtype=np.int32))
+
+
+def _marks(array: Any) -> np.ndarray[Any, Any]:
+    return _read_only(np.asarray(array, dtype=np.bool_))
+
+
+def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    view = array.view()
+    view.setflags(write=False)
+    return view
 
 
 @frozen(eq=False)
@@ -61,8 +69,8 @@ class TokenRow:
     the model learns to predict it. The first token is never a target, since nothing comes before it.
     """
 
-    tokens: np.ndarray[Any, Any] = field(converter=lambda array: _read_only(array, np.int32))
-    trained: np.ndarray[Any, Any] = field(converter=lambda array: _read_only(array, np.bool_))
+    tokens: np.ndarray[Any, Any] = field(converter=_token_ids)
+    trained: np.ndarray[Any, Any] = field(converter=_marks)
     source: Source
 
     @property

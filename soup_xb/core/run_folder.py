@@ -11,7 +11,7 @@ from attrs import define
 from soup_xb.core import checkpoint, metrics, run_lock, staging
 from soup_xb.core.durable import disk_errors, disk_full, free_bytes, write_all, write_bytes, write_text
 from soup_xb.core.errors import ConfigError, ResourceError
-from soup_xb.core.events import Event, Notice, SaveEvent
+from soup_xb.core.events import Event, Notice, SaveEvent, StartEvent
 from soup_xb.core.run_record import RECORD, RunRecord, read_record, record_text
 
 __all__ = ["RunFolder", "RunRecord", "open_run_folder", "read_record"]
@@ -67,7 +67,7 @@ class RunFolder:
 
     def record_event(self, event: Event) -> None:
         """Append one line to `metrics.jsonl`. A checkpoint's line brings the file to the disk."""
-        if not isinstance(event, Notice):
+        if not isinstance(event, Notice | StartEvent):
             self._last_step = event.step
         line = metrics.encode_event(event, self._last_step).encode() + b"\n"
         with disk_errors(self.metrics, len(line)):

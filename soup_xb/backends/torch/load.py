@@ -1,0 +1,177 @@
+"""Opening a base with transformers, with every setting said aloud."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from soup_xb.backends.torch.device import Device, memory_guard
+from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.modules import Module
+from soup_xb.core.session import BaseDescription, SessionSettings
+
+
+def load_base(settings: SessionSettings, device: Device) -> Any:
+    """The base as a transformers causal language model, frozen, in evaluation mode, on the device.
+
+    Raises ModelError for a folder that is damaged, holds foreign formats or wants to run code.
+    """
+    folder = inspect_base(settings.base)
+    config = read_config(folder)
+    quantization = _quantization(settings.quantization, folder, device)
+    with memory_guard("loading the base"):
+        try:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                settings.base,
+                config=config,
+                dtype=device.dtype,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **quantization,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(folder, error) from error
+        _check_loading(folder, report)
+        if not quantization and not folder.quantization:
+            model.to(device.torch_device)
+    model.requires_grad_(False)
+    model.eval()
+    _keep_quantized_layers_trainable(model)
+    return model
+
+
+def outline_base(path: Path) -> Any:
+    """The base's modules on the meta device: names and shapes without memory."""
+    folder = inspect_base(path, weights=False)
+    config = read_config(folder)
+    with torch.device("meta"):
+        try:
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (ValueError, KeyError) as error:
+            raise _unreadable(folder, error) from error
+
+
+def read_config(folder: BaseFolder) -> Any:
+    """The base's config as transformers reads it. Raises ModelError for a type that only the folder's code knows."""
+    if folder.model_type not in transformers.CONFIG_MAPPING:
+        wants = folder.config.get("auto_map")
+        code = f", and its folder wants to run its own code ({', '.join(map(str, wants))})" if wants else ""
+        raise ModelError(
+            "remote-code" if wants else "unknown-model-type",
+            f"transformers {transformers.__version__} does not know `{folder.model_type}`{code}",
+            where=str(folder.path / "config.json"),
+            help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder.path, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether an adapter can sit on the module: nn.Linear with its quantized forms, and GPT-2's Conv1D."""
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def describe_model(model: Any) -> BaseDescription:
+    """The structure of a model without adapters."""
+    modules = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            modules.append(Module(name, *_sides(module)))
+    config = model.config.get_text_config()
+    return BaseDescription(
+        model_type=model.config.model_type,
+        modules=tuple(modules),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary_size=config.vocab_size,
+    )
+
+
+def _sides(module: Any) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+def _quantization(asked: str, folder: BaseFolder, device: Device) -> dict[str, Any]:
+    """Keyword arguments that load the base in 4 or 8 bits through bitsandbytes."""
+    if folder.quantization == "mlx":
+        raise ModelError(
+            "mlx-quantized-base",
+            "the base is quantized in MLX's own format, which torch cannot read",
+            where=str(folder.path),
+            help="use the plain base, or run with --backend mlx.",
+        )
+    if asked == "none":
+        return {}
+    if folder.quantization:
+        raise ModelError(
+            "already-quantized",
+            f"the base is already quantized ({folder.quantization}) and `quantization: {asked}` asks for it again",
+            where="training.quantization",
+            help="remove `training.quantization`, or name the plain base.",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "bitsandbytes-missing",
+            f"`{asked}` needs bitsandbytes, which is not installed",
+            where="training.quantization",
+            help='pip install "soup-xb[torch,quantization]"',
+        )
+    if asked == "8bit":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=device.dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device.torch_device}}
+
+
+def _keep_quantized_layers_trainable(model: Any) -> None:
+    """Leave bitsandbytes' layers in training mode.
+
+    In evaluation mode on a CPU they repack their weight for an inference kernel that passes no gradient on.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.training = True
+
+
+def _check_loading(folder: BaseFolder, report: Any) -> None:
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(str(key) for key in report["mismatched_keys"])
+    if missing or mismatched:
+        first = (missing or mismatched)[0]
+        raise ModelError(
+            "incomplete-weights",
+            f"{len(missing)} weights are missing and {len(mismatched)} have another shape, first `{first}`",
+            where=str(folder.path),
+            help="download the base again; transformers would fill such weights with random numbers.",
+        )
+
+
+def _unreadable(folder: BaseFolder, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        "unreadable-base",
+        f"transformers cannot open it: {lines[0]}",
+        where=str(folder.path),
+        help="check that the folder is a causal language model that this transformers version knows.",
+    )

@@ -1,0 +1,115 @@
+"""The optimizer on the adapter's tensors, with every setting said aloud and its state in safetensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from soup_xb.core.errors import CheckpointError
+from soup_xb.core.session import OptimizerSettings
+
+STATE_FILE = "optimizer.safetensors"
+
+
+class Optimizer:
+    """AdamW (arXiv:1711.05101) or plain SGD over named parameters."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings) -> None:
+        """Make the optimizer; the learning rate comes with each step."""
+        self.parameters = dict(parameters)
+        self.settings = settings
+        self.optimizer = _make(list(self.parameters.values()), settings)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """One gradient for each parameter, zeros where none was computed."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+
+    def step(self, learning_rate: float) -> tuple[float, bool]:
+        """Clip and update. Returns the gradient norm before clipping, and whether it was finite.
+
+        With a norm that is not finite nothing is updated.
+        """
+        gradients = self.gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(norm.item()):
+            return norm.item(), False
+        limit = self.settings.max_grad_norm
+        if limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return norm.item(), True
+
+    def save(self, folder: Path) -> None:
+        """Write every state tensor, named `parameter/state`."""
+        tensors = {
+            f"{name}/{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+            if isinstance(value, torch.Tensor)
+        }
+        save_file(tensors, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote. Raises CheckpointError when it does not fit the parameters."""
+        file = folder / STATE_FILE
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
+            ) from error
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, state = key.rpartition("/")
+            states.setdefault(name, {})[state] = tensor
+        expected = set() if self.settings.name == "sgd" else set(self.parameters)
+        if set(states) != expected:
+            odd = sorted(expected.symmetric_difference(states))
+            raise CheckpointError(
+                "foreign-checkpoint",
+                f"optimizer state does not fit the adapter, first `{odd[0]}`",
+                where=str(file),
+            )
+        for name, state in states.items():
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
+
+
+def _make(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=0.0,
+            momentum=0.0,
+            dampening=0.0,
+            weight_decay=settings.weight_decay,
+            nesterov=False,
+            maximize=False,
+            fused=True,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        amsgrad=False,
+        maximize=False,
+        fused=True,
+    )

@@ -1,0 +1,232 @@
+"""The torch backend's Session: transformers models, PEFT layers, torch's optimizers and processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from soup_xb.backends.torch.adapters import Adapters, Factors
+from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
+from soup_xb.backends.torch.head import summed_loss
+from soup_xb.backends.torch.load import describe_model, load_base, outline_base
+from soup_xb.backends.torch.merge import write_merged
+from soup_xb.backends.torch.optimizer import Optimizer
+from soup_xb.backends.torch.processes import Processes, join_processes
+from soup_xb.core.batches import MicroBatch
+from soup_xb.core.errors import CheckpointError, Problem
+from soup_xb.core.random_numbers import step_seed
+from soup_xb.core.session import (
+    AdapterPlan,
+    BaseDescription,
+    GenerationSettings,
+    LossSum,
+    SessionSettings,
+    StepResult,
+    StepSettings,
+)
+
+FACTORS_FILE = "factors.safetensors"
+Array = np.ndarray[Any, Any]
+
+
+def open_session(settings: SessionSettings) -> TorchSession:
+    """Join the processes, choose a device, and open the base on it."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    processes = join_processes()
+    device = choose_device(settings.precision, processes)
+    if not settings.weights:
+        return TorchSession(outline_base(settings.base), settings, device, processes)
+    return TorchSession(load_base(settings, device), settings, device, processes)
+
+
+class TorchSession:
+    """See soup_xb.core.session.Session."""
+
+    backend = "torch"
+
+    def __init__(self, model: Any, settings: SessionSettings, device: Device, processes: Processes) -> None:
+        """Take over an opened, frozen base."""
+        self.model = model
+        self.settings = settings
+        self.precision = device.precision
+        self.device = device.torch_device.type
+        self.process, self.processes = processes.process, processes.processes
+        self._device, self._processes = device, processes
+        self._description = describe_model(model)
+        self._adapters: Adapters | None = None
+        self._optimizer: Optimizer | None = None
+        if settings.gradient_checkpointing and settings.weights:
+            self._checkpoint_activations()
+
+    def notices(self) -> tuple[Problem, ...]:
+        """The device and the precision, with their reason."""
+        return (Problem("device", self._device.reason),)
+
+    def describe(self) -> BaseDescription:
+        """The base's structure."""
+        return self._description
+
+    def attach(self, plan: AdapterPlan) -> None:
+        """Wrap the planned modules with PEFT's LoRA layers and make an optimizer for their factors."""
+        with memory_guard("attaching the adapters"):
+            self._adapters = Adapters(self.model, plan)
+            self._adapters.train(False)
+            self._optimizer = Optimizer(self._adapters.parameters(), self.settings.optimizer)
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
+        """One update; dropout masks are a function of seed, step and process."""
+        optimizer = self._trained(self._optimizer)
+        adapters = self._trained(self._adapters)
+        torch.manual_seed(step_seed(self.settings.seed, "dropout", step.step, self.process))
+        total = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
+        optimizer.zero_grad()
+        adapters.train(True)
+        try:
+            with memory_guard("training"):
+                for batch in micro_batches:
+                    loss = summed_loss(self.model, *self._tensors(batch))
+                    (loss / step.target_tokens).backward()
+                    total += loss.detach()
+        finally:
+            adapters.train(False)
+        self._processes.sum_([total])
+        self._processes.sum_(optimizer.gradients())
+        mean = total.item() / step.target_tokens
+        if not math.isfinite(mean):
+            return StepResult(mean, math.nan, applied=False)
+        norm, applied = optimizer.step(step.learning_rate)
+        optimizer.zero_grad()
+        return StepResult(mean, norm, applied)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
+        """Loss without dropout; every process evaluates its share."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device.torch_device)
+        with torch.no_grad(), self._with_adapter(adapter), memory_guard("evaluating"):
+            for batch in micro_batches:
+                totals[0] += summed_loss(self.model, *self._tensors(batch))
+                totals[1] += batch.target_tokens
+        self._processes.sum_([totals])
+        return LossSum(float(totals[0].item()), int(totals[1].item()))
+
+    def save_state(self, folder: Path) -> None:
+        """Factors and optimizer state."""
+        factors = self._trained(self._adapters).factors()
+        flat = {
+            f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()
+        }
+        save_file(flat, folder / FACTORS_FILE)
+        self._trained(self._optimizer).save(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Read back what `save_state` wrote."""
+        file = folder / FACTORS_FILE
+        try:
+            flat = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
+            ) from error
+        factors: dict[str, dict[str, Array]] = {}
+        for key, array in flat.items():
+            name, _, factor = key.rpartition(".")
+            factors.setdefault(name, {})[factor] = array
+        self._trained(self._adapters).load(factors)
+        self._trained(self._optimizer).load(folder)
+
+    def factors(self) -> Mapping[str, Mapping[str, Array]]:
+        """The adapter as a plain LoRA on the untouched base."""
+        return self._trained(self._adapters).factors()
+
+    def load_factors(self, factors: Factors) -> None:
+        """Set the adapter's factors."""
+        self._trained(self._adapters).load(factors)
+
+    def logits(self, tokens: Array, adapter: bool = True) -> Array:
+        """Float32 logits (rows, length, vocabulary)."""
+        ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device.torch_device)
+        with torch.no_grad(), self._with_adapter(adapter), memory_guard("computing logits"):
+            result: Array = self.model(input_ids=ids, use_cache=False).logits.float().cpu().numpy()
+        return result
+
+    def generate(self, prompt: Array, settings: GenerationSettings, adapter: bool = True) -> Array:
+        """Continue a prompt with transformers' generate."""
+        ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).unsqueeze(0).to(self._device.torch_device)
+        sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
+        if settings.temperature > 0:
+            sampling |= {"temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
+        config = transformers.GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=list(settings.end_ids),
+            pad_token_id=settings.end_ids[0],
+            **sampling,
+        )
+        torch.manual_seed(step_seed(settings.seed, "generate"))
+        with torch.no_grad(), self._with_adapter(adapter), memory_guard("generating"):
+            # The base's own generation_config would add its temperature and penalties to ours in silence.
+            own, self.model.generation_config = self.model.generation_config, transformers.GenerationConfig()
+            try:
+                output = self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=config
+                )
+            finally:
+                self.model.generation_config = own
+        new = output[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
+        ends = np.flatnonzero(np.isin(new, settings.end_ids))
+        return new[: ends[0]] if ends.size else new
+
+    def save_merged(self, folder: Path) -> None:
+        """Write the base with the adapter folded in."""
+        write_merged(self.model, self._trained(self._adapters), folder)
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process held."""
+        return peak_memory_bytes(self._device.torch_device)
+
+    def agree(self, value: int) -> int:
+        """The largest value over all processes."""
+        return self._processes.largest(value)
+
+    def close(self) -> None:
+        """Leave the other processes and drop the model."""
+        self._processes.leave()
+        self._optimizer = self._adapters = self.model = None
+
+    def _tensors(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        place = self._device.torch_device
+        return (
+            torch.from_numpy(batch.tokens.astype(np.int64)).to(place),
+            torch.from_numpy(batch.positions).to(place),
+            torch.from_numpy(batch.targets).to(place),
+        )
+
+    def _with_adapter(self, adapter: bool) -> Any:
+        if adapter or self._adapters is None:
+            return nullcontext()
+        return self._adapters.switched_off()
+
+    def _checkpoint_activations(self) -> None:
+        # The second name is that of transformers before 5.20.
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # transformers checkpoints only layers in training mode; the flag is set on these alone, so that the
+        # base's own dropout inside them stays off.
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
+    @staticmethod
+    def _trained(part: Any) -> Any:
+        if part is None:
+            raise RuntimeError("attach adapters before training, saving or loading them")
+        return part

@@ -1,0 +1,58 @@
+"""`soupx eval`: loss and perplexity on a file, of the base and of the adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from soup_xb.cli.options import BACKENDS, json_option
+from soup_xb.core.config import FORMATS
+
+
+@click.command()
+@click.argument("adapter", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Rows to evaluate on.")
+@click.option("--format", "data_format", type=click.Choice(FORMATS[:-1]), default="auto", show_default=True)
+@click.option("--base", help="Hub id or folder of the base; by default the adapter's own.")
+@click.option("--batch-size", type=click.IntRange(1, 65536), default=4, show_default=True)
+@click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True)
+@click.option("--backend", type=BACKENDS, default="auto", show_default=True)
+@json_option
+def command(  # noqa: PLR0913 - one parameter an option
+    adapter: Path,
+    data: Path,
+    data_format: str,
+    base: str | None,
+    batch_size: int,
+    max_length: int,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Evaluate OUT, a run's output folder or an adapter folder, against its untouched base."""
+    from soup_xb.backends import available_backend
+    from soup_xb.core.loop import perplexity
+    from soup_xb.core.plan import held_out_batches
+    from soup_xb.dataset import load_file
+    from soup_xb.trained import TrainedOptions, open_trained
+
+    with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:
+        rows, notices = load_file(data, data_format, trained.tokenizer, max_length)
+        for problem in notices:
+            click.echo(problem.render("note"), err=True)
+        batches = held_out_batches(rows, batch_size, trained.tokenizer.pad_id)
+        figures = {}
+        for name, with_adapter in (("base", False), ("adapter", True)):
+            loss = trained.session.evaluate(batches, adapter=with_adapter)
+            figures[name] = {
+                "loss": loss.mean,
+                "perplexity": perplexity(loss.mean),
+                "target_tokens": loss.target_tokens,
+            }
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    click.echo(f"{'':8} {'loss':>10} {'perplexity':>12} {'targets':>10}")
+    for name, row in figures.items():
+        click.echo(f"{name:8} {row['loss']:10.4f} {row['perplexity']:12.4f} {row['target_tokens']:10,}")

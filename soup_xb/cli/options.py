@@ -1,0 +1,46 @@
+"""Options that several commands share, and the loading of the file that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from soup_xb.core.config_file import LoadedConfig, load_config
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_FILE = Path("soup.yaml")
+BACKENDS = click.Choice(["auto", "torch", "mlx"])
+
+
+def config_options(command: Command) -> Command:
+    """FILE (or --config FILE), --set and --backend."""
+    for decorate in (
+        click.option("--backend", type=BACKENDS, help="The engine; wins over the file."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file."
+        ),
+        click.option("--config", "named", type=click.Path(path_type=Path), help="The same as naming FILE."),
+        click.argument("file", type=click.Path(path_type=Path), required=False),
+    ):
+        command = decorate(command)
+    return command
+
+
+def json_option(command: Command) -> Command:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
+
+
+def load(
+    file: Path | None, named: Path | None, backend: str | None, overrides: tuple[str, ...]
+) -> LoadedConfig:
+    """The config that the command line means. Raises ConfigError with every problem of the file."""
+    if file is not None and named is not None and file != named:
+        raise click.UsageError(f"two files: {file} and --config {named}")
+    if backend is not None:
+        overrides = (*overrides, f"backend={backend}")
+    return load_config(file or named or DEFAULT_FILE, overrides)

@@ -1,0 +1,232 @@
+"""The saved adapter: names, shapes and settings in PEFT's layout, a plain LoRA on the untouched base."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from soup_xb.core.errors import ModelError
+from soup_xb.core.modules import AdapterModule, adapter_scale
+from soup_xb.core.patterns import matching_names
+from soup_xb.core.session import AdapterPlan
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+PREFIX = "base_model.model."
+
+Array = np.ndarray[Any, Any]
+Factors = Mapping[str, Mapping[str, Array]]
+
+
+@frozen(eq=False)
+class SavedAdapter:
+    """An adapter read from a folder: `factors` by module name, and the settings file as it is."""
+
+    factors: Factors
+    settings: Mapping[str, Any]
+
+
+def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, names: Sequence[str]) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
+
+    `names` are the names of all adaptable modules of the base: `target_modules` is written in its short form
+    (`q_proj`) only where that reaches the adapted modules and no other.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        _key(name, factor): array for name, arrays in factors.items() for factor, array in arrays.items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors writes with mode 0600 whatever the umask says.
+    _take_umask(folder / WEIGHTS)
+    settings = adapter_settings(plan, base, names)
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def adapter_settings(plan: AdapterPlan, base: str, names: Sequence[str]) -> dict[str, Any]:
+    """The content of `adapter_config.json`."""
+    rank = _most_common(adapter.rank for adapter in plan.modules)
+    alpha = _most_common(adapter.alpha for adapter in plan.modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": plan.dropout,
+        "target_modules": _short_names([adapter.name for adapter in plan.modules], names),
+        "rank_pattern": {
+            re.escape(adapter.name): adapter.rank for adapter in plan.modules if adapter.rank != rank
+        },
+        "alpha_pattern": {
+            re.escape(adapter.name): adapter.alpha for adapter in plan.modules if adapter.alpha != alpha
+        },
+        "use_rslora": plan.use_rslora,
+        "use_dora": plan.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """Read an adapter in PEFT's layout. Raises ModelError naming the file and what is wrong with it."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    settings = _read_settings(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        cure = (
+            "save it in float32 or float16 safetensors with PEFT."
+            if isinstance(error, TypeError | KeyError)
+            else ""
+        )
+        raise ModelError(
+            "damaged-adapter", f"cannot be read: {error}", where=str(folder / WEIGHTS), help=cure
+        ) from error
+    factors: dict[str, dict[str, Array]] = {}
+    for key, array in tensors.items():
+        name, factor = _split_key(key, folder / WEIGHTS)
+        factors.setdefault(name, {})[factor] = array.astype(np.float32)
+    for name, arrays in factors.items():
+        for factor, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ModelError(
+                    "non-finite-adapter",
+                    f"`{name}` has values in {factor} that are not finite",
+                    where=str(folder / WEIGHTS),
+                    help="the adapter is broken; use an earlier checkpoint.",
+                )
+    return SavedAdapter(factors, settings)
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder that holds the adapter: the one named, or `adapter/` in a run's output folder."""
+    return path if (path / SETTINGS).is_file() or not (path / "adapter").is_dir() else path / "adapter"
+
+
+def fit_factors(saved: SavedAdapter, plan: AdapterPlan, folder: Path) -> dict[str, dict[str, Array]]:
+    """The saved factors for a run with its own scales: B takes the ratio, so that scale * B A stays the same.
+
+    Names and shapes are checked where the factors are set.
+    """
+    scales = {module.name: module.scale for module in adapter_modules(saved, folder)}
+    fitted = {name: dict(arrays) for name, arrays in saved.factors.items()}
+    for adapter in plan.modules:
+        if adapter.name in fitted and scales[adapter.name] != adapter.scale:
+            fitted[adapter.name]["lora_B"] = fitted[adapter.name]["lora_B"] * np.float32(
+                scales[adapter.name] / adapter.scale
+            )
+    return fitted
+
+
+def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, ...]:
+    """The modules of a saved adapter with their ranks and scales, from its shapes and settings.
+
+    Raises ModelError for factors that do not belong together and for settings that are no numbers.
+    """
+    alphas = saved.settings.get("alpha_pattern") or {}
+    rslora = saved.settings.get("use_rslora") is True
+    if not isinstance(alphas, dict):
+        raise _damaged(folder / SETTINGS, "`alpha_pattern` must be an object")
+    modules = []
+    for name, arrays in saved.factors.items():
+        a, b = arrays.get("lora_A"), arrays.get("lora_B")
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise _damaged(folder / WEIGHTS, f"the factors of `{name}` do not belong together")
+        rank = int(a.shape[0])
+        alpha = _pattern_value(alphas, name, saved.settings.get("lora_alpha", 8))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise _damaged(folder / SETTINGS, f"alpha of `{name}` must be a number, got {alpha!r}")
+        scale = adapter_scale(alpha, rank, rslora)
+        modules.append(AdapterModule(name, int(b.shape[0]), int(a.shape[1]), rank, alpha, scale))
+    return tuple(modules)
+
+
+def _damaged(file: Path, message: str) -> ModelError:
+    return ModelError("damaged-adapter", message, where=str(file), help="write the adapter again.")
+
+
+def check_factors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Array]) -> None:
+    """Compare names and shapes (`module.factor` -> shape). Raises ModelError naming the first that does not fit."""
+    odd = sorted(set(expected).symmetric_difference(given))
+    if odd:
+        whose = "the adapter has no" if odd[0] in expected else "the run has no"
+        raise ModelError(
+            "adapter-does-not-fit",
+            f"{len(odd)} tensors do not fit, first: {whose} `{odd[0]}`",
+            help="the adapter belongs to another base or to other target_modules.",
+        )
+    for name, shape in expected.items():
+        if tuple(given[name].shape) != shape:
+            raise ModelError(
+                "adapter-does-not-fit",
+                f"`{name}` is {tuple(given[name].shape)} in the adapter and {shape} in the run",
+                help="the adapter has another rank or belongs to another base.",
+            )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS
+    if not file.is_file():
+        raise ModelError(
+            "adapter-not-found",
+            f"there is no {SETTINGS}",
+            where=str(folder),
+            help="name a folder that holds adapter_config.json, or a run's output folder.",
+        )
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError("damaged-adapter", f"is not JSON: {error}", where=str(file)) from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise ModelError("foreign-adapter", "is not a LoRA adapter in PEFT's layout", where=str(file))
+    return settings
+
+
+def _key(name: str, factor: str) -> str:
+    return f"{PREFIX}{name}.{factor}" + ("" if factor == "lora_magnitude_vector" else ".weight")
+
+
+def _split_key(key: str, file: Path) -> tuple[str, str]:
+    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", key)
+    if not match:
+        raise ModelError(
+            "foreign-adapter", f"`{key}` is not a LoRA factor of a linear layer", where=str(file)
+        )
+    return match[1], match[2]
+
+
+def _short_names(adapted: list[str], names: Sequence[str]) -> list[str]:
+    lasts = sorted({name.rpartition(".")[2] for name in adapted})
+    reached = {name for name in names if name.rpartition(".")[2] in lasts}
+    return lasts if reached == set(adapted) else sorted(adapted)
+
+
+def _most_common(values: Any) -> int:
+    return int(Counter(values).most_common(1)[0][0])
+
+
+def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if matching_names(pattern, [name])), default)
+
+
+def _take_umask(file: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)

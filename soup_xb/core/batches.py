@@ -1,0 +1,93 @@
+"""Which rows a micro-batch holds, in which order, and how they are padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from soup_xb.core.examples import TokenRow
+from soup_xb.core.random_numbers import permutation
+
+# Rows are sorted by length inside a window of so many micro-batches: wide enough for rows of nearly equal length
+# to meet, narrow enough that a window still is a random sample of the data.
+WINDOW = 64
+
+Array = np.ndarray[Any, Any]
+
+
+@frozen(eq=False)
+class MicroBatch:
+    """Rows that go through the model together.
+
+    `tokens` is int32 (rows, length), padded on the right. `positions` is int64 (n,): the places in the flattened
+    (rows * length) grid whose hidden state predicts a target; `targets` is int64 (n,), the token ids predicted
+    there. `lengths` is int64 (rows,), the real tokens of each row.
+    """
+
+    tokens: Array
+    positions: Array
+    targets: Array
+    lengths: Array
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of targets."""
+        return int(self.targets.size)
+
+    @property
+    def real_tokens(self) -> int:
+        """Number of tokens without padding."""
+        return int(self.lengths.sum())
+
+
+def epoch_batches(lengths: Array, batch_size: int, seed: int, epoch: int) -> list[Array]:
+    """Row indices of each micro-batch of an epoch, every row once; a function of seed and epoch.
+
+    Rows are shuffled, sorted by length inside windows so that padding stays small, cut into micro-batches, and
+    the micro-batches are shuffled again, so that consecutive steps do not see consecutive lengths.
+    """
+    order = permutation(len(lengths), "rows", seed, epoch)
+    window = WINDOW * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return [batches[index] for index in permutation(len(batches), "batches", seed, epoch)]
+
+
+def eval_batches(lengths: Array, batch_size: int) -> list[Array]:
+    """Row indices of each evaluation micro-batch, longest rows first, so that a lack of memory shows at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def process_share(rows: Array, process: int, processes: int) -> Array:
+    """The rows of a micro-batch that one of several processes computes; lengths are dealt out evenly."""
+    return rows[process::processes]
+
+
+def collate(rows: Sequence[TokenRow], pad_id: int) -> MicroBatch:
+    """Pad rows on the right to their longest.
+
+    Without rows (a process that has none of the last micro-batch) it is one padding token without a target, so
+    that every process takes part in every collective operation.
+    """
+    length = max((row.length for row in rows), default=1)
+    tokens = np.full((max(1, len(rows)), length), pad_id, dtype=np.int32)
+    positions, targets = [], []
+    for index, row in enumerate(rows):
+        tokens[index, : row.length] = row.tokens
+        predicted = np.flatnonzero(row.trained[1:]) + 1
+        positions.append(index * length + predicted - 1)
+        targets.append(row.tokens[predicted])
+    empty = np.zeros(0, dtype=np.int64)
+    return MicroBatch(
+        tokens=tokens,
+        positions=np.concatenate([empty, *positions]),
+        targets=np.concatenate([empty, *targets]).astype(np.int64),
+        lengths=np.array([row.length for row in rows], dtype=np.int64),
+    )

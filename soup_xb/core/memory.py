@@ -1,0 +1,54 @@
+"""How much memory a run will take, from sizes alone: an estimate to choose settings by."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from soup_xb.core.config import TrainingConfig
+from soup_xb.core.modules import AdapterModule
+from soup_xb.core.session import BaseDescription
+
+_WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
+# 4 bits and a scale for 64 weights that is quantized itself; 8 bits and a scale a row.
+_QUANTIZED_BYTES = {"4bit": 0.52, "8bit": 1.01}
+
+
+@frozen
+class MemoryEstimate:
+    """Bytes for one process. `adapter` counts float32 factors, gradients and two moments."""
+
+    base: int
+    adapter: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.base + self.adapter + self.activations
+
+
+def estimate_memory(
+    description: BaseDescription,
+    adapters: tuple[AdapterModule, ...],
+    training: TrainingConfig,
+    precision: str,
+    batch_tokens: int,
+) -> MemoryEstimate:
+    """Estimate for one process whose largest micro-batch has `batch_tokens` tokens.
+
+    Kept activations are taken as, for each block and token, the inputs of its matrix products and norms (about 10
+    hidden and 4 intermediate sizes), or one hidden size with gradient checkpointing, plus the head's logits
+    and their gradient in float32 on all positions; rows that train on fewer need less.
+    """
+    width = _WEIGHT_BYTES[precision]
+    linear = sum(module.out_features * module.in_features for module in description.modules)
+    plain = description.parameters - linear if training.quantization != "none" else description.parameters
+    quantized = description.parameters - plain
+    base = plain * width + quantized * _QUANTIZED_BYTES.get(training.quantization, 0.0)
+    moments = 0 if training.optimizer == "sgd" else 2
+    adapter = sum(module.parameters for module in adapters) * 4 * (2 + moments)
+    block = 10 * description.hidden_size + 4 * description.intermediate_size
+    kept = description.layers * (description.hidden_size if training.gradient_checkpointing else block)
+    live = block if training.gradient_checkpointing else 0
+    activations = batch_tokens * ((kept + live) * width + 2 * 4 * description.vocabulary_size)
+    return MemoryEstimate(int(base), adapter, int(activations))

@@ -1,0 +1,227 @@
+"""Which modules of a base get an adapter, and with which rank, alpha and scale."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from attrs import frozen
+
+from soup_xb.core.config import LoraConfig
+from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.patterns import matching_names
+from soup_xb.core.suggest import close_names
+
+_BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
+_TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech|multi_modal|multimodal|mm)([._]|$)")
+_ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_gate|gate_\d+)(\.|$)|(^|\.)router\.")
+
+
+@frozen
+class Module:
+    """A linear module of the base that an adapter can sit on; its weight is (out_features, in_features)."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@frozen
+class AdapterModule:
+    """One adapted module: A is (rank, in_features), B is (out_features, rank), output += scale * B A x."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    alpha: float
+    scale: float
+
+    @property
+    def parameters(self) -> int:
+        """Entries of A and B together."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+@frozen
+class Resolution:
+    """The adapted modules in the base's order, and what the user should know about them."""
+
+    adapters: tuple[AdapterModule, ...]
+    warnings: tuple[Problem, ...]
+
+
+@frozen
+class ModuleGroup:
+    """Adapted modules alike in their last name component, rank and alpha."""
+
+    name: str
+    count: int
+    rank: int
+    alpha: float
+    scale: float
+    parameters: int
+
+
+def is_decoder_linear(name: str) -> bool:
+    """Whether `auto` adapts the module: inside a text decoder block, and neither a router nor in a tower.
+
+    >>> is_decoder_linear("model.layers.0.mlp.gate_proj"), is_decoder_linear("model.layers.0.mlp.gate")
+    (True, False)
+    >>> is_decoder_linear("lm_head"), is_decoder_linear("model.vision_tower.layers.0.q_proj")
+    (False, False)
+    """
+    return bool(_BLOCK.search(name)) and not _TOWER.search(name) and not _ROUTER.search(name)
+
+
+def adapter_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """The factor on B A: alpha / rank (LoRA, arXiv:2106.09685), alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732).
+
+    >>> adapter_scale(32, 16, rslora=False), adapter_scale(32, 16, rslora=True)
+    (2.0, 8.0)
+    """
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> Resolution:
+    """Decide the adapted modules and their ranks.
+
+    `written` maps a dotted key to the place to name in an error. Raises ConfigError with every pattern that
+    matches nothing, and for pissa and olora with every rank above the smaller side of its module.
+    """
+    chosen, problems = _targets(modules, lora, written.get("training.lora.target_modules", ""))
+    if problems:
+        raise ConfigError.of(problems)
+    ranks, rank_notes = _values(lora.rank_pattern, chosen, modules, "training.lora.rank_pattern", written)
+    alphas, alpha_notes = _values(lora.alpha_pattern, chosen, modules, "training.lora.alpha_pattern", written)
+    notes = [*rank_notes, *alpha_notes]
+    errors = [problem for problem in notes if problem.code != "patterns-disagree"]
+    adapters = []
+    for module in chosen:
+        rank, alpha = ranks.get(module.name, lora.r), alphas.get(module.name, lora.alpha)
+        scale = adapter_scale(alpha, rank, lora.use_rslora)
+        adapters.append(
+            AdapterModule(module.name, module.out_features, module.in_features, rank, alpha, scale)
+        )
+    large = _ranks_above_side(adapters, lora, written)
+    if lora.init_strategy != "random":
+        errors += large
+    if errors:
+        raise ConfigError.of(errors)
+    return Resolution(tuple(adapters), tuple(notes + large))
+
+
+def group_adapters(adapters: Sequence[AdapterModule]) -> list[ModuleGroup]:
+    """The adapters as a short table, in order of first appearance."""
+    groups: dict[tuple[str, int, float, float], list[AdapterModule]] = {}
+    for adapter in adapters:
+        last = adapter.name.rpartition(".")[2]
+        groups.setdefault((last, adapter.rank, adapter.alpha, adapter.scale), []).append(adapter)
+    return [
+        ModuleGroup(name, len(members), rank, alpha, scale, sum(member.parameters for member in members))
+        for (name, rank, alpha, scale), members in groups.items()
+    ]
+
+
+def _targets(
+    modules: Sequence[Module], lora: LoraConfig, where: str
+) -> tuple[tuple[Module, ...], list[Problem]]:
+    targets = lora.target_modules
+    if targets in ("auto", "all-linear"):
+        chosen = tuple(module for module in modules if is_decoder_linear(module.name))
+        if chosen:
+            return chosen, []
+        problem = Problem(
+            "no-decoder-linear",
+            f"`auto` found no linear layer in a decoder block among {len(modules)} modules",
+            where,
+            f"name the modules, for example: {', '.join(_last_components(modules)[:6])}.",
+        )
+        return (), [problem]
+    names = [module.name for module in modules]
+    wanted: set[str] = set()
+    problems = []
+    for pattern in (targets,) if isinstance(targets, str) else targets:
+        reached = matching_names(pattern, names, where)
+        wanted.update(reached)
+        if not reached:
+            problems.append(_matches_nothing(pattern, modules, where))
+    return tuple(module for module in modules if module.name in wanted), problems
+
+
+def _values(
+    patterns: Mapping[str, int],
+    chosen: Sequence[Module],
+    modules: Sequence[Module],
+    key: str,
+    written: Mapping[str, str],
+) -> tuple[dict[str, int], list[Problem]]:
+    """Module name -> value of the first pattern that matches, with a problem for each odd pattern."""
+    values: dict[str, int] = {}
+    deciding: dict[str, str] = {}
+    problems = []
+    disagreements: dict[tuple[str, str], int] = {}
+    for pattern, value in patterns.items():
+        where = written.get(f"{key}.{pattern}") or written.get(key, "")
+        reached = matching_names(pattern, [module.name for module in chosen], where)
+        if not reached:
+            problems.append(_reaches_no_target(pattern, modules, where))
+        for name in reached:
+            if name not in values:
+                values[name], deciding[name] = value, pattern
+            elif values[name] != value:
+                pair = (deciding[name], pattern)
+                disagreements[pair] = disagreements.get(pair, 0) + 1
+    for (first, second), count in disagreements.items():
+        message = f"`{first}` and `{second}` both match {count} modules with different values; `{first}` wins"
+        cure = "the first key that matches decides; make the keys narrower or reorder them."
+        problems.append(Problem("patterns-disagree", message, written.get(key, key), cure))
+    return values, problems
+
+
+def _reaches_no_target(pattern: str, modules: Sequence[Module], where: str) -> Problem:
+    if matching_names(pattern, [module.name for module in modules], where):
+        return Problem(
+            "pattern-outside-targets",
+            f"`{pattern}` matches modules of the base, but none that `target_modules` adapts",
+            where,
+            "add the modules to `training.lora.target_modules`, or remove the pattern.",
+        )
+    return _matches_nothing(pattern, modules, where)
+
+
+def _matches_nothing(pattern: str, modules: Sequence[Module], where: str) -> Problem:
+    lasts = _last_components(modules)
+    close = close_names(pattern.rpartition(".")[2], lasts) or lasts[:6]
+    return Problem(
+        "pattern-without-module",
+        f"`{pattern}` matches none of the {len(modules)} adaptable modules",
+        where,
+        f"close names: {', '.join(close)}.",
+    )
+
+
+def _ranks_above_side(
+    adapters: Sequence[AdapterModule], lora: LoraConfig, written: Mapping[str, str]
+) -> list[Problem]:
+    large = [adapter for adapter in adapters if adapter.rank > min(adapter.out_features, adapter.in_features)]
+    if not large:
+        return []
+    first = large[0]
+    side = min(first.out_features, first.in_features)
+    others = f" (and {len(large) - 1} more modules)" if len(large) > 1 else ""
+    return [
+        Problem(
+            "rank-above-side",
+            f"rank {first.rank} is above {side}, the smaller side of `{first.name}`{others}",
+            written.get("training.lora.r", "training.lora.r"),
+            f"a rank above {side} adds parameters and no freedom there"
+            + ("." if lora.init_strategy == "random" else f"; {lora.init_strategy} has no such directions."),
+        )
+    ]
+
+
+def _last_components(modules: Sequence[Module]) -> list[str]:
+    return list(Counter(module.name.rpartition(".")[2] for module in modules))

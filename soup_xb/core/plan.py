@@ -1,0 +1,152 @@
+"""Everything about a run that can be decided in plain numbers before a tensor is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from soup_xb.core.batches import MicroBatch, collate, epoch_batches, eval_batches, process_share
+from soup_xb.core.config import Config, TrainingConfig
+from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.examples import TokenRow
+from soup_xb.core.modules import Resolution
+from soup_xb.core.schedule import LearningRates, restart_steps, steps_every, warmup_steps
+from soup_xb.core.session import AdapterPlan, OptimizerSettings
+
+
+@frozen(eq=False)
+class Plan:
+    """A run, decided: adapters, the rows of every step, learning rates, and when to evaluate, save and restart."""
+
+    config: Config
+    adapters: AdapterPlan
+    rows: tuple[TokenRow, ...]
+    evaluation: tuple[TokenRow, ...]
+    pad_id: int
+    steps_per_epoch: int
+    total_steps: int
+    learning_rates: LearningRates
+    eval_steps: tuple[int, ...]
+    save_steps: tuple[int, ...]
+    restart_steps: tuple[int, ...]
+    warnings: tuple[Problem, ...]
+
+    @property
+    def epochs(self) -> float:
+        """How often every row is seen."""
+        return self.total_steps / self.steps_per_epoch
+
+    def step_rows(self, step: int) -> tuple[np.ndarray[Any, Any], ...]:
+        """Row indices of each micro-batch of `step`, over all processes."""
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        size = self.config.training.gradient_accumulation_steps
+        return tuple(self._epoch(epoch)[index * size : (index + 1) * size])
+
+    def target_tokens(self, step: int) -> int:
+        """Targets of `step`, over all micro-batches and processes."""
+        return sum(self.rows[row].target_tokens for rows in self.step_rows(step) for row in rows)
+
+    def real_tokens(self, step: int) -> int:
+        """Tokens of `step` without padding, over all micro-batches and processes."""
+        return sum(self.rows[row].length for rows in self.step_rows(step) for row in rows)
+
+    def micro_batches(self, step: int, process: int = 0, processes: int = 1) -> list[MicroBatch]:
+        """One process's padded micro-batches of `step`."""
+        shares = (process_share(rows, process, processes) for rows in self.step_rows(step))
+        return [collate([self.rows[row] for row in share], self.pad_id) for share in shares]
+
+    def eval_micro_batches(self, process: int = 0, processes: int = 1) -> list[MicroBatch]:
+        """One process's padded micro-batches of the held-out rows."""
+        return held_out_batches(
+            self.evaluation, self.config.training.batch_size, self.pad_id, process, processes
+        )
+
+    def _epoch(self, epoch: int) -> list[np.ndarray[Any, Any]]:
+        return _cached_epoch(self, epoch)
+
+
+@lru_cache(maxsize=2)
+def _cached_epoch(plan: Plan, epoch: int) -> list[np.ndarray[Any, Any]]:
+    lengths = np.array([row.length for row in plan.rows])
+    training = plan.config.training
+    return epoch_batches(lengths, training.batch_size, training.seed, epoch)
+
+
+def held_out_batches(
+    rows: Sequence[TokenRow], batch_size: int, pad_id: int, process: int = 0, processes: int = 1
+) -> list[MicroBatch]:
+    """One process's padded micro-batches of rows to evaluate."""
+    batches = eval_batches(np.array([row.length for row in rows], dtype=np.int64), batch_size)
+    shares = (process_share(batch, process, processes) for batch in batches)
+    return [collate([rows[row] for row in share], pad_id) for share in shares]
+
+
+def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
+    """The optimizer's settings out of the config."""
+    return OptimizerSettings(
+        name=training.optimizer,
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+
+def make_plan(
+    config: Config,
+    resolution: Resolution,
+    rows: tuple[TokenRow, ...],
+    evaluation: tuple[TokenRow, ...],
+    pad_id: int,
+) -> Plan:
+    """Decide a run. Raises ConfigError where a restart is asked for that would never happen."""
+    training = config.training
+    micro_batches = -(-len(rows) // training.batch_size)
+    steps_per_epoch = -(-micro_batches // training.gradient_accumulation_steps)
+    total_steps = training.max_steps or training.epochs * steps_per_epoch
+    restarts = restart_steps(total_steps, training.relora_steps, training.relora_warmup_ratio)
+    if training.relora_steps is not None and not restarts:
+        raise ConfigError(
+            "no-restart",
+            f"no restart would happen: relora_steps is {training.relora_steps} and the run has {total_steps} steps",
+            where="training.relora_steps",
+            help="lower it, train for more steps, or remove it.",
+        )
+    return Plan(
+        config=config,
+        adapters=AdapterPlan(
+            modules=resolution.adapters,
+            dropout=training.lora.dropout,
+            init_strategy=training.lora.init_strategy,
+            use_rslora=training.lora.use_rslora,
+            use_dora=training.lora.use_dora,
+            seed=training.seed,
+        ),
+        rows=rows,
+        evaluation=evaluation,
+        pad_id=pad_id,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        learning_rates=_learning_rates(training, total_steps),
+        eval_steps=_eval_steps(training, total_steps) if evaluation else (),
+        save_steps=steps_every(training.save_steps, total_steps),
+        restart_steps=restarts,
+        warnings=resolution.warnings,
+    )
+
+
+def _learning_rates(training: TrainingConfig, total_steps: int) -> LearningRates:
+    if training.warmup_steps is not None:
+        warmup = min(training.warmup_steps, total_steps)
+    else:
+        warmup = warmup_steps(total_steps, training.warmup_ratio)
+    return LearningRates(training.lr, training.scheduler, warmup, total_steps)
+
+
+def _eval_steps(training: TrainingConfig, total_steps: int) -> tuple[int, ...]:
+    return steps_every(training.eval_steps or total_steps, total_steps)

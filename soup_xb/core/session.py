@@ -1,0 +1,175 @@
+"""What a backend offers to the loop: a protocol, and the plain values that cross it.
+
+A protocol and not a base class, so that no inherited default can look like support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from attrs import frozen
+
+from soup_xb.core.batches import MicroBatch
+from soup_xb.core.errors import Problem
+from soup_xb.core.modules import AdapterModule, Module
+
+Array = np.ndarray[Any, Any]
+
+
+@frozen
+class OptimizerSettings:
+    """Every setting of the optimizer, so that no library default takes part."""
+
+    name: str
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@frozen
+class SessionSettings:
+    """How to open a base. `base` is a local folder; `weights=False` gives its structure alone."""
+
+    base: Path
+    precision: str
+    quantization: str
+    gradient_checkpointing: bool
+    optimizer: OptimizerSettings
+    seed: int
+    weights: bool = True
+
+
+@frozen
+class BaseDescription:
+    """The base's structure: `modules` that can carry an adapter, in the model's order, and its sizes."""
+
+    model_type: str
+    modules: tuple[Module, ...]
+    parameters: int
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocabulary_size: int
+
+
+@frozen
+class AdapterPlan:
+    """The adapters to attach, decided module by module."""
+
+    modules: tuple[AdapterModule, ...]
+    dropout: float
+    init_strategy: str
+    use_rslora: bool
+    use_dora: bool
+    seed: int
+
+
+@frozen
+class StepSettings:
+    """What one optimizer update needs to know.
+
+    `target_tokens` counts the targets of the whole step, over all micro-batches and processes: the loss is the
+    sum over targets divided by it.
+    """
+
+    step: int
+    learning_rate: float
+    target_tokens: int
+
+
+@frozen
+class StepResult:
+    """Mean loss over the step's targets and the gradient's norm before clipping, the same on every process.
+
+    `applied` is False when either is not finite; nothing was updated then.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+@frozen
+class LossSum:
+    """A sum of losses over `target_tokens` targets, over all processes."""
+
+    total: float
+    target_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over the targets."""
+        return self.total / self.target_tokens
+
+
+@frozen
+class GenerationSettings:
+    """How to continue a prompt. `temperature` 0 is greedy decoding."""
+
+    max_new_tokens: int
+    temperature: float
+    end_ids: tuple[int, ...]
+    seed: int = 0
+
+
+class Session(Protocol):
+    """One opened base with, later, adapters on it."""
+
+    backend: str
+    device: str
+    precision: str
+    process: int
+    processes: int
+
+    def notices(self) -> tuple[Problem, ...]:
+        """What opening decided, with its reasons: device, precision, patches."""
+
+    def describe(self) -> BaseDescription:
+        """The base's structure."""
+
+    def attach(self, plan: AdapterPlan) -> None:
+        """Put adapters on the base and make them, and nothing else, trainable."""
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
+        """One optimizer update over this process's micro-batches."""
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
+        """Loss without dropout and without touching any training state; `adapter=False` is the true base."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write factors and optimizer state, all that an exact resume needs, as safetensors and JSON."""
+
+    def load_state(self, folder: Path) -> None:
+        """Read back what `save_state` wrote. Raises CheckpointError when it does not fit the adapters."""
+
+    def factors(self) -> Mapping[str, Mapping[str, Array]]:
+        """The adapter as a plain LoRA on the untouched base: module name -> {"lora_A": …, "lora_B": …}, float32.
+
+        With DoRA also "lora_magnitude_vector" (out_features,).
+        """
+
+    def load_factors(self, factors: Mapping[str, Mapping[str, Array]]) -> None:
+        """Set the attached adapter's factors. Raises ModelError when names or shapes do not fit."""
+
+    def logits(self, tokens: Array, adapter: bool = True) -> Array:
+        """Float32 (rows, length, vocabulary) for int tokens (rows, length) without padding."""
+
+    def generate(self, prompt: Array, settings: GenerationSettings, adapter: bool = True) -> Array:
+        """Token ids that continue the int32 (length,) prompt, the end token not included."""
+
+    def save_merged(self, folder: Path) -> None:
+        """Write the base with the adapter folded in, in the base's own format."""
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process held: on the accelerator if it runs on one, else resident."""
+
+    def agree(self, value: int) -> int:
+        """The largest value over all processes, the same on each; it waits for all of them."""
+
+    def close(self) -> None:
+        """Undo every patch and give the memory back."""

@@ -1,0 +1,199 @@
+"""Keeping a run: its folder, its events and checkpoints while it goes, its adapter and report at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from soup_xb import __version__
+from soup_xb.core.checkpoint import CheckpointFacts, remove_after, rotate, write_checkpoint
+from soup_xb.core.config_file import config_dict
+from soup_xb.core.errors import CheckpointError, SoupError, StoppedError
+from soup_xb.core.events import Event, Listener, Notice, SaveEvent
+from soup_xb.core.launch import is_first_process
+from soup_xb.core.loop import LoopResult
+from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
+from soup_xb.core.run_record import RunRecord, read_record
+from soup_xb.resume import (
+    SETTINGS_FILE,
+    ResumePoint,
+    data_fingerprint,
+    find_resume_point,
+    run_settings,
+    settings_fingerprint,
+)
+
+if TYPE_CHECKING:
+    from soup_xb.train import Opened, TrainOptions
+
+_PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
+
+
+class RunKeeper:
+    """What a run writes. On every process but the first `folder` is None and nothing is written."""
+
+    def __init__(
+        self, run: Opened, options: TrainOptions, folder: RunFolder | None, listeners: Sequence[Listener]
+    ) -> None:
+        """Keep `run` in an opened folder, and tell the listeners of every event."""
+        self.run, self.options, self.folder = run, options, folder
+        self.listeners = listeners if folder else ()
+        self.settings = run_settings(run.loaded.config)
+        self.facts = CheckpointFacts(
+            backend=run.session.backend,
+            processes=run.session.processes,
+            config=settings_fingerprint(self.settings),
+            data=data_fingerprint((*run.plan.rows, *run.plan.evaluation)),
+            versions=versions(),
+            bytes_expected=16 * sum(adapter.parameters for adapter in run.plan.adapters.modules),
+        )
+        self.record = RunRecord(
+            status="running",
+            backend=run.session.backend,
+            base=run.loaded.config.base,
+            config=config_dict(run.loaded.config),
+            versions=self.facts.versions,
+            seed=run.loaded.config.training.seed,
+            total_steps=run.plan.total_steps,
+            started=now(),
+            version=__version__,
+        )
+
+    def emit(self, event: Event) -> None:
+        """Write an event to `metrics.jsonl` and tell the listeners."""
+        if self.folder is not None:
+            self.folder.record_event(event)
+        self.tell(event)
+
+    def is_complete(self) -> bool:
+        """Whether a resume finds a run that is finished already; `record` is then the finished run's."""
+        path = Path(self.run.loaded.config.output)
+        if not self.options.resume or not (path / ADAPTER).is_dir():
+            return False
+        try:
+            record = read_record(path)
+        except CheckpointError:
+            return False
+        complete = record.status == "finished" and record.steps >= self.run.plan.total_steps
+        if complete:
+            self.record = record
+        return complete
+
+    def start(self) -> int:
+        """Read the checkpoint to go on from, and write the first `run.json`. Returns the steps already done.
+
+        Later checkpoints than that one are removed: they belong to steps that are trained anew.
+        """
+        point = self._resume_point()
+        self.run.session.agree(0)
+        if self.folder is not None:
+            self.folder.check_space(3 * self.facts.bytes_expected)
+            self.folder.truncate_metrics(point.step)
+            remove_after(self.folder.checkpoints, point.step)
+            self.record = evolve(self.record, steps=point.step)
+            self.folder.write_record(self.record)
+            for notice in self.folder.notices:
+                self.emit(notice)
+        for problem in point.notices:
+            self.emit(Notice(problem))
+        return point.step
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step; the other processes wait until it is whole."""
+        if self.folder is not None:
+            started = time.perf_counter()
+            saved = write_checkpoint(self.folder.checkpoints, step, self._write_state, self.facts)
+            rotate(self.folder.checkpoints, self.run.loaded.config.training.save_total_limit)
+            seconds = time.perf_counter() - started
+            self.emit(SaveEvent(step, str(saved.path), saved.bytes, seconds))
+        self.run.session.agree(0)
+
+    def ended(self, result: LoopResult, status: str) -> RunRecord:
+        """Write the last `run.json`."""
+        record = evolve(
+            self.record,
+            status=status,
+            steps=result.step,
+            train_seconds=result.seconds,
+            tokens_per_second=result.tokens / result.seconds if result.seconds else 0.0,
+            peak_memory_bytes=self.run.session.peak_memory_bytes(),
+            ended=now(),
+        )
+        return self._replace_record(record)
+
+    def failed(self, error: BaseException) -> None:
+        """Note in `run.json` what ended the run."""
+        text = str(error) if isinstance(error, SoupError) else f"{type(error).__name__}: {error}"
+        self._replace_record(evolve(self.record, status="failed", ended=now(), error=text))
+
+    def tell(self, event: Event) -> None:
+        """Tell the listeners alone."""
+        for listener in self.listeners:
+            listener(event)
+
+    def _replace_record(self, record: RunRecord) -> RunRecord:
+        self.record = record
+        if self.folder is not None:
+            self.folder.write_record(record)
+        return record
+
+    def _resume_point(self) -> ResumePoint:
+        if not (self.options.resume or self.options.resume_from):
+            return ResumePoint(0, None, ())
+        checkpoints = Path(self.run.loaded.config.output) / CHECKPOINTS
+        point = find_resume_point(checkpoints, self.options.resume_from, self.facts, self.settings)
+        if point.folder is not None:
+            self.run.session.load_state(point.folder)
+        return point
+
+    def _write_state(self, folder: Path) -> None:
+        self.run.session.save_state(folder)
+        text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
+        (folder / SETTINGS_FILE).write_text(text, "utf-8")
+
+
+@contextmanager
+def output_folder(output: Path, options: TrainOptions) -> Iterator[RunFolder | None]:
+    """The locked output folder on the first process, None on the others."""
+    if not is_first_process():
+        yield None
+        return
+    resume = options.resume or options.resume_from is not None
+    with open_run_folder(output, overwrite=options.overwrite, resume=resume) as folder:
+        yield folder
+
+
+@contextmanager
+def failure_noted(keeper: RunKeeper) -> Iterator[None]:
+    """Inside, whatever ends the run but a polite stop is noted in `run.json`."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except BaseException as error:
+        keeper.failed(error)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that numbers depend on."""
+    found = {"soup-xb": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time as ISO text, in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

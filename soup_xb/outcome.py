@@ -1,0 +1,132 @@
+"""What a finished run hands over: the portable adapter with its card, answers to prompts, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import frozen
+
+from soup_xb import __version__
+from soup_xb.core import staging
+from soup_xb.core.adapter_file import Factors, read_adapter, write_adapter
+from soup_xb.core.config_file import dump_config
+from soup_xb.core.durable import disk_errors, write_text
+from soup_xb.core.errors import ModelError
+from soup_xb.core.events import EvalEvent, Event, StepEvent
+from soup_xb.core.examples import Message
+from soup_xb.core.metrics import read_events
+from soup_xb.core.model_card import CardFacts, model_card
+from soup_xb.core.modules import group_adapters
+from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
+from soup_xb.core.run_folder import RunFolder
+from soup_xb.core.run_record import RunRecord
+from soup_xb.core.session import GenerationSettings
+from soup_xb.trained import Trained, continue_chat
+
+if TYPE_CHECKING:
+    from soup_xb.train import Opened
+
+ANSWER_TOKENS = 120
+
+
+@frozen
+class Outcome:
+    """How a run ended and where its adapter and report lie. `already_complete`: nothing was left to train."""
+
+    record: RunRecord
+    folder: Path
+    samples: tuple[Sample, ...] = ()
+    already_complete: bool = False
+
+    @property
+    def adapter(self) -> Path:
+        """The portable adapter."""
+        return self.folder / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The page that a person reads."""
+        return self.folder / "report.html"
+
+
+def save_adapter(run: Opened, folder: RunFolder) -> None:
+    """Write the portable adapter with its tokenizer and card, proven by reading it back, in one piece.
+
+    Raises ModelError when what is on the disk is not what was trained.
+    """
+    factors = run.session.factors()
+    names = [module.name for module in run.session.describe().modules]
+    with disk_errors(folder.adapter, 16 * sum(adapter.parameters for adapter in run.plan.adapters.modules)):
+        staged = staging.start(folder.adapter)
+        write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
+        _prove(staged, factors)
+        run.tokenizer.save(staged)
+        write_text(staged / "README.md", _card(run, read_events(folder.metrics)))
+        staging.publish(staged, folder.adapter)
+
+
+def answer_prompts(run: Opened, prompts: Sequence[str]) -> tuple[Sample, ...]:
+    """Each prompt answered by the base and by the tuned model, greedily."""
+    trained = Trained(run.session, run.tokenizer, run.base, has_adapter=True)
+    settings = GenerationSettings(ANSWER_TOKENS, temperature=0.0, end_ids=run.tokenizer.end_ids)
+
+    def answer(prompt: str, adapter: bool) -> str:
+        return continue_chat(trained, [Message("user", prompt)], settings, adapter)
+
+    return tuple(Sample(prompt, answer(prompt, False), answer(prompt, True)) for prompt in prompts)
+
+
+def save_report(run: Opened, folder: RunFolder, record: RunRecord, samples: Sequence[Sample]) -> None:
+    """Write `report.html` from everything that the run left."""
+    facts = ReportFacts(
+        record=record,
+        events=read_events(folder.metrics),
+        modules=_module_rows(run),
+        settings=dump_config(run.loaded.config),
+        samples=samples,
+    )
+    write_report(folder, facts)
+
+
+def _prove(staged: Path, factors: Factors) -> None:
+    saved = read_adapter(staged).factors
+    same = saved.keys() == factors.keys() and all(
+        np.array_equal(saved[name][factor], array)
+        for name, arrays in factors.items()
+        for factor, array in arrays.items()
+    )
+    if not same:
+        raise ModelError(
+            "adapter-not-saved",
+            "the adapter read back from the disk is not the one that was trained",
+            where=str(staged),
+            help="check the disk; the last checkpoint can be resumed.",
+        )
+
+
+def _card(run: Opened, events: Sequence[Event]) -> str:
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    evals = [event for event in events if isinstance(event, EvalEvent)]
+    config = run.loaded.config
+    facts = CardFacts(
+        base=config.base,
+        data=", ".join(Path(source).name for source in config.data.train),
+        steps=run.plan.total_steps,
+        modules=_module_rows(run),
+        saved_rank=max(adapter.rank for adapter in run.plan.adapters.modules),
+        settings=dump_config(config),
+        version=__version__,
+        train_loss=steps[-1].loss if steps else None,
+        eval_loss=evals[-1].loss if evals else None,
+    )
+    return model_card(facts)
+
+
+def _module_rows(run: Opened) -> list[ModuleRow]:
+    return [
+        ModuleRow(group.name, group.count, group.rank, group.alpha, group.scale, group.parameters)
+        for group in group_adapters(run.plan.adapters.modules)
+    ]

@@ -1,0 +1,177 @@
+"""The story of a run: check -> open -> plan -> loop -> what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrs import frozen
+
+from soup_xb.backends import choose_backend, open_session
+from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
+from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.config import Config
+from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.errors import ConfigError, Problem, StoppedError
+from soup_xb.core.events import Listener, Notice, StartEvent
+from soup_xb.core.launch import launched_processes
+from soup_xb.core.loop import Hooks, LoopResult, run_loop
+from soup_xb.core.modules import Resolution, resolve_adapters
+from soup_xb.core.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.run_folder import RunFolder
+from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.stop import stop_on_signals
+from soup_xb.dataset import load_dataset
+from soup_xb.hub import resolve_base
+from soup_xb.keeper import RunKeeper, failure_noted, output_folder
+from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
+from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+
+
+@frozen
+class TrainOptions:
+    """What the command line decides besides the file.
+
+    `prompts` are answered by the base and the tuned model at the end, for the report. `resume_from` names a
+    checkpoint; `resume` takes the newest whole one.
+    """
+
+    resume: bool = False
+    resume_from: Path | None = None
+    overwrite: bool = False
+    prompts: tuple[str, ...] = ()
+
+
+@frozen(eq=False)
+class Opened:
+    """A base on a backend, with the data as token rows and everything decided."""
+
+    loaded: LoadedConfig
+    base: BaseFolder
+    session: Session
+    tokenizer: ChatTokenizer
+    plan: Plan
+    notices: tuple[Problem, ...]
+
+
+def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Listener]) -> Outcome:
+    """Run a config from file to saved adapter.
+
+    Listeners hear every event, on the first process only. Raises a SoupError for everything that a user can
+    cause, among them StoppedError after a signal, with a checkpoint written.
+    """
+    output = Path(loaded.config.output)
+    backend = choose_backend(loaded)
+    check_processes(loaded, launched_processes())
+    with output_folder(output, options) as folder, open_run(loaded, backend) as run:
+        keeper = RunKeeper(run, options, folder, listeners)
+        if keeper.is_complete():
+            return Outcome(keeper.record, output, already_complete=True)
+        _attach(run)
+        done = keeper.start()
+        with failure_noted(keeper), stop_on_signals() as stop:
+            _announce(run, keeper, done)
+            result = run_loop(run.plan, run.session, Hooks(keeper.emit, keeper.save, stop), done)
+            _stop_if_asked(run, keeper, result)
+            return _finish(run, keeper, result, options.prompts)
+
+
+@contextmanager
+def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = True) -> Iterator[Opened]:
+    """Open the base, read the data, and plan; the session is closed on every exit.
+
+    `backend` is a name with the reason for it. With `weights=False` the base's structure alone is opened.
+    """
+    config, (name, reason) = loaded.config, backend
+    base = inspect_base(resolve_base(config.base), weights=weights)
+    tokenizer = open_tokenizer(base.path, config.data.chat_template)
+    dataset = load_dataset(config.data, tokenizer, config.training.seed)
+    session = open_session(name, session_settings(config, base.path, weights))
+    try:
+        resolution = resolve_for(loaded, session)
+        plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
+        notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *dataset.notices)
+        yield Opened(loaded, base, session, tokenizer, plan, notices)
+    finally:
+        session.close()
+
+
+def check_processes(loaded: LoadedConfig, processes: int) -> None:
+    """Raise ConfigError where a micro-batch does not split evenly over the processes."""
+    size = loaded.config.training.batch_size
+    if size % processes:
+        raise ConfigError(
+            "batch-not-divisible",
+            f"{size} rows do not split evenly over {processes} processes",
+            where=loaded.where("training.batch_size"),
+            help=f"`batch_size` counts rows over all processes; use {processes * max(1, round(size / processes))}.",
+        )
+
+
+def session_settings(config: Config, base: Path, weights: bool = True) -> SessionSettings:
+    """How to open the config's base."""
+    training = config.training
+    return SessionSettings(
+        base=base,
+        precision=training.precision,
+        quantization=training.quantization,
+        gradient_checkpointing=training.gradient_checkpointing,
+        optimizer=optimizer_settings(training),
+        seed=training.seed,
+        weights=weights,
+    )
+
+
+def resolve_for(loaded: LoadedConfig, session: Session) -> Resolution:
+    """The adapted modules, with the file's lines in every message."""
+    written = {key: loaded.where(key) for key in loaded.written}
+    return resolve_adapters(session.describe().modules, loaded.config.training.lora, written)
+
+
+def _announce(run: Opened, keeper: RunKeeper, done: int) -> None:
+    keeper.tell(StartEvent(done, run.plan.total_steps))
+    for problem in run.notices:
+        keeper.emit(Notice(problem))
+    for problem in (*run.loaded.warnings, *run.plan.warnings):
+        keeper.emit(Notice(problem, warning=True))
+    adapters = run.plan.adapters.modules
+    parameters = sum(adapter.parameters for adapter in adapters)
+    text = (
+        f"{len(run.plan.rows):,} rows, {run.plan.total_steps:,} steps, {len(adapters)} adapted modules, "
+        f"{parameters:,} trained parameters"
+    )
+    keeper.emit(Notice(Problem("plan", text)))
+
+
+def _attach(run: Opened) -> None:
+    """Put the adapters on, and give them the values of a saved adapter where the config names one."""
+    run.session.attach(run.plan.adapters)
+    if run.loaded.config.adapter is not None:
+        folder = adapter_folder(Path(run.loaded.config.adapter))
+        run.session.load_factors(fit_factors(read_adapter(folder), run.plan.adapters, folder))
+
+
+def _stop_if_asked(run: Opened, keeper: RunKeeper, result: LoopResult) -> None:
+    if result.step >= run.plan.total_steps:
+        return
+    keeper.ended(result, "interrupted")
+    raise StoppedError(
+        "stopped",
+        f"stopped by signal {result.stopped_by} after step {result.step} of {run.plan.total_steps}; "
+        "a checkpoint was written",
+        where=run.loaded.config.output,
+        help="go on with the same command and `--resume`.",
+    )
+
+
+def _finish(run: Opened, keeper: RunKeeper, result: LoopResult, prompts: Sequence[str]) -> Outcome:
+    folder: RunFolder | None = keeper.folder
+    samples = answer_prompts(run, prompts) if folder else ()
+    if folder:
+        save_adapter(run, folder)
+    record = keeper.ended(result, "finished")
+    if folder:
+        save_report(run, folder, record, samples)
+    run.session.agree(0)
+    return Outcome(record, Path(run.loaded.config.output), samples)

@@ -1,0 +1,134 @@
+"""A saved adapter on its base, opened for answering, evaluating and merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrs import frozen
+
+from soup_xb.backends import open_session
+from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
+from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.errors import ModelError
+from soup_xb.core.examples import Message
+from soup_xb.core.session import (
+    AdapterPlan,
+    GenerationSettings,
+    OptimizerSettings,
+    Session,
+    SessionSettings,
+)
+from soup_xb.hub import resolve_base
+from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+
+# Nothing is trained through these sessions; the optimizer is never stepped.
+_NO_TRAINING = OptimizerSettings("sgd", 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@frozen
+class TrainedOptions:
+    """Which adapter on which base. Without `adapter` the base alone; without `base` the adapter's own."""
+
+    backend: str
+    adapter: Path | None = None
+    base: str | None = None
+    precision: str = "auto"
+
+
+@frozen(eq=False)
+class Trained:
+    """A session with the adapter attached (if there is one) and its tokenizer."""
+
+    session: Session
+    tokenizer: ChatTokenizer
+    base: BaseFolder
+    has_adapter: bool
+
+
+@contextmanager
+def open_trained(options: TrainedOptions) -> Iterator[Trained]:
+    """Open a base with a saved adapter; closed on every exit.
+
+    Raises ModelError for an adapter that is damaged or belongs to another base.
+    """
+    folder = adapter_folder(options.adapter) if options.adapter else None
+    saved = read_adapter(folder) if folder else None
+    base = inspect_base(resolve_base(options.base or _base_of(saved, folder)))
+    tokenizer = open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
+    settings = SessionSettings(
+        base=base.path,
+        precision=options.precision,
+        quantization="none",
+        gradient_checkpointing=False,
+        optimizer=_NO_TRAINING,
+        seed=0,
+    )
+    session = open_session(options.backend, settings)
+    try:
+        if saved is not None and folder is not None:
+            attach_saved(session, saved, folder)
+        yield Trained(session, tokenizer, base, saved is not None)
+    finally:
+        session.close()
+
+
+def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
+    """Put a saved adapter on an opened base. Raises ModelError naming both where they do not belong together."""
+    modules = adapter_modules(saved, folder)
+    known = {module.name: module for module in session.describe().modules}
+    for module in modules:
+        found = known.get(module.name)
+        shape = (module.out_features, module.in_features)
+        if found is None or (found.out_features, found.in_features) != shape:
+            has = (
+                "has no such module"
+                if found is None
+                else f"is {(found.out_features, found.in_features)} there"
+            )
+            raise ModelError(
+                "adapter-of-another-base",
+                f"`{module.name}` is {shape} in the adapter for "
+                f"`{saved.settings.get('base_model_name_or_path')}` and the base {has}",
+                where=str(folder),
+                help="name the adapter's own base with --base.",
+            )
+    plan = AdapterPlan(
+        modules=modules,
+        dropout=0.0,
+        init_strategy="random",
+        use_rslora=bool(saved.settings.get("use_rslora")),
+        use_dora=bool(saved.settings.get("use_dora")),
+        seed=0,
+    )
+    session.attach(plan)
+    session.load_factors(saved.factors)
+
+
+def _base_of(saved: SavedAdapter | None, folder: Path | None) -> str:
+    name = saved.settings.get("base_model_name_or_path") if saved else None
+    if not isinstance(name, str) or not name:
+        raise ModelError(
+            "no-base",
+            "no base is named" if saved is None else "the adapter does not say which base it belongs to",
+            where=str(folder or ""),
+            help="name it with --base.",
+        )
+    return name
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def continue_chat(
+    trained: Trained, messages: Sequence[Message], settings: GenerationSettings, adapter: bool = True
+) -> str:
+    """The answer to a conversation; without a chat template, the continuation of its texts."""
+    if trained.tokenizer.has_chat_template:
+        tokens = trained.tokenizer.prompt_ids(messages)
+    else:
+        tokens = trained.tokenizer.text_ids("\n\n".join(message.content for message in messages))
+    answer: str = trained.tokenizer.decode(trained.session.generate(tokens, settings, adapter))
+    return answer.strip()
