@@ -24,6 +24,8 @@ DEEPEST = 32
 MOST_VALUES = 10_000
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+# A directive could bring YAML 1.1 back, where `no` is false; ruamel.yaml acts on it before the first event.
+_DIRECTIVE = re.compile(r"^\ufeff?%[A-Z]", re.MULTILINE)
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
 
 
@@ -52,16 +54,7 @@ def read_yaml(text: str, source: str) -> tuple[Node | None, list[Problem]]:
 
     Raises ConfigError that names `source` and line for everything that is not plain YAML.
     """
-    stray = _CONTROL.search(text)
-    if stray:
-        line, column = (
-            text.count("\n", 0, stray.start()) + 1,
-            stray.start() - text.rfind("\n", 0, stray.start()),
-        )
-        message = (
-            f"line {line}, column {column}: the control character U+{ord(stray.group()):04X} is not allowed"
-        )
-        raise ConfigError("control-character", message, where=f"{source}:{line}", help="delete it.")
+    _refuse_unwanted_text(text, source)
     try:
         reader = _TreeReader(text, source)
         return reader.read(), reader.duplicates
@@ -71,6 +64,20 @@ def read_yaml(text: str, source: str) -> tuple[Node | None, list[Problem]]:
         # ruamel.yaml lets through what chr() says of an escape such as "\UFFFFFFFF".
         help = "check what follows each backslash in double quotes."
         raise ConfigError("yaml-syntax", "an escape names no character", where=source, help=help) from error
+
+
+def _refuse_unwanted_text(text: str, source: str) -> None:
+    stray, directive = _CONTROL.search(text), _DIRECTIVE.search(text)
+    if stray:
+        line, column = (
+            text.count("\n", 0, stray.start()) + 1,
+            stray.start() - text.rfind("\n", 0, stray.start()),
+        )
+        message = f"line {line}, column {column}: the control character U+{ord(stray[0]):04X} is not allowed"
+        raise ConfigError("control-character", message, where=f"{source}:{line}", help="delete it.")
+    if directive:
+        where = f"{source}:{text.count(chr(10), 0, directive.start()) + 1}"
+        raise ConfigError("yaml-directive", "a `%` directive is not allowed", where=where, help="delete it.")
 
 
 class _TreeReader:

@@ -57,6 +57,8 @@ def test_a_syntax_error_is_told_in_words_with_line_and_column(text: str, line: i
         ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "yaml-alias"),
         ("a: 1\n---\nb: 2", "yaml-documents"),
         ("%YAML 1.1\n---\na: no", "yaml-directive"),
+        ("# x\n%YAML 1.3\n---\na: no", "yaml-directive"),
+        ("a: 1\n...\n%TAG ! x\n---\nb: 1", "yaml-directive"),
         ("? [a]\n: 1", "yaml-key"),
         ('a: "\\UFFFFFFFF"', "yaml-syntax"),
         ("a: \x1b[0m", "control-character"),

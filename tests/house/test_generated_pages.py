@@ -1,0 +1,21 @@
+"""The generated pages in the repository are those that the declarations give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soup_xb.core.reference_pages import config_page, features_page
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
+
+
+def test_the_config_page_is_fresh() -> None:
+    assert (REFERENCE / "config.md").read_text("utf-8") == config_page(), (
+        "run python docs/reference/generate.py"
+    )
+
+
+def test_the_features_page_is_fresh() -> None:
+    assert (REFERENCE / "features.md").read_text("utf-8") == features_page(), (
+        "run python docs/reference/generate.py"
+    )
