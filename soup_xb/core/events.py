@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from attrs import frozen
 
 from soup_xb.core.errors import Problem
