@@ -287,6 +287,8 @@ def test_the_allowed_neighbours_of_contradictions_load() -> None:
         f"{LEAST}  eval: other.jsonl\n  val_split: 0\n",
         "base: x\ndata: {train: tatsu-lab/alpaca, split: test, subset: en}\n",
         training("warmup_ratio: 0.1\nwarmup_steps: null"),
+        training("relora_rewarm_steps: null"),
+        training("save_total_limit: null\nadam_beta1: 0.8"),
     ):
         parse_config(text, "soup.yaml")
 
