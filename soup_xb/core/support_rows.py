@@ -123,6 +123,12 @@ _DATA = (
     *_works("data.chat_template"),
 )
 
+# A loss scaler would skip the updates whose gradient overflows: not the run that the file describes.
+_NO_FP16 = No(
+    "gradients overflow in float16 unless updates are skipped, and a run here skips none",
+    "use `precision: bf16`, which has the range of float32, or fp32.",
+)
+
 _TRAINING = (
     *_works("training", "training.epochs", "training.max_steps", "training.lr", "training.batch_size"),
     *_works("training.gradient_accumulation_steps", "training.gradient_checkpointing", "training.seed"),
@@ -132,7 +138,8 @@ _TRAINING = (
     ),
     *_choices("training.optimizer", "adamw", "sgd"),
     *_works("training.adam_beta1", "training.adam_beta2", "training.adam_epsilon"),
-    *_choices("training.precision", "auto", "fp32", "bf16", "fp16"),
+    *_choices("training.precision", "auto", "fp32", "bf16"),
+    Row("training.precision=fp16", "fp16", torch=_NO_FP16, mlx=_NO_FP16),
     *_choices("training.quantization", "none", "4bit", "8bit"),
     *_works(
         "training.eval_steps", "training.save_steps", "training.save_total_limit", "training.logging_steps"
