@@ -29,7 +29,10 @@ _NO_TRAINING = OptimizerSettings("sgd", 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @frozen
 class TrainedOptions:
-    """Which adapter on which base. Without `adapter` the base alone; without `base` the adapter's own."""
+    """Which adapter on which base. Without `adapter` the base alone; without `base` the adapter's own.
+
+    `precision` is as in the config, or `base` for the one that the base is stored in.
+    """
 
     backend: str
     adapter: Path | None = None
@@ -59,7 +62,7 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     tokenizer = open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
     settings = SessionSettings(
         base=base.path,
-        precision=options.precision,
+        precision=_stored_precision(base) if options.precision == "base" else options.precision,
         quantization="none",
         gradient_checkpointing=False,
         optimizer=_NO_TRAINING,
@@ -104,6 +107,11 @@ def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
     )
     session.attach(plan)
     session.load_factors(saved.factors)
+
+
+def _stored_precision(base: BaseFolder) -> str:
+    stored = base.config.get("dtype") or base.config.get("torch_dtype")
+    return "bf16" if stored in ("bfloat16", "float16") else "fp32"
 
 
 def _base_of(saved: SavedAdapter | None, folder: Path | None) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,11 @@ def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, 
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    # safetensors writes memory as it lies: a transposed view would come back scrambled.
     tensors = {
-        _key(name, factor): array for name, arrays in factors.items() for factor, array in arrays.items()
+        _key(name, factor): np.ascontiguousarray(array)
+        for name, arrays in factors.items()
+        for factor, array in arrays.items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors writes with mode 0600 whatever the umask says.
@@ -218,8 +221,8 @@ def _short_names(adapted: list[str], names: Sequence[str]) -> list[str]:
     return lasts if reached == set(adapted) else sorted(adapted)
 
 
-def _most_common(values: Any) -> int:
-    return int(Counter(values).most_common(1)[0][0])
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

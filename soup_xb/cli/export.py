@@ -1,0 +1,22 @@
+"""`soupx export`: an adapter in another library's form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("adapter", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--to", "form", required=True, type=click.Choice(["mlx-lm", "peft"]), help="The form to write.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="A folder that does not exist yet."
+)
+@click.option("--base", help="Base to name in the adapter's settings, where OUT does not name it.")
+def command(adapter: Path, form: str, output: Path, base: str | None) -> None:
+    """Write OUT (a run's output folder, a PEFT or an mlx-lm adapter) for stock mlx-lm or stock PEFT."""
+    from soup_xb.export import export_adapter
+
+    export_adapter(adapter, output, form, base)
+    click.echo(str(output))
