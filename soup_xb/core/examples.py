@@ -19,6 +19,9 @@ class Source:
         return f"{self.file}:{self.line}"
 
 
+Row = tuple[Source, dict[str, Any]]
+
+
 @frozen
 class Message:
     """One turn. `role` is system, user, assistant or tool."""
@@ -29,10 +32,11 @@ class Message:
 
 @frozen
 class ChatExample:
-    """A conversation; the assistant's turns are trained on."""
+    """A conversation; the assistant's turns from the turn `first_trained` on are trained on."""
 
     messages: tuple[Message, ...]
     source: Source
+    first_trained: int = 0
 
 
 @frozen

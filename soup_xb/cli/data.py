@@ -1,0 +1,178 @@
+"""`soupx data`: what a data file holds, and which of its tokens would be trained on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from soup_xb.cli.options import json_option
+from soup_xb.core.config import FORMATS
+from soup_xb.core.errors import Problem
+
+if TYPE_CHECKING:
+    from soup_xb.dataset import TokenFile
+
+_BARS = 8
+_BAR_WIDTH = 40
+_SHOWN_CHARACTERS = 3000
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--base", help="Hub id or folder of the base whose tokenizer and chat template are used.")
+@click.option("--format", "data_format", type=click.Choice(FORMATS[:-1]), default="auto", show_default=True)
+@click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens.")
+@click.option("--chat-template", help="Jinja chat template to use instead of the base's: text or a file.")
+@json_option
+def command(  # noqa: PLR0913 - one parameter an option
+    file: Path,
+    base: str | None,
+    data_format: str,
+    max_length: int,
+    chat_template: str | None,
+    as_json: bool,
+) -> None:
+    """Show what FILE holds: its format and rows, and with --base its tokens and what is trained on."""
+    summary, notices = _rows(file, data_format)
+    if base is not None:
+        from soup_xb.dataset import tokenize_file
+        from soup_xb.hub import resolve_base
+        from soup_xb.tokenizer import open_tokenizer
+
+        tokenizer = open_tokenizer(resolve_base(base), chat_template)
+        tokens = tokenize_file(file, data_format, tokenizer, max_length)
+        summary |= _tokens(tokens)
+        summary["example"] = _example(tokens, tokenizer)
+        notices = tokens.notices
+    if as_json:
+        summary["notices"] = [{"code": notice.code, "message": notice.message} for notice in notices]
+        click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
+        return
+    _print(summary)
+    for notice in notices:
+        # The format and its reason are on the first lines already.
+        if notice.code != "data-format":
+            click.echo(notice.render("note"))
+    if "example" in summary:
+        click.echo(f"\nfirst example, {summary['example']['source']}, trained tokens {_legend()}:\n")
+        click.echo(_marked(summary["example"]["pieces"]))
+
+
+def _rows(file: Path, data_format: str) -> tuple[dict[str, Any], tuple[Problem, ...]]:
+    from soup_xb.core.data import read_rows
+    from soup_xb.core.example_file import ExampleReader
+
+    reader = ExampleReader(read_rows(file), data_format, str(file))
+    for _ in reader:
+        pass
+    detection = reader.detection
+    summary = {
+        "file": str(file),
+        "format": detection.name,
+        "reason": detection.reason,
+        "rows": reader.count,
+    }
+    return summary, tuple(reader.notices())
+
+
+def _tokens(tokens: TokenFile) -> dict[str, Any]:
+    lengths = sorted(row.length for row in tokens.rows)
+    return {
+        "trained_rows": len(tokens.rows),
+        "nothing_to_learn": tokens.unlearnable,
+        "truncated": tokens.truncated,
+        "tokens": sum(lengths),
+        "target_tokens": sum(row.target_tokens for row in tokens.rows),
+        "lengths": {
+            "shortest": lengths[0],
+            "median": lengths[len(lengths) // 2],
+            "longest": lengths[-1],
+            "histogram": _histogram(lengths),
+        },
+    }
+
+
+def _histogram(lengths: list[int]) -> list[dict[str, int]]:
+    """Rows by length, in classes of one width: `from` and `to` are both inside."""
+    width = (lengths[-1] - lengths[0]) // _BARS + 1
+    classes: dict[int, int] = {}
+    for length in lengths:
+        start = lengths[0] + (length - lengths[0]) // width * width
+        classes[start] = classes.get(start, 0) + 1
+    starts = range(lengths[0], lengths[-1] + 1, width)
+    return [{"from": start, "to": start + width - 1, "rows": classes.get(start, 0)} for start in starts]
+
+
+def _example(tokens: TokenFile, tokenizer: Any) -> dict[str, Any]:
+    """The first row as text, in pieces that are trained or not."""
+    from itertools import groupby
+
+    row = tokens.rows[0]
+    pairs = zip(row.tokens.tolist(), row.trained.tolist(), strict=True)
+    pieces = [
+        {"text": tokenizer.decode([token for token, _ in run], special=True), "trained": trained}
+        for trained, run in groupby(pairs, key=lambda pair: pair[1])
+    ]
+    return {"source": str(row.source), "pieces": pieces}
+
+
+def _print(summary: dict[str, Any]) -> None:
+    click.echo(f"format            {summary['format']} ({summary['reason']})")
+    click.echo(f"rows              {summary['rows']:,}")
+    if "tokens" not in summary:
+        return
+    tokens, targets = summary["tokens"], summary["target_tokens"]
+    click.echo(f"trained rows      {summary['trained_rows']:,}")
+    click.echo(f"nothing to learn  {summary['nothing_to_learn']:,}")
+    click.echo(f"truncated         {summary['truncated']:,}")
+    click.echo(f"tokens            {tokens:,}, of which trained {targets:,} ({targets / tokens:.0%})")
+    lengths = summary["lengths"]
+    click.echo(
+        f"row length        {lengths['shortest']:,} to {lengths['longest']:,} tokens, "
+        f"median {lengths['median']:,}\n"
+    )
+    most = max(bar["rows"] for bar in lengths["histogram"])
+    wide = len(f"{lengths['histogram'][-1]['to']:,}")
+    for bar in lengths["histogram"]:
+        # A class that holds anything shows at least a sliver.
+        drawn = "█" * round(bar["rows"] / most * _BAR_WIDTH) or ("▏" if bar["rows"] else "")
+        click.echo(f"  {bar['from']:{wide},} – {bar['to']:{wide},}  {drawn} {bar['rows']:,}")
+    click.echo()
+
+
+def _in_colour() -> bool:
+    import os
+
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _legend() -> str:
+    return f"in {click.style('green', fg='green')}" if _in_colour() else "between ‹ and ›"
+
+
+def _marked(pieces: list[dict[str, Any]]) -> str:
+    left, shown = _SHOWN_CHARACTERS, []
+    for piece in pieces:
+        text = _printable(piece["text"][:left])
+        left -= len(piece["text"])
+        if piece["trained"]:
+            text = click.style(text, fg="green") if _in_colour() else f"‹{text}›"
+        shown.append(text)
+        if left <= 0:
+            return (
+                "".join(shown)
+                + f"\n… and {sum(len(piece['text']) for piece in pieces) - _SHOWN_CHARACTERS:,} more characters"
+            )
+    return "".join(shown)
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer the terminal."""
+    return "".join(
+        mark if mark.isprintable() or mark in "\n\t" else mark.encode("unicode_escape").decode()
+        for mark in text
+    )

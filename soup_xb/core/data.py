@@ -1,0 +1,72 @@
+"""Rows out of data files, each with its place; the format of the file is its ending."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from soup_xb.core.errors import DataError
+from soup_xb.core.examples import Row
+from soup_xb.core.json_rows import json_lines, json_rows
+from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.table_rows import csv_rows, parquet_rows, tsv_rows
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = MappingProxyType(
+    {
+        ".jsonl": json_lines,
+        ".ndjson": json_lines,
+        ".json": json_rows,
+        ".csv": csv_rows,
+        ".tsv": tsv_rows,
+        ".parquet": parquet_rows,
+    }
+)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, one at a time, in order.
+
+    A row is `(source, {column: value})`. JSON lines are streamed; blank lines are skipped. Raises DataError
+    at once for a file that cannot be read at all, and while iterating for a row that is damaged, with its
+    line; a file without a single row is an error too.
+    """
+    if path.is_dir():
+        raise DataError("data-is-folder", "is a folder", where=str(path), help="name a file in it.")
+    if not path.exists():
+        raise DataError(
+            "data-missing",
+            "no such file",
+            where=str(path),
+            help=did_you_mean(path.name, _neighbours(path))
+            or "a relative path starts at the current directory.",
+        )
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            "unknown-file-type",
+            f"`{path.suffix or path.name}` is not a known kind of data file",
+            where=str(path),
+            help=f"use one of {', '.join(READERS)}; unpack what is compressed.",
+        )
+    return _guarded(path, reader)
+
+
+def _guarded(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
+    empty = True
+    try:
+        for row in reader(path):
+            empty = False
+            yield row
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError("data-unreadable", f"cannot be read: {reason}", where=str(path)) from error
+    if empty:
+        raise DataError("data-empty", "holds no rows", where=str(path), help="each row is one example.")
+
+
+def _neighbours(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in READERS]
+    except OSError:
+        return []

@@ -1,0 +1,217 @@
+"""How rows are written: which format a row has, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from attrs import frozen
+
+from soup_xb.core.errors import DataError
+from soup_xb.core.examples import ChatExample, CompletionExample, Example, Message, Row, Source
+from soup_xb.core.turns import checked_text, extra_turn_keys, mistyped, read_text, read_turns
+
+
+@frozen
+class Detection:
+    """A format, and why it was taken."""
+
+    name: str
+    reason: str
+
+
+@frozen
+class Format:
+    """A way to write rows: the columns it needs, those it knows besides, and how a row becomes an example."""
+
+    required: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Source], Example]
+    optional: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns that the format needs."""
+        return all(column in row for column in self.required)
+
+
+def detect_format(rows: Iterable[Row]) -> Detection:
+    """The format of the first row, judged by its columns; a column of nulls counts less than a filled one.
+
+    >>> detect_format([(Source("rows.jsonl", 1), {"text": "Once upon a time"})])
+    Detection(name='text', reason='the first row has the column `text`')
+    """
+    source, row = next(iter(rows))
+    filled = {column: value for column, value in row.items() if value is not None}
+    for columns in (filled, row):
+        fitting = [name for name, format_ in FORMATS.items() if format_.fits(columns)]
+        if fitting:
+            return Detection(fitting[0], _reason(fitting))
+    raise _unknown_columns(row, source)
+
+
+def to_example(row: Mapping[str, Any], source: Source, format: str) -> Example:
+    """What a row means. Raises DataError naming file, line and field."""
+    if format not in FORMATS:
+        raise DataError(
+            "unsupported-format",
+            f"`{format}` rows cannot be trained on",
+            where=str(source),
+            help=f"formats: {_known_formats()}.",
+        )
+    known = FORMATS[format]
+    missing = [column for column in known.required if column not in row]
+    if missing:
+        raise _other_format(row, source, format, missing)
+    return known.read(row, source)
+
+
+def extra_columns(row: Mapping[str, Any], format: str) -> list[str]:
+    """The columns, and keys of turns, of a row that `to_example` accepts and does not use."""
+    known = FORMATS[format]
+    named = {*known.required, *known.optional}
+    extra = [column for column, value in row.items() if column not in named and value is not None]
+    for column in known.turns:
+        if isinstance(row[column], list):
+            extra += extra_turn_keys(row, column)
+    return extra
+
+
+def _reason(fitting: list[str]) -> str:
+    required = FORMATS[fitting[0]].required
+    names = " and ".join(f"`{column}`" for column in required)
+    reason = f"the first row has the column{'s' * (len(required) > 1)} {names}"
+    if len(fitting) > 1:
+        reason += f"; it also fits {', '.join(fitting[1:])}, which `data.format` can ask for"
+    return reason
+
+
+def _unknown_columns(row: Mapping[str, Any], source: Source) -> DataError:
+    if "chosen" in row and "rejected" in row:
+        return DataError(
+            "unsupported-format",
+            "preference rows (`chosen`, `rejected`) cannot be trained on",
+            where=str(source),
+            help="keep the chosen answer as a `completion` or an assistant turn.",
+        )
+    return DataError(
+        "unknown-columns",
+        f"no known format has the columns {_listed(row)}",
+        where=str(source),
+        help=f"rename them: {_known_formats()}.",
+    )
+
+
+def _other_format(row: Mapping[str, Any], source: Source, format: str, missing: list[str]) -> DataError:
+    fitting = [name for name, other in FORMATS.items() if other.fits(row)]
+    if fitting:
+        return DataError(
+            "mixed-formats",
+            f"is a row of the format {fitting[0]} among rows of the format {format}",
+            where=str(source),
+            help="keep one format a file; `data.train` takes a list of files.",
+        )
+    return DataError(
+        "missing-field",
+        f"is missing; found {_listed(row)}",
+        where=f"{source}: {missing[0]}",
+        help=f"a row of the format {format} has {', '.join(f'`{name}`' for name in FORMATS[format].required)}.",
+    )
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    names = [f"`{str(name)[:40]}`" for name in row]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none)"
+
+
+def _known_formats() -> str:
+    return "; ".join(f"{name} ({', '.join(format_.required)})" for name, format_ in FORMATS.items())
+
+
+def _read_alpaca(row: Mapping[str, Any], source: Source) -> Example:
+    where = f"{source}: "
+    parts = [read_text(row, "instruction", where)]
+    if row.get("input") is not None:
+        parts.append(read_text(row, "input", where))
+    user = "\n\n".join(part for part in parts if part.strip())
+    turns = [*_history(row, source), Message("user", user)]
+    turns.append(Message("assistant", read_text(row, "output", where)))
+    return ChatExample(_with_system(row, turns, source), source)
+
+
+def _history(row: Mapping[str, Any], source: Source) -> list[Message]:
+    """Earlier exchanges: a list of pairs, the user's text and the assistant's."""
+    history = row.get("history")
+    if history is None:
+        return []
+    where = f"{source}: history"
+    if not isinstance(history, list):
+        raise mistyped(where, "a list of [user, assistant] pairs", history)
+    turns = []
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise mistyped(f"{where}[{index}]", "a [user, assistant] pair", pair)
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            if not isinstance(text, str):
+                raise mistyped(f"{where}[{index}]", "a pair of texts", text)
+            turns.append(Message(role, checked_text(text, f"{where}[{index}]")))
+    return turns
+
+
+def _with_system(
+    row: Mapping[str, Any], turns: list[Message] | tuple[Message, ...], source: Source
+) -> tuple[Message, ...]:
+    """The turns with the column `system` in front, where there is one."""
+    if row.get("system") is None:
+        return tuple(turns)
+    system = read_text(row, "system", f"{source}: ")
+    if not system.strip():
+        return tuple(turns)
+    if any(turn.role == "system" for turn in turns):
+        raise DataError(
+            "two-system-prompts",
+            "the turns hold a system prompt already",
+            where=f"{source}: system",
+            help="keep one of the two.",
+        )
+    return (Message("system", system), *turns)
+
+
+def _read_conversation(column: str) -> Callable[[Mapping[str, Any], Source], Example]:
+    def read(row: Mapping[str, Any], source: Source) -> Example:
+        return ChatExample(_with_system(row, read_turns(row, column, source), source), source)
+
+    return read
+
+
+def _read_prompt_completion(row: Mapping[str, Any], source: Source) -> Example:
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        prompt = read_turns(row, "prompt", source)
+        completion = read_turns(row, "completion", source)
+        return ChatExample(prompt + completion, source, first_trained=len(prompt))
+    if isinstance(row["prompt"], str) and isinstance(row["completion"], list):
+        raise mistyped(f"{source}: completion", "text, as the prompt is", row["completion"])
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], str):
+        raise mistyped(f"{source}: completion", "a list of turns, as the prompt is", row["completion"])
+    where = f"{source}: "
+    return CompletionExample(read_text(row, "prompt", where), read_text(row, "completion", where), source)
+
+
+def _read_plain_text(row: Mapping[str, Any], source: Source) -> Example:
+    return CompletionExample("", read_text(row, "text", f"{source}: "), source)
+
+
+# In the order in which detection asks: datasets often carry the flat text of a conversation beside it.
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "messages": Format(("messages",), _read_conversation("messages"), ("system",), ("messages",)),
+        "sharegpt": Format(
+            ("conversations",), _read_conversation("conversations"), ("system",), ("conversations",)
+        ),
+        "prompt-completion": Format(
+            ("prompt", "completion"), _read_prompt_completion, turns=("prompt", "completion")
+        ),
+        "alpaca": Format(("instruction", "output"), _read_alpaca, ("input", "system", "history")),
+        "text": Format(("text",), _read_plain_text),
+    }
+)

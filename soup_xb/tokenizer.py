@@ -1,0 +1,278 @@
+"""A base's tokenizer with its chat template: examples -> token rows, prompts -> ids, ids -> text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from soup_xb.chat_template import (
+    ChatTemplate,
+    RenderError,
+    check_template,
+    own_template,
+    read_template,
+)
+from soup_xb.core.errors import DataError, ModelError, Problem
+from soup_xb.core.examples import ChatExample, Example, Message, Source, TokenRow
+from soup_xb.encoding import Array, Encoder
+from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
+
+_CUT_AWAY = "everything to learn lies beyond max_length"
+
+
+@frozen(eq=False)
+class Tokenized:
+    """What became of an example: a row, or the reason why there is nothing to learn in it.
+
+    `rewritten` counts assistant turns left untrained because the chat template does not show them word for
+    word, `hidden` the other turns that it does not show.
+    """
+
+    source: Source
+    row: TokenRow | None
+    reason: str = ""
+    truncated: bool = False
+    rewritten: int = 0
+    hidden: int = 0
+
+
+@frozen(eq=False)
+class ChatTokenizer:
+    """The tokenizer of a base. Made by `open_tokenizer`.
+
+    `prefix` are the ids that the tokenizer puts before a plain text by itself (bos), `end_ids` all ids that end
+    a turn or a generation, the tokenizer's own eos first. `turn_end` is what the chat template writes after an
+    assistant's words: empty for nothing, None where there is no template or it cannot be told.
+    """
+
+    base: Path
+    hf: Any
+    encoder: Encoder
+    template: ChatTemplate | None
+    ends: EndTokens
+    prefix: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    turn_end: str | None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self.template is not None
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills short rows; it is never a target."""
+        pad = self.hf.pad_token_id
+        return int(pad) if pad is not None else (*self.end_ids, 0)[0]
+
+    def tokenize(self, example: Example, max_length: int) -> Tokenized:
+        """One example as a row, cut from the right at `max_length` tokens.
+
+        Raises ModelError where a conversation meets a base without a chat template, DataError naming the row
+        where the template refuses it.
+        """
+        return self.tokenize_many([example], max_length)[0]
+
+    def tokenize_many(self, examples: Sequence[Example], max_length: int) -> list[Tokenized]:
+        """`tokenize` for many examples at once, which is much faster; in the same order."""
+        markups = [self._markup(example) for example in examples]
+        encoded = self.encoder.encode([markup for markup in markups if markup.spans])
+        rows = iter(encoded)
+        return [
+            self._tokenized(example, markup, next(rows), max_length)
+            if markup.spans
+            else Tokenized(
+                example.source, None, markup.reason, rewritten=markup.rewritten, hidden=markup.hidden
+            )
+            for example, markup in zip(examples, markups, strict=True)
+        ]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> Array:
+        """A conversation with the head of the answer after it, int32 (length,)."""
+        try:
+            text = self._chat_template().render(messages, generation_prompt=True)
+        except RenderError as error:
+            raise DataError("template-refuses", f"the chat template refuses the prompt: {error}") from error
+        return np.array(self.encoder.ids(text), dtype=np.int32)
+
+    def text_ids(self, text: str) -> Array:
+        """A plain text, int32 (length,), begun as the tokenizer begins texts."""
+        return np.array([*self.prefix, *self.encoder.ids(text)], dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | Array, special: bool = False) -> str:
+        """Ids as text, without special tokens unless `special` is set."""
+        text: str = self.hf.decode(
+            [int(token) for token in ids], skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, with the chat template in use."""
+        self.hf.save_pretrained(str(folder))
+
+    def _chat_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise ModelError(
+                "no-chat-template",
+                "the base has no chat template, and conversations cannot be written without one",
+                where=str(self.base),
+                help="give one as `data.chat_template` (text or a .jinja file), or take the base's -Instruct sibling.",
+            )
+        return self.template
+
+    def _markup(self, example: Example) -> Markup:
+        if isinstance(example, ChatExample):
+            template = self._chat_template()
+            try:
+                return mark_assistant_turns(example, template, self.ends)
+            except RenderError as error:
+                raise DataError(
+                    "template-refuses",
+                    f"the base's chat template refuses the row: {error}",
+                    where=str(example.source),
+                    help="change the row, or give another template as `data.chat_template`.",
+                ) from error
+        if not example.completion.strip():
+            return Markup("", (), reason="the completion is empty" if example.prompt else "the text is empty")
+        text = example.prompt + example.completion
+        return Markup(text, ((len(example.prompt), len(text)),))
+
+    def _tokenized(
+        self, example: Example, markup: Markup, encoded: tuple[Array, Array], max_length: int
+    ) -> Tokenized:
+        ids, trained = encoded
+        if not isinstance(example, ChatExample):
+            ids = np.concatenate([self.prefix, ids, self.end_ids[:1]])
+            trained = np.concatenate([[False] * len(self.prefix), trained, [True] * len(self.end_ids[:1])])
+        truncated = len(ids) > max_length
+        ids, trained = ids[:max_length].copy(), trained[:max_length].copy()
+        # Nothing comes before the first token, so nothing can predict it.
+        trained[:1] = False
+        row = TokenRow(ids, trained, example.source) if trained.any() else None
+        reason = "" if row else _CUT_AWAY if truncated else "it is one token long"
+        return Tokenized(example.source, row, reason, truncated, markup.rewritten, markup.hidden)
+
+    def notices(self) -> Iterator[Problem]:
+        """What the user should know about the chat template before a conversation is trained on."""
+        if self.turn_end == "":
+            yield Problem(
+                "no-end-token",
+                "the chat template writes nothing at the end of an assistant turn: the model is not taught to stop",
+                help="end the turn with `{{ eos_token }}` in a template given as `data.chat_template`.",
+            )
+        if self.template is not None and self.template.is_dated:
+            yield Problem(
+                "dated-template",
+                "the chat template may write today's date: the rows then differ from one day to the next",
+                help="give the template with a fixed date as `data.chat_template`.",
+            )
+
+
+def open_tokenizer(base: Path, chat_template: str | None = None) -> ChatTokenizer:
+    """The tokenizer in a local folder. `chat_template` (text, or the path of a .jinja file) wins over the base's.
+
+    Raises ModelError for a folder without a usable tokenizer, or a broken or oversized chat template, and
+    ConfigError for a template file that cannot be read. No code in the folder is run.
+    """
+    hf = _load(base)
+    text = read_template(chat_template) if chat_template is not None else own_template(hf, base)
+    template = ChatTemplate(text, hf) if text else None
+    if template is not None:
+        check_template(template, "data.chat_template" if chat_template is not None else str(base))
+        hf.chat_template = template.text
+    ends = EndTokens(token.content for token in hf.added_tokens_decoder.values())
+    end = turn_end(template, ends) if template else None
+    encoder = Encoder.of(hf)
+    return ChatTokenizer(
+        base=base,
+        hf=hf,
+        encoder=encoder,
+        template=template,
+        ends=ends,
+        prefix=_prefix(hf, encoder),
+        end_ids=_end_ids(hf, base, ends.first(end or "")),
+        turn_end=end,
+    )
+
+
+def _load(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        # The tokenizers library raises bare exceptions for files that it cannot read.
+        if type(error) is not Exception and not isinstance(
+            error, (OSError, ValueError, TypeError, LookupError, ImportError, AttributeError)
+        ):
+            raise
+        raise _unusable(base, error) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "slow-tokenizer",
+            "the base's tokenizer cannot say which characters a token stands for",
+            where=str(base),
+            help="save it with a tokenizer.json (transformers: `AutoTokenizer`, then `save_pretrained`).",
+        )
+    return tokenizer
+
+
+def _unusable(base: Path, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            "remote-code",
+            "the base's tokenizer wants to run its own code",
+            where=str(base / "tokenizer_config.json"),
+            help="soup-xb never runs code from a model folder; use a base that transformers knows.",
+        )
+    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return ModelError(
+            "no-tokenizer",
+            "there is no tokenizer.json",
+            where=str(base),
+            help="download the base's tokenizer files as well.",
+        )
+    words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(
+        "broken-tokenizer",
+        f"the tokenizer cannot be read: {words}",
+        where=str(base),
+        help="download the base's tokenizer files again.",
+    )
+
+
+def _prefix(hf: Any, encoder: Encoder) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before a text by itself."""
+    bare = encoder.ids("a")
+    dressed = list(hf("a").input_ids)
+    for length in range(len(dressed) - len(bare) + 1):
+        if dressed[length : length + len(bare)] == bare:
+            return tuple(dressed[:length])
+    return ()
+
+
+def _end_ids(hf: Any, base: Path, turn_end_token: Any) -> tuple[int, ...]:
+    ids = [hf.eos_token_id, *_generation_end_ids(base / "generation_config.json")]
+    if turn_end_token is not None:
+        ids.append(hf.convert_tokens_to_ids(turn_end_token.group()))
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+def _generation_end_ids(file: Path) -> list[int]:
+    if not file.is_file():
+        return []
+    try:
+        eos = json.loads(file.read_bytes()).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        raise ModelError("base-config", f"is not a JSON object: {error}", where=str(file)) from error
+    ids = eos if isinstance(eos, list) else [eos]
+    if any(type(token) is not int and token is not None for token in ids):
+        raise ModelError(
+            "base-config", "`eos_token_id` must be a number or a list of numbers", where=str(file)
+        )
+    return [token for token in ids if token is not None]
