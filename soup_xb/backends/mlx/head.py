@@ -1,0 +1,60 @@
+"""The output head on trained positions alone: the vocabulary is a model's largest matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class _Selecting(nn.Module):
+    """A head that sees hidden states (1, n, hidden) of n places in the flattened (rows * length) grid."""
+
+    def __init__(self, head: Any, positions: mx.array) -> None:
+        super().__init__()
+        self._head, self._positions = (head,), (positions,)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # A tied head is also the embedding, whose input are token ids.
+        if mx.issubdtype(x.dtype, mx.integer):
+            return self._head[0](x)
+        return self._head[0](self._select(x))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._head[0].as_linear(self._select(x))
+
+    def _select(self, hidden: mx.array) -> mx.array:
+        return mx.take(hidden.reshape(-1, hidden.shape[-1]), self._positions[0], axis=0)[None]
+
+
+@contextmanager
+def head_on_positions(model: Any, positions: mx.array) -> Iterator[None]:
+    """Inside, the head computes `positions` (n,) alone.
+
+    The model's own code still does what it does after the head (soft caps, scaling), so the logits (1, n,
+    vocabulary) are those of the full computation at these positions.
+    """
+    owner, name = (model, "lm_head") if "lm_head" in model else (model.model, "embed_tokens")
+    head = owner[name]
+    setattr(owner, name, _Selecting(head, positions))
+    try:
+        yield
+    finally:
+        setattr(owner, name, head)
+
+
+def summed_loss(
+    model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
+) -> mx.array:
+    """Weighted sum of the cross-entropies (nats) at `positions`, in float32.
+
+    `tokens` is (rows, length), padded on the right: causal attention keeps padding out of every real token's
+    sight, so no mask is needed. `weights` (n,) is 1 for a target and 0 for a place that only fills the grid.
+    """
+    with head_on_positions(model, positions):
+        logits = model(tokens)[0].astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return mx.sum((mx.logsumexp(logits, axis=-1) - chosen) * weights)

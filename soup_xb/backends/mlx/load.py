@@ -1,0 +1,162 @@
+"""Opening a base with mlx-lm's models: weights into the model that the config means, nothing filled in at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from attrs import frozen
+
+from soup_xb.backends.mlx.device import Device, memory_guard
+from soup_xb.backends.mlx.embedding import scale_exactly
+from soup_xb.backends.mlx.quantization import (
+    check_quantization,
+    quantize_as_stored,
+    quantize_decoder,
+    stored_quantization,
+)
+from soup_xb.backends.mlx.reading import Reading, read_base
+from soup_xb.backends.mlx.rope import check_rope
+from soup_xb.backends.mlx.tree import walk
+from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.errors import ModelError, Problem
+from soup_xb.core.modules import Module
+from soup_xb.core.session import BaseDescription, SessionSettings
+
+
+@frozen(eq=False)
+class Opened:
+    """A model with how it was read. `places` maps the modules' names in transformers to those in mlx-lm."""
+
+    model: Any
+    folder: BaseFolder
+    reading: Reading
+    description: BaseDescription
+    places: dict[str, str]
+    notices: tuple[Problem, ...] = ()
+
+
+def load_base(settings: SessionSettings, device: Device) -> Opened:
+    """The base, frozen, in evaluation mode.
+
+    Raises ModelError for a folder that is damaged, holds foreign formats or would be read otherwise than meant.
+    """
+    folder = inspect_base(settings.base)
+    check_quantization(folder, settings.quantization)
+    reading = read_base(folder)
+    model = reading.build()
+    description, places = describe_model(model, folder, reading)
+    notices = []
+    with memory_guard("loading the base"):
+        weights = _read_weights(folder, reading, model)
+        stored = stored_quantization(folder)
+        if stored:
+            quantize_as_stored(model, stored, weights)
+        _fill(model, weights, folder)
+        del weights
+        model.set_dtype(device.dtype)
+        if settings.quantization != "none":
+            notices.append(quantize_decoder(model, places, settings.quantization))
+        mx.eval(model.parameters())
+    model.freeze()
+    model.eval()
+    notices.append(_check_ropes(model, reading))
+    if reading.longest:
+        message = f"rows may have {reading.longest} tokens at most on MLX: {reading.longest_because}"
+        notices.append(Problem("longest-row", message))
+    if device.precision == "fp32":
+        scale_exactly(model, reading)
+    return Opened(model, folder, reading, description, places, tuple(notices))
+
+
+def outline_base(path: Path) -> Opened:
+    """The base's modules without weights: MLX computes nothing that is not asked for."""
+    folder = inspect_base(path, weights=False)
+    reading = read_base(folder)
+    model = reading.build()
+    description, places = describe_model(model, folder, reading)
+    return Opened(model, folder, reading, description, places)
+
+
+def describe_model(
+    model: Any, folder: BaseFolder, reading: Reading
+) -> tuple[BaseDescription, dict[str, str]]:
+    """The structure of a plain model, and where its modules are."""
+    if reading.tied and "lm_head" in model:
+        model.sanitize({})
+    modules, places, parameters = [], {}, 0
+    for name, module in walk(model):
+        if isinstance(module, nn.Linear):
+            out_features, in_features = module.weight.shape
+            modules.append(Module(name, out_features, in_features))
+            places[name] = name
+        own = module.parameters() if not module.children() else {}
+        parameters += sum(array.size for array in own.values() if isinstance(array, mx.array))
+    arguments = reading.arguments
+    description = BaseDescription(
+        model_type=folder.model_type,
+        modules=tuple(modules),
+        parameters=parameters,
+        layers=arguments["num_hidden_layers"],
+        hidden_size=arguments["hidden_size"],
+        intermediate_size=arguments["intermediate_size"],
+        vocabulary_size=arguments["vocab_size"],
+    )
+    return description, places
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a base that `inspect_base` has checked."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(path.glob("*.safetensors"))
+    import json
+
+    return [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+
+
+def _read_weights(folder: BaseFolder, reading: Reading, model: Any) -> dict[str, mx.array]:
+    weights: dict[str, mx.array] = {}
+    for file in weight_files(folder.path):
+        weights.update(mx.load(str(file)))
+    if reading.tied:
+        weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
+    return weights
+
+
+def _fill(model: Any, weights: dict[str, mx.array], folder: BaseFolder) -> None:
+    expected = {name: array.shape for name, array in _flat(model)}
+    missing = sorted(set(expected) - set(weights))
+    foreign = sorted(set(weights) - set(expected))
+    shapes = sorted(name for name in set(expected) & set(weights) if weights[name].shape != expected[name])
+    if missing or shapes or foreign:
+        first = (missing or shapes or foreign)[0]
+        raise ModelError(
+            "incomplete-weights",
+            f"{len(missing)} weights are missing, {len(shapes)} have another shape and {len(foreign)} have no "
+            f"place in mlx-lm's `{folder.model_type}`, first `{first}`",
+            where=str(folder.path),
+            help="download the base again, or run with --backend torch.",
+        )
+    model.load_weights(list(weights.items()), strict=True)
+
+
+def _flat(model: Any) -> list[tuple[str, mx.array]]:
+    from mlx.utils import tree_flatten
+
+    return list(tree_flatten(model.parameters()))
+
+
+def _check_ropes(model: Any, reading: Reading) -> Problem:
+    checked = 0
+    for index, (layer, rope) in enumerate(zip(model.layers, reading.ropes, strict=True)):
+        if rope is not None:
+            check_rope(layer.self_attn.rope, rope, reading.head_dim, f"layers.{index}")
+            checked += 1
+    return Problem(
+        "base-read", f"every field of the config is accounted for; rope checked in {checked} blocks"
+    )

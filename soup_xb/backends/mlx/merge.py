@@ -1,0 +1,57 @@
+"""The base with the adapter folded into its weights, file by file, under the names that transformers reads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+
+from soup_xb.backends.mlx.adapters import Adapters
+from soup_xb.backends.mlx.load import Opened, weight_files
+from soup_xb.core.errors import ModelError
+
+# What belongs to a model besides its weights; code is left behind.
+_COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
+    """Write the full model, weight + scale * B A, in the files, names and dtypes of the base.
+
+    Raises ModelError for a quantized base, whose rounded weights the sum does not fit into.
+    """
+    layers = adapters.layers.values()
+    if opened.folder.quantization or any("scales" in layer.linear for layer in layers):
+        raise ModelError(
+            "merge-quantized",
+            "the base is quantized, and a merged weight does not fit into its format",
+            help="merge onto the plain base: run again with `--set training.quantization=none`.",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    left = set(adapters.layers)
+    for file in weight_files(opened.folder.path):
+        weights = mx.load(str(file))
+        for name in sorted(left):
+            if f"{name}.weight" in weights:
+                weights[f"{name}.weight"] = _merged(adapters, name, weights[f"{name}.weight"])
+                left.discard(name)
+        mx.save_safetensors(str(folder / file.name), weights, metadata={"format": "pt"})
+    if left:
+        raise ModelError(
+            "merge-misses-weight",
+            f"the base's files hold {len(left)} adapted weights under other names, first `{min(left)}`",
+            where=str(opened.folder.path),
+            help="merge with --backend torch.",
+        )
+    for companion in sorted(opened.folder.path.iterdir()):
+        if companion.is_file() and companion.suffix in _COMPANIONS:
+            shutil.copyfile(companion, folder / companion.name)
+
+
+def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:
+    layer = adapters.layers[name]
+    weight = stored.astype(mx.float32)
+    merged = weight + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
+    if adapters.plan.use_dora:
+        merged = (layer.m / mx.linalg.norm(merged, axis=1))[:, None] * merged
+    return merged.astype(stored.dtype)

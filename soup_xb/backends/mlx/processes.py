@@ -1,0 +1,56 @@
+"""The processes of a run: joining those that mlx.launch started, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import mlx.core as mx
+from attrs import frozen
+
+
+@frozen
+class Processes:
+    """The place of this process among all; one alone outside mlx.launch."""
+
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def many(self) -> bool:
+        """Whether there is anyone to talk to."""
+        return self.processes > 1
+
+    def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Each array's sum over all processes; one message for all of them."""
+        if not self.many or not arrays:
+            return dict(arrays)
+        flat = mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays.values()])
+        flat = mx.distributed.all_sum(flat)
+        summed, start = {}, 0
+        for name, array in arrays.items():
+            summed[name] = flat[start : start + array.size].reshape(array.shape)
+            start += array.size
+        return summed
+
+    def sum_exactly(self, number: float) -> float:
+        """A float64's sum over all processes, to about 48 bits: its float32 part and the rest travel apart."""
+        if not self.many:
+            return number
+        high = float(mx.array(number, mx.float32).item())
+        parts = mx.distributed.all_gather(mx.array([[high, number - high]], mx.float32)).tolist()
+        return sum(high + low for high, low in parts)
+
+    def largest(self, value: int) -> int:
+        """The largest value over all processes."""
+        if not self.many:
+            return value
+        return int(mx.distributed.all_max(mx.array([value], mx.int32)).item())
+
+
+def join_processes() -> Processes:
+    """Join the processes that mlx.launch started."""
+    if "MLX_RANK" not in os.environ:
+        return Processes()
+    group = mx.distributed.init(strict=True)
+    return Processes(group.rank(), group.size())

@@ -1,0 +1,245 @@
+"""One config, two readings: what transformers means by a config.json, in mlx-lm's spelling.
+
+Every field of the config class is accounted for: read by mlx-lm, held at the value that mlx-lm's code has built
+in, or of no weight. Any other is refused by name, so that a base is never trained as another model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from attrs import field, frozen
+from huggingface_hub.errors import StrictDataclassError
+
+from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
+from soup_xb.core.base_folder import BaseFolder
+from soup_xb.core.errors import ModelError
+
+_SIZES = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
+# Training-time dropout of the base is off on both engines; the rest is about tokens, output and bookkeeping.
+_WEIGHTLESS = {
+    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
+    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "initializer_range",
+    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "attention_dropout",
+    "resid_pdrop", "embd_pdrop", "_name_or_path", "output_attentions", "max_window_layers", "rope_parameters",
+    "no_rope_layer_interval", "_sliding_window_pattern", "head_dim", "layer_types", "sliding_window",
+}  # fmt: skip
+
+
+@frozen
+class Family:
+    """How mlx-lm's code of a model type relates to transformers'.
+
+    `reads` are further fields of the same name and meaning; `fixed` are built-in values.
+    """
+
+    module: str
+    reads: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(factory=dict)
+    ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+
+
+_SILU = {"hidden_act": "silu"}
+_FULL = {"use_sliding_window": False}
+_GELU = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False}
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", ("attention_bias", "mlp_bias", "head_dim"), _SILU),
+    "mistral": Family("llama", ("head_dim",), _SILU),
+    "qwen2": Family("qwen2", (), {**_SILU, **_FULL}),
+    "qwen3": Family("qwen3", ("head_dim",), {**_SILU, **_FULL, "attention_bias": False}),
+    "smollm3": Family(
+        "smollm3", ("attention_bias", "mlp_bias", "no_rope_layers", "head_dim"), {**_SILU, **_FULL}
+    ),
+    "olmo2": Family("olmo2", ("attention_bias", "head_dim"), _SILU),
+    "granite": Family(
+        "granite",
+        (
+            "attention_bias", "mlp_bias", "logits_scaling", "attention_multiplier", "embedding_multiplier",
+            "residual_multiplier",
+        ),
+        _SILU,
+    ),
+    "phi3": Family(
+        "phi3",
+        ("original_max_position_embeddings",),
+        _SILU,
+        ("default", "linear", "longrope"),
+    ),
+    "gemma2": Family(
+        "gemma2",
+        ("head_dim", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        {**_GELU, "use_bidirectional_attention": None},
+        ("default",),
+    ),
+    "gemma3_text": Family(
+        "gemma3_text",
+        ("head_dim", "query_pre_attn_scalar"),
+        {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "use_bidirectional_attention": False,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+        },
+    ),
+}  # fmt: skip
+
+
+@frozen(eq=False)
+class Reading:
+    """A base in mlx-lm's terms.
+
+    `arguments` are those of mlx-lm's ModelArgs, `ropes` the rotary embedding that each block must have (None:
+    none), `longest` the row length up to which mlx-lm computes what transformers does (0: any) and why.
+    """
+
+    module: str
+    arguments: dict[str, Any]
+    ropes: tuple[Rope | None, ...]
+    head_dim: int
+    longest: int
+    longest_because: str
+    tied: bool
+
+    def build(self) -> Any:
+        """The model with random weights that are not computed until asked for."""
+        code = importlib.import_module(f"mlx_lm.models.{self.module}")
+        return code.Model(code.ModelArgs(**self.arguments))
+
+
+def read_base(folder: BaseFolder) -> Reading:
+    """Translate a base's config. Raises ModelError naming the first field that mlx-lm would read otherwise."""
+    config, where = _parse(folder), str(folder.path / "config.json")
+    family = FAMILIES.get(folder.model_type)
+    if family is None:
+        raise ModelError(
+            "mlx-unproven-type",
+            f"`{folder.model_type}` is not among the model types whose logits on MLX are proven equal to "
+            f"transformers' ({', '.join(sorted(FAMILIES))})",
+            where=where,
+            help="run with --backend torch.",
+        )
+    _check_fields(config, family, where)
+    arguments = {name: getattr(config, name) for name in (*_SIZES, *family.reads) if hasattr(config, name)}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    ropes, longest, because = _translate_layers(config, family, arguments, head_dim, where)
+    return Reading(
+        module=family.module,
+        arguments=arguments,
+        ropes=ropes,
+        head_dim=head_dim,
+        longest=longest,
+        longest_because=because,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def _parse(folder: BaseFolder) -> Any:
+    if folder.model_type not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            "unknown-model-type",
+            f"transformers {transformers.__version__} does not know `{folder.model_type}`",
+            where=str(folder.path / "config.json"),
+            help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
+        )
+    plain = {
+        key: value
+        for key, value in folder.config.items()
+        if key not in ("quantization", "quantization_config", "auto_map")
+    }
+    try:
+        return transformers.CONFIG_MAPPING[folder.model_type].from_dict(plain)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            "unreadable-base",
+            f"transformers cannot read the config: {lines[0]}",
+            where=str(folder.path / "config.json"),
+            help="download the base again.",
+        ) from error
+
+
+def _check_fields(config: Any, family: Family, where: str) -> None:
+    for name, value in family.fixed.items():
+        if getattr(config, name, value) != value:
+            raise refused(where, f"{name}: {getattr(config, name)}")
+    known = {*_SIZES, *family.reads, *family.fixed, *_WEIGHTLESS}
+    plain = type(config)().to_dict()
+    for name, value in config.to_dict().items():
+        if name in plain and name not in known and value != plain[name]:
+            raise refused(where, f"{name}: {value}")
+
+
+def _translate_layers(
+    config: Any, family: Family, arguments: dict[str, Any], head_dim: int, where: str
+) -> tuple[tuple[Rope | None, ...], int, str]:
+    """Rotary embeddings, windows and layer kinds; adds mlx-lm's spelling of them to `arguments`."""
+    parameters = config.rope_parameters or {}
+    if family.module == "gemma3_text":
+        return _translate_gemma3(config, arguments, head_dim, where), 0, ""
+    kind = parameters.get("rope_type", "default")
+    if kind not in family.ropes:
+        raise refused(where, f"rope_parameters.rope_type: {kind}")
+    if kind == "longrope" and not parameters.get("factor"):
+        factor = config.max_position_embeddings / parameters["original_max_position_embeddings"]
+        parameters = {**parameters, "factor": factor}
+    partial = parameters.get("partial_rotary_factor")
+    if family.module == "phi3":
+        arguments["partial_rotary_factor"] = partial or 1.0
+    elif partial not in (None, 1.0):
+        raise refused(where, f"rope_parameters.partial_rotary_factor: {partial}")
+    rope = read_rope(parameters, head_dim, where)
+    arguments["rope_theta"] = float(parameters["rope_theta"])
+    arguments["rope_scaling"] = spell_rope(parameters)
+    if family.module == "phi3" and kind == "linear":
+        # Its ModelArgs asks for the key whatever the kind.
+        arguments["rope_scaling"]["long_factor"] = None
+    if family.module == "gemma2":
+        del arguments["rope_scaling"], arguments["tie_word_embeddings"], arguments["max_position_embeddings"]
+    used = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
+    longest, because = rope.longest, "its rope changes beyond that"
+    window = getattr(config, "sliding_window", None)
+    if window and not longest:
+        longest, because = window, "mlx-lm does not build its sliding window"
+    if window and longest > window:
+        longest, because = window, "mlx-lm does not build its sliding window"
+    return tuple(rope if one else None for one in used), longest, because
+
+
+def _translate_gemma3(
+    config: Any, arguments: dict[str, Any], head_dim: int, where: str
+) -> tuple[Rope | None, ...]:
+    local = config.rope_parameters["sliding_attention"]
+    distant = config.rope_parameters["full_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise refused(where, f"rope_parameters.sliding_attention.rope_type: {local['rope_type']}")
+    if distant.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        raise refused(where, f"rope_parameters.full_attention.rope_type: {distant['rope_type']}")
+    arguments["sliding_window_pattern"] = _pattern(config.layer_types, where)
+    arguments["sliding_window"] = config.sliding_window
+    arguments["rope_local_base_freq"] = float(local["rope_theta"])
+    arguments["rope_theta"] = float(distant["rope_theta"])
+    arguments["rope_scaling"] = spell_rope(distant)
+    del arguments["tie_word_embeddings"]
+    kinds = {"sliding_attention": local, "full_attention": distant}
+    read = {name: read_rope(parameters, head_dim, where) for name, parameters in kinds.items()}
+    return tuple(read[kind] for kind in config.layer_types)
+
+
+def _pattern(kinds: list[str], where: str) -> int:
+    """The distance of mlx-lm's full-attention layers: every n-th layer is one, all others slide."""
+    if "full_attention" in kinds:
+        every = kinds.index("full_attention") + 1
+        wanted = [
+            "full_attention" if index % every == every - 1 else "sliding_attention"
+            for index in range(len(kinds))
+        ]
+        if list(kinds) == wanted:
+            return every
+    raise refused(where, "layer_types")

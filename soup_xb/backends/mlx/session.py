@@ -1,0 +1,208 @@
+"""The MLX backend's Session: mlx-lm's models and LoRA layers, MLX's processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors
+from soup_xb.backends.mlx.checkpointing import CheckpointedBlocks
+from soup_xb.backends.mlx.device import Device, choose_device, memory_guard, peak_memory_bytes
+from soup_xb.backends.mlx.generation import generate_tokens
+from soup_xb.backends.mlx.grid import exact_grid
+from soup_xb.backends.mlx.head import summed_loss
+from soup_xb.backends.mlx.load import Opened, load_base, outline_base
+from soup_xb.backends.mlx.merge import write_merged
+from soup_xb.backends.mlx.optimizer import Optimizer
+from soup_xb.backends.mlx.processes import Processes, join_processes
+from soup_xb.backends.mlx.step import Gradients
+from soup_xb.core.batches import MicroBatch
+from soup_xb.core.errors import CheckpointError, ModelError, Problem
+from soup_xb.core.random_numbers import step_seed
+from soup_xb.core.session import (
+    AdapterPlan,
+    BaseDescription,
+    GenerationSettings,
+    LossSum,
+    SessionSettings,
+    StepResult,
+    StepSettings,
+)
+
+FACTORS_FILE = "factors.safetensors"
+Array = np.ndarray[Any, Any]
+
+
+def open_session(settings: SessionSettings) -> MlxSession:
+    """Join the processes, choose a precision, and open the base."""
+    processes = join_processes()
+    device = choose_device(settings.precision)
+    opened = load_base(settings, device) if settings.weights else outline_base(settings.base)
+    return MlxSession(opened, settings, device, processes)
+
+
+class MlxSession:
+    """See soup_xb.core.session.Session."""
+
+    backend = "mlx"
+
+    def __init__(
+        self, opened: Opened, settings: SessionSettings, device: Device, processes: Processes
+    ) -> None:
+        """Take over an opened, frozen base."""
+        self.model = opened.model
+        self.settings = settings
+        self.precision, self.device = device.precision, device.name
+        self.process, self.processes = processes.process, processes.processes
+        self._opened, self._device, self._processes = opened, device, processes
+        self._adapters: Adapters | None = None
+        self._optimizer: Optimizer | None = None
+        self._gradients: Gradients | None = None
+        self._checkpointed: CheckpointedBlocks | None = None
+        if settings.gradient_checkpointing and settings.weights:
+            self._checkpointed = CheckpointedBlocks(list(self.model.layers))
+
+    def notices(self) -> tuple[Problem, ...]:
+        """The device and the precision with their reason, and how the base was read."""
+        return (Problem("device", self._device.reason), *self._opened.notices)
+
+    def describe(self) -> BaseDescription:
+        """The base's structure."""
+        return self._opened.description
+
+    def attach(self, plan: AdapterPlan) -> None:
+        """Wrap the planned modules with mlx-lm's LoRA layers and make an optimizer for their factors."""
+        with memory_guard("attaching the adapters"):
+            self._adapters = Adapters(self.model, plan, self._opened.places)
+            self._optimizer = Optimizer(self._adapters.values, self.settings.optimizer)
+        self._gradients = Gradients(self.model, self._adapters, compiled=True)
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
+        """One update; dropout masks are a function of seed, step and process."""
+        adapters, optimizer = self._trained(self._adapters), self._trained(self._optimizer)
+        seed = step_seed(self.settings.seed, "dropout", step.step, self.process)
+        keys = mx.random.split(mx.random.key(seed), max(1, len(micro_batches)))
+        gradients: Arrays = {}
+        total = 0.0
+        with memory_guard("training"):
+            for batch, key in zip(micro_batches, keys, strict=True):
+                self._check_length(batch.tokens.shape[1])
+                loss, more = self._trained(self._gradients)(batch, 1.0 / step.target_tokens, key)
+                gradients = {name: gradients[name] + more[name] for name in more} if gradients else more
+                total += loss
+            mean = self._processes.sum_exactly(total) / step.target_tokens
+            gradients = self._processes.sum(gradients)
+            if not math.isfinite(mean):
+                return StepResult(mean, math.nan, applied=False)
+            norm, values = optimizer.step(adapters.values, gradients, step.learning_rate)
+        if values is None:
+            return StepResult(mean, norm, applied=False)
+        adapters.set(values)
+        return StepResult(mean, norm, applied=True)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
+        """Loss without dropout; every process evaluates its share."""
+        total, targets = 0.0, 0
+        with self._with_adapter(adapter), memory_guard("evaluating"):
+            for batch in micro_batches:
+                self._check_length(batch.tokens.shape[1])
+                total += float(summed_loss(self.model, *exact_grid(batch).arrays).item())
+                targets += batch.target_tokens
+        return LossSum(self._processes.sum_exactly(total), round(self._processes.sum_exactly(targets)))
+
+    def save_state(self, folder: Path) -> None:
+        """Factors and optimizer state."""
+        factors = self._trained(self._adapters).factors()
+        flat = {
+            f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()
+        }
+        save_file(flat, folder / FACTORS_FILE)
+        self._trained(self._optimizer).save(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Read back what `save_state` wrote."""
+        file = folder / FACTORS_FILE
+        try:
+            flat = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
+            ) from error
+        factors: dict[str, dict[str, Array]] = {}
+        for key, array in flat.items():
+            name, _, factor = key.rpartition(".")
+            factors.setdefault(name, {})[factor] = array
+        self._trained(self._adapters).load(factors)
+        self._trained(self._optimizer).load(folder)
+
+    def factors(self) -> Mapping[str, Mapping[str, Array]]:
+        """The adapter as a plain LoRA on the untouched base."""
+        factors: Mapping[str, Mapping[str, Array]] = self._trained(self._adapters).factors()
+        return factors
+
+    def load_factors(self, factors: Factors) -> None:
+        """Set the adapter's factors."""
+        self._trained(self._adapters).load(factors)
+
+    def logits(self, tokens: Array, adapter: bool = True) -> Array:
+        """Float32 logits (rows, length, vocabulary)."""
+        self._check_length(np.asarray(tokens).shape[1])
+        with self._with_adapter(adapter), memory_guard("computing logits"):
+            ids = mx.array(np.asarray(tokens, dtype=np.int32))
+            return np.array(self.model(ids).astype(mx.float32), copy=True)
+
+    def generate(self, prompt: Array, settings: GenerationSettings, adapter: bool = True) -> Array:
+        """Continue a prompt."""
+        self._check_length(np.asarray(prompt).size + settings.max_new_tokens)
+        with self._with_adapter(adapter), memory_guard("generating"):
+            return generate_tokens(self.model, prompt, settings)
+
+    def save_merged(self, folder: Path) -> None:
+        """Write the base with the adapter folded in."""
+        write_merged(self._opened, self._trained(self._adapters), folder)
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process held."""
+        return peak_memory_bytes(self._device)
+
+    def agree(self, value: int) -> int:
+        """The largest value over all processes."""
+        return self._processes.largest(value)
+
+    def close(self) -> None:
+        """Give the blocks their class back and the memory to the system."""
+        if self._checkpointed is not None:
+            self._checkpointed.undo()
+        self._optimizer = self._adapters = self._gradients = self._checkpointed = None
+        self.model = None
+        mx.clear_cache()
+
+    def _with_adapter(self, adapter: bool) -> Any:
+        if adapter or self._adapters is None:
+            return nullcontext()
+        return self._adapters.switched_off()
+
+    def _check_length(self, length: int) -> None:
+        longest = self._opened.reading.longest
+        if longest and length > longest:
+            raise ModelError(
+                "longer-than-mlx-reads",
+                f"a row of {length} tokens; on MLX this base is exact up to {longest}: "
+                f"{self._opened.reading.longest_because}",
+                where="data.max_length",
+                help=f"set `data.max_length: {longest}` or lower, or run with --backend torch.",
+            )
+
+    @staticmethod
+    def _trained(part: Any) -> Any:
+        if part is None:
+            raise RuntimeError("attach adapters before training, saving or loading them")
+        return part
