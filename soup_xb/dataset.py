@@ -189,15 +189,16 @@ class _Tally:
     def notices(self) -> Iterator[Problem]:
         """What should be known, worst first; a count of zero says nothing."""
         told = (
-            ("rows-without-targets", "rows left out, with nothing to learn", self._unlearnable),
-            ("truncated", f"rows cut at `data.max_length` {self._max_length:,}", self.truncated),
+            ("rows-without-targets", "left out, with nothing to learn", self._unlearnable),
+            ("truncated", f"cut at {self._max_length:,} tokens (`data.max_length`)", self.truncated),
             (
                 "rewritten-turns",
-                "rows with an assistant turn that the chat template changes, which is not trained on",
+                "with an assistant turn that the chat template changes, which is not trained on",
                 self._rewritten,
             ),
-            ("hidden-turns", "rows with a turn that the chat template changes or leaves out", self._hidden),
+            ("hidden-turns", "with a turn that the chat template changes or leaves out", self._hidden),
         )
         for code, what, places in told:
             if places.count:
-                yield Problem(code, f"{places.count:,} {what}: {places}", where=self._name)
+                rows = "1 row" if places.count == 1 else f"{places.count:,} rows"
+                yield Problem(code, f"{rows} {what}: {places}", where=self._name)

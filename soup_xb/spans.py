@@ -1,9 +1,10 @@
 """Which characters of a rendered conversation the model learns to write.
 
-A chat template is a program, so the answer comes from rendering, never from knowing the template. For each
-assistant turn three renderings are compared with the whole one:
+A chat template is a program, so the answer comes from rendering, never from knowing the template. The turns
+before an assistant turn, rendered with the generation prompt, show where the model begins to write. Mostly the
+turns up to it, rendered alone, go on from there, and the whole rendering from them in turn: what was added is
+the turn. Where an earlier turn is written otherwise than a last one, two more renderings tell:
 
-- the turns before it with the generation prompt: where the model begins to write;
 - all turns, with a mark in place of this turn's content: what stands before the content and after it;
 - the turns up to it, with the mark: which part of what stands after belongs to this turn.
 
@@ -101,35 +102,49 @@ class _Turn:
     def span(self, text: str, ends: EndTokens) -> Span | None:
         """Where the turn stands in the whole rendering, from the generation prompt to its end token."""
         try:
-            before, after = self._around(len(self.messages))
-            tail = after
-            if self.index + 1 < len(self.messages):
-                _, tail = self._around(self.index + 1)
+            prompt = self.template.render(self.messages[: self.index], generation_prompt=True)
+        except RenderError:
+            # Some templates refuse a conversation that the assistant opens, or that a system turn alone precedes.
+            prompt = ""
+        try:
+            return self._added(text, prompt, ends) or self._marked(text, prompt, ends)
         except (RenderError, _UnmarkedError):
             return None
+
+    def _added(self, text: str, prompt: str, ends: EndTokens) -> Span | None:
+        """The span where prompt, turn and the whole are each the beginning of the next."""
+        count = self.index + 1
+        shown = text if count == len(self.messages) else self.template.render(self.messages[:count])
+        if not prompt or not shown.startswith(prompt) or not text.startswith(shown):
+            return None
+        content = self.messages[self.index].content.strip()
+        begin = len(prompt) + len(shown[len(prompt) :]) - len(shown[len(prompt) :].lstrip())
+        if not shown.startswith(content, begin):
+            return None
+        end = begin + len(content)
+        return len(prompt), end + _end_of_turn(shown[end:], ends, whole=True)
+
+    def _marked(self, text: str, prompt: str, ends: EndTokens) -> Span | None:
+        """The span by what stands around a mark, from the prompt's end, else from where the content begins."""
+        before, after = tail = self._around(len(self.messages))
+        if self.index + 1 < len(self.messages):
+            tail = self._around(self.index + 1)
+        if prompt and text.startswith(prompt):
+            start = len(prompt)
+        elif text.startswith(before):
+            start = len(before)
+        else:
+            return None
         end = len(text) - len(after)
-        start = self._start(text, before)
-        if start is None or start >= end or not text.endswith(after):
+        if start >= end or not text.endswith(after) or not self._is_shown(text[:end], before, start):
             return None
-        if not self._is_shown(text[:end], before, start):
-            return None
-        shared = _common_prefix(tail, after)
-        return start, end + _end_of_turn(shared, ends, whole=shared == tail)
+        shared = _common_prefix(tail[1], after)
+        return start, end + _end_of_turn(shared, ends, whole=shared == tail[1])
 
     def _around(self, count: int) -> tuple[str, str]:
         """What stands before and after this turn's content in the rendering of the first `count` turns."""
         marked = [*self.messages[: self.index], Message("assistant", _MARK)]
         return _around_mark(self.template.render([*marked, *self.messages[self.index + 1 : count]]))
-
-    def _start(self, text: str, before: str) -> int | None:
-        """Where the model begins to write: after the generation prompt, else where the content begins."""
-        try:
-            prompt = self.template.render(self.messages[: self.index], generation_prompt=True)
-        except RenderError:
-            prompt = ""
-        if prompt and text.startswith(prompt):
-            return len(prompt)
-        return len(before) if text.startswith(before) else None
 
     def _is_shown(self, text: str, before: str, start: int) -> bool:
         """Whether a text that ends with the turn's content shows it word for word; white space may differ."""

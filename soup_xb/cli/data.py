@@ -37,16 +37,16 @@ def command(  # noqa: PLR0913 - one parameter an option
     as_json: bool,
 ) -> None:
     """Show what FILE holds: its format and rows, and with --base its tokens and what is trained on."""
-    summary, notices = _rows(file, data_format)
-    if base is not None:
+    if base is None:
+        summary, notices = _rows(file, data_format)
+    else:
         from soup_xb.dataset import tokenize_file
         from soup_xb.hub import resolve_base
         from soup_xb.tokenizer import open_tokenizer
 
         tokenizer = open_tokenizer(resolve_base(base), chat_template)
         tokens = tokenize_file(file, data_format, tokenizer, max_length)
-        summary |= _tokens(tokens)
-        summary["example"] = _example(tokens, tokenizer)
+        summary = {"file": str(file), **_counts(tokens), "example": _example(tokens, tokenizer)}
         notices = tokens.notices
     if as_json:
         summary["notices"] = [{"code": notice.code, "message": notice.message} for notice in notices]
@@ -79,9 +79,12 @@ def _rows(file: Path, data_format: str) -> tuple[dict[str, Any], tuple[Problem, 
     return summary, tuple(reader.notices())
 
 
-def _tokens(tokens: TokenFile) -> dict[str, Any]:
+def _counts(tokens: TokenFile) -> dict[str, Any]:
     lengths = sorted(row.length for row in tokens.rows)
     return {
+        "format": tokens.format,
+        "reason": tokens.reason,
+        "rows": tokens.count,
         "trained_rows": len(tokens.rows),
         "nothing_to_learn": tokens.unlearnable,
         "truncated": tokens.truncated,

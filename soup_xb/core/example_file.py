@@ -40,5 +40,5 @@ class ExampleReader:
         """The format with its reason, and the columns that nothing was made of."""
         yield Problem("data-format", f"{self.detection.name}: {self.detection.reason}", where=self.name)
         if self.dropped:
-            listed = ", ".join(f"`{column}` ({rows:,} rows)" for column, rows in sorted(self.dropped.items()))
+            listed = ", ".join(f"`{column}` (in {rows:,})" for column, rows in sorted(self.dropped.items()))
             yield Problem("extra-columns", f"not used: {listed}", where=self.name)

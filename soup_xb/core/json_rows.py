@@ -51,15 +51,14 @@ def json_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
-            line = line.strip()
-            if not line:
+            if not line.strip():
                 continue
             source = Source(str(path), number)
-            text = decoded(line, source)
-            if first and text.startswith("["):
-                yield from _array_rows(text + decoded(file.read(), source), source)
+            if first and line.lstrip().startswith(b"["):
+                yield from _array_rows(decoded(line + file.read(), source), source)
                 return
             first = False
+            text = decoded(line.strip(), source)
             yield source, _row(_parsed(text, source, last=not raw.endswith(b"\n")), source)
 
 

@@ -36,7 +36,7 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
         if len(cells) != len(columns):
             raise DataError(
                 "ragged-row",
-                f"has {len(cells)} fields, and the first line names {len(columns)} columns",
+                f"has {len(cells)} field{'s' * (len(cells) != 1)}, and the first line names {len(columns)} columns",
                 where=str(source),
                 help="a field that holds the separator or a line break goes in double quotes.",
             )

@@ -1,0 +1,297 @@
+"""What rows mean: formats, their detection, and every field that can be wrong."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soup_xb.core import config
+from soup_xb.core.errors import DataError
+from soup_xb.core.example_file import ExampleReader
+from soup_xb.core.examples import ChatExample, CompletionExample, Message, Source
+from soup_xb.core.formats import FORMATS, detect_format, extra_columns, to_example
+
+SOURCE = Source("rows.jsonl", 7)
+
+
+def chat(*turns: tuple[str, str], first_trained: int = 0) -> ChatExample:
+    return ChatExample(tuple(Message(role, content) for role, content in turns), SOURCE, first_trained)
+
+
+def turn(role: str, content: object) -> dict:
+    return {"role": role, "content": content}
+
+
+HELLO = ("user", "Hi"), ("assistant", "Hello")
+MEANINGS = [
+    ("messages", {"messages": [turn("user", "Hi"), turn("assistant", "Hello")]}, chat(*HELLO)),
+    (
+        "messages",
+        {"messages": [turn("developer", "Terse."), turn("user", "Hi"), turn("tool", "{}")]},
+        chat(("system", "Terse."), ("user", "Hi"), ("tool", "{}")),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                turn("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": None}])
+            ]
+        },
+        chat(("user", "Hi")),
+    ),
+    (
+        "messages",
+        {"messages": [turn("user", "Hi"), turn("assistant", "Hello") | {"tool_calls": None, "weight": 1}]},
+        chat(*HELLO),
+    ),
+    (
+        "messages",
+        {"system": "Terse.", "messages": [turn("user", "Hi")]},
+        chat(("system", "Terse."), ("user", "Hi")),
+    ),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "system", "value": "Terse."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello"},
+                {"from": "observation", "value": "{}"},
+            ]
+        },
+        chat(("system", "Terse."), *HELLO, ("tool", "{}")),
+    ),
+    ("sharegpt", {"conversations": [turn("user", "Hi")], "system": ""}, chat(("user", "Hi"))),
+    ("alpaca", {"instruction": "Hi", "output": "Hello"}, chat(*HELLO)),
+    ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello"}, chat(*HELLO)),
+    ("alpaca", {"instruction": "Hi", "input": " ", "output": "Hello"}, chat(*HELLO)),
+    (
+        "alpaca",
+        {
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "3",
+            "system": "Terse.",
+            "history": [["Hi", "Hello"]],
+        },
+        chat(("system", "Terse."), *HELLO, ("user", "Add.\n\n1 2"), ("assistant", "3")),
+    ),
+    ("prompt-completion", {"prompt": "1, 2,", "completion": " 3"}, CompletionExample("1, 2,", " 3", SOURCE)),
+    (
+        "prompt-completion",
+        {"prompt": [turn("user", "Hi")], "completion": [turn("assistant", "Hello")]},
+        chat(*HELLO, first_trained=1),
+    ),
+    ("text", {"text": "Once"}, CompletionExample("", "Once", SOURCE)),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), MEANINGS)
+def test_a_row_means_what_its_format_says(name, row, expected):
+    assert to_example(row, SOURCE, name) == expected
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), MEANINGS)
+def test_the_format_is_found_by_the_columns_and_told_with_the_reason(name, row, expected):
+    detection = detect_format([(SOURCE, row)])
+    assert detection.name == name
+    assert all(f"`{column}`" in detection.reason for column in FORMATS[name].required)
+
+
+def test_the_conversation_wins_over_the_flat_text_beside_it_and_the_reason_says_so():
+    detection = detect_format([(SOURCE, {"text": "…", "messages": []})])
+    assert detection.name == "messages"
+    assert "also fits text" in detection.reason
+
+
+def test_a_filled_column_wins_over_a_column_of_nulls():
+    assert detect_format([(SOURCE, {"text": "…", "messages": None})]).name == "text"
+
+
+def test_the_formats_are_those_of_the_config():
+    assert {"auto", "preference", *FORMATS} == set(config.FORMATS)
+
+
+USER = [turn("user", "Hi")]
+FAILURES = [
+    ("text", {"text": None}, "null-field", ": text", "got null"),
+    ("text", {"text": 3}, "mistyped-field", ": text", "got a number"),
+    ("text", {"text": "\ud800"}, "broken-text", ": text", "surrogate"),
+    ("text", {"txet": "a"}, "missing-field", ": text", "found `txet`"),
+    ("alpaca", {"text": "a"}, "mixed-formats", "", "format text among rows of the format alpaca"),
+    ("alpaca", {"instruction": "a", "output": None}, "null-field", ": output", "got null"),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "input": True},
+        "mistyped-field",
+        ": input",
+        "got a boolean",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": "c"},
+        "mistyped-field",
+        ": history",
+        "got text",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": [["c"]]},
+        "mistyped-field",
+        ": history[0]",
+        "pair",
+    ),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "history": [["c", 1]]},
+        "mistyped-field",
+        ": history[0]",
+        "texts",
+    ),
+    ("messages", {"messages": "Hi"}, "mistyped-field", ": messages", "got text"),
+    ("messages", {"messages": ["Hi"]}, "mistyped-field", ": messages[0]", "got text"),
+    ("messages", {"messages": [{"content": "Hi"}]}, "missing-field", ": messages[0].role", "`content`"),
+    ("messages", {"messages": [{"role": "user"}]}, "missing-field", ": messages[0].content", "`role`"),
+    (
+        "messages",
+        {"messages": [*USER, turn("assistant", None)]},
+        "null-field",
+        ": messages[1].content",
+        "null",
+    ),
+    ("messages", {"messages": [turn(3, "Hi")]}, "mistyped-field", ": messages[0].role", "number"),
+    ("messages", {"messages": [turn("asistant", "Hi")]}, "unknown-role", ": messages[0].role", "`asistant`"),
+    (
+        "messages",
+        {"messages": [turn("user", [{"type": "image", "url": "x"}])]},
+        "unsupported-content",
+        ": messages[0].content[0]",
+        "`image`",
+    ),
+    (
+        "messages",
+        {"messages": [turn("user", ["Hi"])]},
+        "mistyped-field",
+        ": messages[0].content[0]",
+        "got text",
+    ),
+    (
+        "messages",
+        {"messages": [*USER, turn("assistant", "") | {"tool_calls": [{"id": 1}]}]},
+        "unsupported-turn",
+        ": messages[1]",
+        "`tool_calls`",
+    ),
+    (
+        "messages",
+        {"messages": [turn("user", "a") | {"weight": 0}]},
+        "unsupported-turn",
+        ": messages[0]",
+        "weight",
+    ),
+    (
+        "messages",
+        {"system": "a", "messages": [turn("system", "b")]},
+        "two-system-prompts",
+        ": system",
+        "already",
+    ),
+    (
+        "prompt-completion",
+        {"prompt": "a", "completion": USER},
+        "mistyped-field",
+        ": completion",
+        "as the prompt",
+    ),
+    (
+        "prompt-completion",
+        {"prompt": USER, "completion": "a"},
+        "mistyped-field",
+        ": completion",
+        "list of turns",
+    ),
+    ("preference", {"chosen": "a"}, "unsupported-format", "", "`preference`"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "code", "place", "words"), FAILURES)
+def test_a_wrong_field_is_named_with_file_and_line(name, row, code, place, words):
+    with pytest.raises(DataError) as caught:
+        to_example(row, SOURCE, name)
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.where) == (code, f"rows.jsonl:7{place}")
+    assert words in problem.message
+
+
+def test_a_misspelled_role_is_met_with_the_right_one():
+    with pytest.raises(DataError, match="did you mean `assistant`"):
+        to_example({"messages": [turn("Asistant", "Hi")]}, SOURCE, "messages")
+
+
+def test_unknown_columns_are_listed_with_the_known_formats():
+    with pytest.raises(DataError) as caught:
+        detect_format([(SOURCE, {"question": "a", "answer": "b"})])
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.where) == ("unknown-columns", "rows.jsonl:7")
+    assert "`question`, `answer`" in problem.message
+    assert all(name in problem.help for name in FORMATS)
+
+
+def test_preference_rows_are_told_apart_from_unknown_ones():
+    with pytest.raises(DataError, match="preference rows"):
+        detect_format([(SOURCE, {"prompt": "a", "chosen": "b", "rejected": "c"})])
+
+
+def test_columns_and_keys_that_nothing_is_made_of_are_listed():
+    row = {"messages": [turn("user", "Hi") | {"name": "Ann"}], "id": 3, "source": None}
+    assert extra_columns(row, "messages") == ["id", "messages[].name"]
+
+
+def test_a_reader_counts_rows_and_dropped_columns():
+    rows = [
+        (SOURCE, {"text": "a", "id": 1}),
+        (SOURCE, {"text": "b"}),
+        (SOURCE, {"text": "c", "id": 2, "x": 3}),
+    ]
+    reader = ExampleReader(iter(rows), "auto", "rows.jsonl")
+    assert [example.completion for example in reader] == ["a", "b", "c"]
+    assert (reader.count, reader.dropped) == (3, {"id": 2, "x": 1})
+    assert [notice.code for notice in reader.notices()] == ["data-format", "extra-columns"]
+
+
+def test_a_row_of_another_format_in_the_middle_stops_the_reader():
+    rows = [(SOURCE, {"text": "a"}), (Source("rows.jsonl", 8), {"instruction": "a", "output": "b"})]
+    with pytest.raises(DataError, match="among rows of the format text") as caught:
+        list(ExampleReader(iter(rows), "auto", "rows.jsonl"))
+    assert caught.value.problems[0].where == "rows.jsonl:8"
+
+
+COLUMNS = ["text", "prompt", "completion", "instruction", "input", "output", "history", "system", "messages"]
+KEYS = ["role", "content", "from", "value", "type", "text", "tool_calls", "weight"]
+LEAF = (
+    st.none()
+    | st.booleans()
+    | st.integers(0, 2)
+    | st.sampled_from(["user", "assistant", "system", "text", ""])
+    | st.text(max_size=5)
+)
+VALUE = st.recursive(
+    LEAF,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([*COLUMNS, "conversations"]), VALUE, max_size=5),
+    st.sampled_from(["auto", *FORMATS]),
+)
+def test_whatever_the_row_it_is_an_example_or_a_data_error_with_its_place(row, name):
+    try:
+        [example] = ExampleReader(iter([(SOURCE, row)]), name, "rows.jsonl")
+    except DataError as error:
+        assert error.problems[0].where.startswith("rows.jsonl:7")
+    else:
+        assert isinstance(example, (ChatExample, CompletionExample))
