@@ -1,0 +1,102 @@
+"""`soupx data` from the outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOUPX = [sys.executable, "-m", "soup_xb"]
+
+
+def soupx(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SOUPX, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    turns = [("user", "Hi"), ("assistant", "Hello \x1b[31m!"), ("user", "Bye"), ("assistant", "Good bye.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    written = [{"messages": messages, "id": 1}, {"messages": messages[:1]}, {"messages": messages[:2]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in written), "utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return tiny_llama
+
+
+def test_without_a_base_format_and_rows_are_shown_and_no_tokenizer_is_needed(rows):
+    done = soupx("data", rows)
+    assert done.returncode == 0, done.stderr
+    assert "format            messages (the first row has the column `messages`)" in done.stdout
+    assert "rows              3" in done.stdout
+    assert "`id` (in 1)" in done.stdout
+    assert "tokens" not in done.stdout
+
+
+def test_without_a_base_no_framework_is_imported(rows):
+    code = (
+        "import sys; from click.testing import CliRunner; from soup_xb.cli.data import command;"
+        f"result = CliRunner().invoke(command, [{str(rows)!r}]); assert result.exit_code == 0, result.output;"
+        "print({'torch', 'transformers', 'datasets', 'pyarrow', 'jinja2'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_with_a_base_tokens_are_counted_and_the_trained_ones_marked(rows, base):
+    done = soupx("data", rows, "--base", base)
+    assert done.returncode == 0, done.stderr
+    assert "trained rows      2" in done.stdout
+    assert "nothing to learn  1" in done.stdout
+    assert "█" in done.stdout
+    example = done.stdout.split("between ‹ and ›:\n\n")[1]
+    assert example == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello \\x1b[31m!<|im_end|>›\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n‹Good bye.<|im_end|>›\n\n"
+    )
+    assert "rows.jsonl:2 (no assistant turn)" in done.stdout
+
+
+def test_the_json_is_one_object_on_stdout_whose_numbers_agree(rows, base):
+    done = soupx("data", rows, "--base", base, "--max-length", 60, "--json")
+    summary = json.loads(done.stdout)
+    assert (summary["format"], summary["rows"], summary["trained_rows"]) == ("messages", 3, 2)
+    assert (summary["nothing_to_learn"], summary["truncated"]) == (1, 1)
+    assert sum(bar["rows"] for bar in summary["lengths"]["histogram"]) == summary["trained_rows"]
+    assert summary["lengths"]["longest"] == 60
+    trained = [piece["text"] for piece in summary["example"]["pieces"] if piece["trained"]]
+    assert trained[0] == "Hello \x1b[31m!<|im_end|>"
+    assert {notice["code"] for notice in summary["notices"]} >= {"data-format", "truncated", "extra-columns"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "code"),
+    [
+        (("missing.jsonl",), 3, "error[data-missing]"),
+        (("ROWS", "--format", "alpaca"), 3, "error[mixed-formats]"),
+        (("ROWS", "--base", "no/such/folder/at/all"), 4, "error[base-not-found]"),
+        (("ROWS", "--base", "BASE", "--chat-template", "{% if %}"), 4, "error[bad-chat-template]"),
+        (("ROWS", "--base", "BASE", "--max-length", "8"), 3, "error[nothing-to-learn]"),
+        (("ROWS", "--max-length", "1"), 2, "error[usage]"),
+    ],
+)
+def test_a_failure_is_one_message_and_its_exit_code(rows, base, arguments, exit_code, code):
+    done = soupx("data", *(str({"ROWS": rows, "BASE": base}.get(name, name)) for name in arguments))
+    assert done.returncode == exit_code, done.stderr
+    assert code in done.stderr
+    assert "Traceback" not in done.stderr
