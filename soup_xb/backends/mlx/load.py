@@ -84,8 +84,6 @@ def describe_model(
     model: Any, folder: BaseFolder, reading: Reading
 ) -> tuple[BaseDescription, dict[str, str]]:
     """The structure of a plain model, and where its modules are."""
-    if reading.tied and "lm_head" in model:
-        model.sanitize({})
     modules, places, parameters = [], {}, 0
     for name, module in walk(model):
         if isinstance(module, nn.Linear):
@@ -123,7 +121,8 @@ def _read_weights(folder: BaseFolder, reading: Reading, model: Any) -> dict[str,
         weights.update(mx.load(str(file)))
     if reading.tied:
         weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
-    if hasattr(model, "sanitize"):
+    # Gemma 3's does nothing but tie the head, which `build` has done.
+    if hasattr(model, "sanitize") and reading.module != "gemma3_text":
         weights = model.sanitize(weights)
     return weights
 
