@@ -14,6 +14,7 @@ from soup_xb.spans import Markup, Span
 
 # The tokenizers library works on many texts at once, on all cores; more would only hold memory.
 BATCH = 512
+_HEADS = ("\n", "0")
 Array = np.ndarray[Any, Any]
 
 
@@ -86,14 +87,17 @@ class Encoder:
         return encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def _continuation(self, text: str) -> tuple[list[int], Array]:
-        """The tokens of a text that goes on: encoded after a line break, which is taken off again.
+        """The tokens of a text that goes on: encoded after a character, which is taken off again.
 
-        SentencePiece models put a space before the first word of a text; after the line break they do not.
+        SentencePiece models put a space before the first word of a text; inside a text they do not. A second
+        character is tried where the first one joins what follows into one token.
         """
-        head = self.ids("\n")
-        ids, offsets = self._beginning("\n" + text)
-        if ids[: len(head)] == head and len(ids) > len(head) and offsets[len(head), 0] >= 1:
-            return ids[len(head) :], offsets[len(head) :] - 1
+        for head in _HEADS:
+            head_ids = self.ids(head)
+            ids, offsets = self._beginning(head + text)
+            count = len(head_ids)
+            if ids[:count] == head_ids and len(ids) > count and offsets[count, 0] >= len(head):
+                return ids[count:], offsets[count:] - len(head)
         return self._beginning(text)
 
 

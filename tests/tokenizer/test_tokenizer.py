@@ -67,7 +67,7 @@ def test_no_token_crosses_from_prompt_to_completion(opened, kind, prompt, comple
         assert row.trained[first:].all()
         if completion[0] != " " or kind != "sentence-piece":
             assert tokenizer.decode(row.tokens[first:], special=True) == completion + "</s>"
-    assert tokenizer.decode(row.tokens).replace(" ", "") == (prompt + completion).replace(" ", "")
+    assert tokenizer.decode(row.tokens) == prompt + completion
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,17 @@ def test_end_marks_in_ordinary_words_are_trained_to_their_last_letter(bases):
     row = tokenizer.tokenize(ChatExample(messages, SOURCE), 100).row
     assert tokenizer.decode(row.tokens[row.trained]) == "assistant: yes ##END##"
     assert tokenizer.turn_end == "##END##"
+
+
+def test_an_end_mark_that_differs_from_turn_to_turn_is_never_trained_in_part(bases):
+    tokenizer = open_tokenizer(
+        bases["byte-level"],
+        "{% for m in messages %}{{ m.content }}{{ ' ##DONE##' if loop.last else ' ##NEXT##' }}{% endfor %}",
+    )
+    messages = (*CHAT.messages, Message("user", "?"), Message("assistant", "no"))
+    row = tokenizer.tokenize(ChatExample(messages, SOURCE), 200).row
+    assert tokenizer.decode(row.tokens, special=True) == "Paris? ##NEXT##yes ##NEXT##? ##NEXT##no ##DONE##"
+    assert tokenizer.decode(row.tokens[row.trained]) == "yesno ##DONE##"
 
 
 @pytest.mark.parametrize(
