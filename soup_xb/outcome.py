@@ -64,7 +64,8 @@ def save_adapter(run: Opened, folder: RunFolder) -> None:
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         _prove(staged, factors)
         run.tokenizer.save(staged)
-        write_text(staged / "README.md", _card(run, read_events(folder.metrics)))
+        card = _card(run, read_events(folder.metrics), _largest_rank(factors))
+        write_text(staged / "README.md", card)
         staging.publish(staged, folder.adapter)
 
 
@@ -107,7 +108,11 @@ def _prove(staged: Path, factors: Factors) -> None:
         )
 
 
-def _card(run: Opened, events: Sequence[Event]) -> str:
+def _largest_rank(factors: Factors) -> int:
+    return max(int(arrays["lora_A"].shape[0]) for arrays in factors.values())
+
+
+def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
     steps = [event for event in events if isinstance(event, StepEvent)]
     evals = [event for event in events if isinstance(event, EvalEvent)]
     config = run.loaded.config
@@ -116,7 +121,7 @@ def _card(run: Opened, events: Sequence[Event]) -> str:
         data=", ".join(Path(source).name for source in config.data.train),
         steps=run.plan.total_steps,
         modules=_module_rows(run),
-        saved_rank=max(adapter.rank for adapter in run.plan.adapters.modules),
+        saved_rank=saved_rank,
         settings=dump_config(config),
         version=__version__,
         train_loss=steps[-1].loss if steps else None,

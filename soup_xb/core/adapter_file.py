@@ -17,6 +17,7 @@ from attrs import frozen
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule, adapter_scale
 from soup_xb.core.patterns import matching_names
+from soup_xb.core.pieces import saved_plan
 from soup_xb.core.session import AdapterPlan
 
 WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +54,7 @@ def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, 
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors writes with mode 0600 whatever the umask says.
     _take_umask(folder / WEIGHTS)
-    settings = adapter_settings(plan, base, names)
+    settings = adapter_settings(saved_plan(plan, factors), base, names)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

@@ -52,6 +52,11 @@ class LoraConfig:
     use_vera: bool = switch(False, "Share one frozen pair of factors and train only scaling vectors (VeRA).")
     use_olora: bool = switch(False, "The older spelling of `init_strategy: olora`.")
 
+    @property
+    def start(self) -> str:
+        """Where the factors start, whichever key says so."""
+        return "olora" if self.use_olora else self.init_strategy
+
 
 @frozen(kw_only=True)
 class DataConfig:
@@ -118,7 +123,10 @@ class TrainingConfig:
         "ReLoRA: zero small entries, or merge the adapter and begin a new one.",
     )
     relora_rewarm_steps: int | None = integer(
-        None, "ReLoRA merge: steps of warm-up after a restart.", 1, _MOST_STEPS
+        None,
+        "ReLoRA merge: steps of warm-up after a restart; absent: a tenth of `relora_steps`.",
+        1,
+        _MOST_STEPS,
     )
     lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
 

@@ -11,12 +11,15 @@ from soup_xb.core.modules import AdapterModule
 from soup_xb.core.random_numbers import uniform
 
 
-def random_factor(adapter: AdapterModule, seed: int) -> np.ndarray[Any, Any]:
+def random_factor(adapter: AdapterModule, seed: int, restart: int = 0) -> np.ndarray[Any, Any]:
     """The start of A, float32 (rank, in_features); B starts at zero, so that the output is the base's.
+
+    `restart` is the step of the merge after which the factor begins, 0 for the first one.
 
     Uniform in +-1/sqrt(in_features), which is the Kaiming rule (arXiv:1502.01852) with a = sqrt(5) that LoRA's
     reference code and PEFT use. The values depend on seed and module name, not on the order of modules.
     """
-    values = uniform(adapter.rank * adapter.in_features, "lora_A", seed, adapter.name)
+    key = ("lora_A", seed, adapter.name, *([restart] if restart else []))
+    values = uniform(adapter.rank * adapter.in_features, *key)
     bound = 1.0 / math.sqrt(adapter.in_features)
     return ((2.0 * values - 1.0) * bound).astype(np.float32).reshape(adapter.rank, adapter.in_features)

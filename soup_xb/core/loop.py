@@ -9,8 +9,9 @@ from collections.abc import Callable
 from attrs import frozen
 
 from soup_xb.core.errors import NonFiniteError
-from soup_xb.core.events import EvalEvent, Listener, StepEvent
+from soup_xb.core.events import EvalEvent, Listener, Notice, RestartEvent, StepEvent
 from soup_xb.core.plan import Plan
+from soup_xb.core.restart_watch import RestartWatch
 from soup_xb.core.session import Session, StepSettings
 
 
@@ -44,11 +45,16 @@ def run_loop(plan: Plan, session: Session, hooks: Hooks, done: int = 0) -> LoopR
     started = time.perf_counter()
     tokens, step, signal = 0, done, 0
     last_loss = math.nan
+    watch = RestartWatch(plan.restart_steps)
     while step < plan.total_steps and not signal:
         step += 1
         event = _train_step(plan, session, step, last_loss)
         last_loss, tokens = event.loss, tokens + event.tokens
         hooks.emit(event)
+        if problem := watch.after(step, event.loss):
+            hooks.emit(Notice(problem, warning=True))
+        if step in plan.restart_steps:
+            hooks.emit(_restart(plan, session, step))
         if step in plan.eval_steps:
             hooks.emit(_evaluate(plan, session, step))
         signal = session.agree(hooks.stop())
@@ -76,6 +82,14 @@ def _train_step(plan: Plan, session: Session, step: int, last_loss: float) -> St
         tokens=plan.real_tokens(step),
         seconds=time.perf_counter() - started,
     )
+
+
+def _restart(plan: Plan, session: Session, step: int) -> RestartEvent:
+    rows = plan.micro_batches(step, session.process, session.processes)
+    before = session.evaluate(rows)
+    result = session.restart(plan.restart(step))
+    after = session.evaluate(rows)
+    return RestartEvent(step, result.entries, result.pruned, before.mean, after.mean)
 
 
 def _evaluate(plan: Plan, session: Session, step: int) -> EvalEvent:

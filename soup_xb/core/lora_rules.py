@@ -14,9 +14,8 @@ _STRATEGY = f"{_LORA}.init_strategy"
 
 def _strategy(loaded: LoadedConfig) -> tuple[str, str]:
     """The start that is asked for and the key that asks for it."""
-    if loaded.config.training.lora.use_olora:
-        return "olora", f"{_LORA}.use_olora"
-    return loaded.config.training.lora.init_strategy, _STRATEGY
+    lora = loaded.config.training.lora
+    return lora.start, f"{_LORA}.use_olora" if lora.use_olora else _STRATEGY
 
 
 def _one_strategy(loaded: LoadedConfig) -> Iterator[Problem]:

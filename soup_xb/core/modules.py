@@ -106,7 +106,7 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
             AdapterModule(module.name, module.out_features, module.in_features, rank, alpha, scale)
         )
     large = _ranks_above_side(adapters, lora, written)
-    if lora.init_strategy != "random":
+    if lora.start != "random":
         errors += large
     if errors:
         raise ConfigError.of(errors)
@@ -218,7 +218,7 @@ def _ranks_above_side(
             f"rank {first.rank} is above {side}, the smaller side of `{first.name}`{others}",
             written.get("training.lora.r", "training.lora.r"),
             f"a rank above {side} adds parameters and no freedom there"
-            + ("." if lora.init_strategy == "random" else f"; {lora.init_strategy} has no such directions."),
+            + ("." if lora.start == "random" else f"; {lora.start} has no such directions."),
         )
     ]
 

@@ -15,7 +15,7 @@ from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.modules import Resolution
 from soup_xb.core.schedule import LearningRates, restart_steps, steps_every, warmup_steps
-from soup_xb.core.session import AdapterPlan, OptimizerSettings
+from soup_xb.core.session import AdapterPlan, OptimizerSettings, RestartSettings
 
 
 @frozen(eq=False)
@@ -63,6 +63,13 @@ class Plan:
         """One process's padded micro-batches of the held-out rows."""
         return held_out_batches(
             self.evaluation, self.config.training.batch_size, self.pad_id, process, processes
+        )
+
+    def restart(self, step: int) -> RestartSettings:
+        """The restart at the end of `step`."""
+        training = self.config.training
+        return RestartSettings(
+            step, training.relora_mode, training.relora_prune_ratio, training.relora_reset_optimizer
         )
 
     def _epoch(self, epoch: int) -> list[np.ndarray[Any, Any]]:
@@ -122,17 +129,18 @@ def make_plan(
         adapters=AdapterPlan(
             modules=resolution.adapters,
             dropout=training.lora.dropout,
-            init_strategy=training.lora.init_strategy,
+            init_strategy=training.lora.start,
             use_rslora=training.lora.use_rslora,
             use_dora=training.lora.use_dora,
             seed=training.seed,
+            merges=training.relora_steps is not None and training.relora_mode == "merge",
         ),
         rows=rows,
         evaluation=evaluation,
         pad_id=pad_id,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        learning_rates=_learning_rates(training, total_steps),
+        learning_rates=_learning_rates(training, total_steps, restarts),
         eval_steps=_eval_steps(training, total_steps) if evaluation else (),
         save_steps=steps_every(training.save_steps, total_steps),
         restart_steps=restarts,
@@ -140,12 +148,22 @@ def make_plan(
     )
 
 
-def _learning_rates(training: TrainingConfig, total_steps: int) -> LearningRates:
+def _learning_rates(training: TrainingConfig, total_steps: int, restarts: tuple[int, ...]) -> LearningRates:
     if training.warmup_steps is not None:
         warmup = min(training.warmup_steps, total_steps)
     else:
         warmup = warmup_steps(total_steps, training.warmup_ratio)
-    return LearningRates(training.lr, training.scheduler, warmup, total_steps)
+    rewarm = _rewarm_steps(training)
+    return LearningRates(
+        training.lr, training.scheduler, warmup, total_steps, restarts if rewarm else (), rewarm
+    )
+
+
+def _rewarm_steps(training: TrainingConfig) -> int:
+    if training.relora_steps is None or training.relora_mode != "merge":
+        return 0
+    asked = training.relora_rewarm_steps
+    return training.relora_steps // 10 if asked is None else asked
 
 
 def _eval_steps(training: TrainingConfig, total_steps: int) -> tuple[int, ...]:

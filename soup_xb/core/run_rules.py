@@ -44,6 +44,9 @@ def _merge_needs_an_open_base(loaded: LoadedConfig) -> Iterator[Problem]:
     if training.quantization != "none":
         reason = "a quantized base cannot take an adapter in without rounding it away"
         yield excluded(loaded, ("training.relora_mode", "`merge`"), "training.quantization", reason)
+    if training.lora.use_dora:
+        reason = "DoRA changes whole rows of a weight, which no sum of LoRA pieces can say"
+        yield excluded(loaded, ("training.relora_mode", "`merge`"), "training.lora.use_dora", reason)
     if not training.relora_reset_optimizer:
         reason = "the new factors have nothing in common with the optimizer state of the old ones"
         keys = ("training.relora_reset_optimizer", "`false`")
@@ -148,6 +151,7 @@ RULES = (
             "training.relora_mode",
             "training.relora_reset_optimizer",
             "training.quantization",
+            "training.lora.use_dora",
         ),
     ),
     Rule(_one_held_out_set, ("data.eval", "data.val_split")),

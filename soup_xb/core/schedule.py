@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 from attrs import frozen
 
@@ -35,13 +36,16 @@ class LearningRates:
     """The learning rate of each step: a linear rise to `peak` over `warmup` steps, then the `scheduler`'s fall.
 
     The last warm-up step has the peak, so no step is spent on a rate of zero. `linear` and `cosine` fall from
-    the peak towards zero, which they would reach one step after the last; `constant` stays.
+    the peak towards zero, which they would reach one step after the last; `constant` stays. In the `rewarm` steps
+    after each of `restarts` the rate rises linearly to where it would be without (ReLoRA, arXiv:2307.05695).
     """
 
     peak: float
     scheduler: str
     warmup: int
     total_steps: int
+    restarts: tuple[int, ...] = ()
+    rewarm: int = 0
 
     def at(self, step: int) -> float:
         """Learning rate of `step`, which counts from 1.
@@ -49,7 +53,15 @@ class LearningRates:
         >>> rates = LearningRates(peak=1.0, scheduler="linear", warmup=2, total_steps=6)
         >>> [rates.at(step) for step in range(1, 7)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+        >>> rates = LearningRates(1.0, "constant", warmup=0, total_steps=6, restarts=(2,), rewarm=2)
+        >>> [rates.at(step) for step in range(1, 7)]
+        [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
         """
+        last = bisect_left(self.restarts, step) - 1
+        since = step - self.restarts[last] if last >= 0 else self.rewarm
+        return self._planned(step) * (since / self.rewarm if since < self.rewarm else 1.0)
+
+    def _planned(self, step: int) -> float:
         if step <= self.warmup:
             return self.peak * step / self.warmup
         progress = (step - 1 - self.warmup) / max(1, self.total_steps - self.warmup)

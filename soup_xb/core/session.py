@@ -59,7 +59,7 @@ class BaseDescription:
 
 @frozen
 class AdapterPlan:
-    """The adapters to attach, decided module by module."""
+    """The adapters to attach, decided module by module. `merges`: restarts will fold them into the base."""
 
     modules: tuple[AdapterModule, ...]
     dropout: float
@@ -67,6 +67,28 @@ class AdapterPlan:
     use_rslora: bool
     use_dora: bool
     seed: int
+    merges: bool = False
+
+
+@frozen
+class RestartSettings:
+    """One ReLoRA restart at the end of `step`.
+
+    `mode` is prune or merge; `ratio` and `reset_optimizer` are for a prune, a merge always resets.
+    """
+
+    step: int
+    mode: str
+    ratio: float
+    reset_optimizer: bool
+
+
+@frozen
+class RestartResult:
+    """What a restart did: `pruned` of the factors' `entries` went, none in a merge."""
+
+    entries: int
+    pruned: int
 
 
 @frozen
@@ -140,6 +162,9 @@ class Session(Protocol):
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
         """Loss without dropout and without touching any training state; `adapter=False` is the true base."""
+
+    def restart(self, settings: RestartSettings) -> RestartResult:
+        """Restart the adapters (ReLoRA): see core.prune for what a prune takes, core.pieces for what a merge leaves."""
 
     def save_state(self, folder: Path) -> None:
         """Write factors and optimizer state, all that an exact resume needs, as safetensors and JSON."""

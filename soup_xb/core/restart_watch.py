@@ -1,0 +1,41 @@
+"""Whether the loss recovered from a ReLoRA restart."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from attrs import define, field
+
+from soup_xb.core.errors import Problem
+
+WINDOW = 20
+TOLERANCE = 0.05
+
+
+@define
+class RestartWatch:
+    """Compares the mean loss of the 20 steps after each restart with that of the 20 before it."""
+
+    restart_steps: tuple[int, ...]
+    _losses: deque[float] = field(factory=lambda: deque(maxlen=2 * WINDOW), init=False)
+
+    def after(self, step: int, loss: float) -> Problem | None:
+        """Take the loss of a step. Returns the warning when it stays more than 5% higher after a restart.
+
+        A run that was resumed in between has not seen the steps before, and stays silent.
+        """
+        self._losses.append(loss)
+        restart = step - WINDOW
+        if restart not in self.restart_steps or len(self._losses) < 2 * WINDOW:
+            return None
+        losses = list(self._losses)
+        before, after = sum(losses[:WINDOW]) / WINDOW, sum(losses[WINDOW:]) / WINDOW
+        if after <= before * (1 + TOLERANCE):
+            return None
+        return Problem(
+            "restart-hurts",
+            f"mean loss {after:.4f} in the {WINDOW} steps after the restart at step {restart}, "
+            f"{before:.4f} in the {WINDOW} before: {after / before - 1:.0%} higher",
+            where=f"step {step}",
+            help="lower `training.relora_prune_ratio`, raise `training.relora_steps`, or use `relora_mode: merge`.",
+        )
