@@ -195,7 +195,7 @@ def test_a_rope_that_is_not_the_config_s_is_noticed(save: Saver, monkeypatch: py
         return result
 
     monkeypatch.setattr(reading, "_translate_layers", forgetful)
-    with pytest.raises(ModelError, match="turns positions of `layers.0` otherwise"):
+    with pytest.raises(ModelError, match=r"turns positions of `layers\.0` otherwise"):
         opened(folder)
 
 

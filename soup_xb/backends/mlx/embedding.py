@@ -6,11 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from soup_xb.backends.mlx.reading import Reading
 
 
-class RescaledEmbedding(nn.Embedding):
+class RescaledEmbedding(nn.Embedding):  # type: ignore[misc]
     """An embedding whose rows come out multiplied by `ratio`; as a head it is plain."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -27,7 +28,7 @@ def scale_exactly(model: Any, reading: Reading) -> None:
     if reading.module != "gemma3_text" or type(embedding) is not nn.Embedding:
         return
     exact = float(reading.arguments["hidden_size"]) ** 0.5
-    rounded = float(mx.array(exact, mx.bfloat16).astype(mx.float32).item())
+    rounded = float(np.array(mx.array(exact, mx.bfloat16).astype(mx.float32)))
     if rounded == exact:
         return
     rescaled = RescaledEmbedding.__new__(RescaledEmbedding)

@@ -30,7 +30,7 @@ def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings) -> np
             chosen = mx.random.categorical(logits / settings.temperature, key=keys[index])
         else:
             chosen = mx.argmax(logits, axis=-1)
-        token = int(chosen.item())
+        token = int(np.array(chosen)[0])
         if token in settings.end_ids:
             break
         new.append(token)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-class _Selecting(nn.Module):
+class _Selecting(nn.Module):  # type: ignore[misc]
     """A head that sees hidden states (1, n, hidden) of n places in the flattened (rows * length) grid."""
 
     def __init__(self, head: Any, positions: mx.array) -> None:

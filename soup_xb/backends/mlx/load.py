@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
+from mlx.utils import tree_flatten
 
 from soup_xb.backends.mlx.device import Device, memory_guard
 from soup_xb.backends.mlx.embedding import scale_exactly
@@ -110,15 +112,19 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(path.glob("*.safetensors"))
-    import json
-
     return [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+
+
+def read_arrays(file: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file that `inspect_base` has checked; they are read when asked for."""
+    arrays: Any = mx.load(str(file))
+    return dict(arrays)
 
 
 def _read_weights(folder: BaseFolder, reading: Reading, model: Any) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in weight_files(folder.path):
-        weights.update(mx.load(str(file)))
+        weights.update(read_arrays(file))
     if reading.tied:
         weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
     # Gemma 3's does nothing but tie the head, which `build` has done.
@@ -145,8 +151,6 @@ def _fill(model: Any, weights: dict[str, mx.array], folder: BaseFolder) -> None:
 
 
 def _flat(model: Any) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
     return list(tree_flatten(model.parameters()))
 
 

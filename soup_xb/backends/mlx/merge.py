@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from soup_xb.backends.mlx.adapters import Adapters
-from soup_xb.backends.mlx.load import Opened, weight_files
+from soup_xb.backends.mlx.load import Opened, read_arrays, weight_files
 from soup_xb.core.errors import ModelError
 
 # What belongs to a model besides its weights; code is left behind.
@@ -30,7 +30,7 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     left = set(adapters.layers)
     for file in weight_files(opened.folder.path):
-        weights = mx.load(str(file))
+        weights = read_arrays(file)
         for name in sorted(left):
             if f"{name}.weight" in weights:
                 weights[f"{name}.weight"] = _merged(adapters, name, weights[f"{name}.weight"])

@@ -45,7 +45,7 @@ class Optimizer:
 
         With a norm that is not finite nothing is updated, and the values are None.
         """
-        norm = math.sqrt(math.fsum(mx.stack([mx.sum(mx.square(g)) for g in gradients.values()]).tolist()))
+        norm = _global_norm(gradients)
         if not math.isfinite(norm):
             return norm, None
         updated, moments = self._update(
@@ -124,6 +124,11 @@ class Optimizer:
             for name, value in values.items()
         }
         return updated, moments
+
+
+def _global_norm(gradients: Arrays) -> float:
+    squares = np.array(mx.stack([mx.sum(mx.square(gradient)) for gradient in gradients.values()]))
+    return math.sqrt(float(squares.astype(np.float64).sum()))
 
 
 def _foreign(file: Path, first: str) -> CheckpointError:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 import mlx.core as mx
+import numpy as np
 from attrs import frozen
 
 
@@ -37,15 +38,15 @@ class Processes:
         """A float64's sum over all processes, to about 48 bits: its float32 part and the rest travel apart."""
         if not self.many:
             return number
-        high = float(mx.array(number, mx.float32).item())
-        parts = mx.distributed.all_gather(mx.array([[high, number - high]], mx.float32)).tolist()
-        return sum(high + low for high, low in parts)
+        high = np.float32(number)
+        parts = np.array([[high, number - float(high)]], dtype=np.float32)
+        return float(np.array(mx.distributed.all_gather(mx.array(parts))).astype(np.float64).sum())
 
     def largest(self, value: int) -> int:
         """The largest value over all processes."""
         if not self.many:
             return value
-        return int(mx.distributed.all_max(mx.array([value], mx.int32)).item())
+        return int(np.array(mx.distributed.all_max(mx.array([value], mx.int32)))[0])
 
 
 def join_processes() -> Processes:

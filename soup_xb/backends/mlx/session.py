@@ -114,7 +114,7 @@ class MlxSession:
         with self._with_adapter(adapter), memory_guard("evaluating"):
             for batch in micro_batches:
                 self._check_length(batch.tokens.shape[1])
-                total += float(summed_loss(self.model, *exact_grid(batch).arrays).item())
+                total += float(np.array(summed_loss(self.model, *exact_grid(batch).arrays)))
                 targets += batch.target_tokens
         return LossSum(self._processes.sum_exactly(total), round(self._processes.sum_exactly(targets)))
 

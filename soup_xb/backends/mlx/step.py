@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from soup_xb.backends.mlx.adapters import Adapters, Arrays
 from soup_xb.backends.mlx.grid import exact_grid, padded_grid
@@ -37,7 +38,7 @@ class Gradients:
             mx.eval(total, gradients)
         finally:
             self._adapters.place(self._adapters.values)
-        return float(total.item()), gradients
+        return float(np.array(total)), gradients
 
     def _loss(self, values: Arrays, arrays: Any, share: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
         self.traced += 1
