@@ -17,6 +17,7 @@ from soup_xb.core.example_file import ExampleReader
 from soup_xb.core.examples import ChatExample, Row, TokenRow
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.run_rules import is_local_path
+from soup_xb.core.schedule import floor_share
 from soup_xb.encoding import BATCH
 from soup_xb.hub_dataset import hub_rows
 from soup_xb.tokenizer import ChatTokenizer, Tokenized
@@ -87,8 +88,7 @@ def split_rows(
 
     Raises DataError where no row would be left to train on.
     """
-    # The small term keeps 100 * 0.29 from landing on 28.
-    count = max(1, int(len(rows) * share + 1e-9))
+    count = max(1, floor_share(len(rows), share))
     if count >= len(rows):
         raise DataError(
             "too-few-rows",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from soup_xb.core import staging
@@ -50,9 +49,6 @@ def merge_adapter(options: TrainedOptions, target: Path) -> None:
         staged = staging.start(target)
         trained.session.save_merged(staged)
         trained.tokenizer.save(staged)
-        generation = trained.base.path / "generation_config.json"
-        if generation.is_file() and not (staged / generation.name).exists():
-            shutil.copyfile(generation, staged / generation.name)
         staging.publish(staged, target)
 
 

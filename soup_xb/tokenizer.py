@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from soup_xb.core.examples import ChatExample, Example, Message, Source, TokenRo
 from soup_xb.encoding import Array, Encoder
 from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
 
+GENERATION = "generation_config.json"
 _CUT_AWAY = "everything to learn lies beyond max_length"
 
 
@@ -112,8 +114,14 @@ class ChatTokenizer:
         return text
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, with the chat template in use."""
+        """Write the tokenizer's files, with the chat template in use, and what the base says of generation.
+
+        That file names end tokens too; without it an adapter folder's answers would run on.
+        """
         self.hf.save_pretrained(str(folder))
+        generation = self.base / GENERATION
+        if generation.is_file():
+            shutil.copyfile(generation, folder / GENERATION)
 
     def _chat_template(self) -> ChatTemplate:
         if self.template is None:
@@ -257,7 +265,7 @@ def _prefix(hf: Any, encoder: Encoder) -> tuple[int, ...]:
 
 
 def _end_ids(hf: Any, base: Path, turn_end_token: Any) -> tuple[int, ...]:
-    ids = [hf.eos_token_id, *_generation_end_ids(base / "generation_config.json")]
+    ids = [hf.eos_token_id, *_generation_end_ids(base / GENERATION)]
     if turn_end_token is not None:
         ids.append(hf.convert_tokens_to_ids(turn_end_token.group()))
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
