@@ -107,11 +107,7 @@ _RELORA = (
     ),
 )
 
-_BACKENDS = (
-    *_works("backend", "backend=auto", "backend=torch"),
-    # Once the engine is there this row is `*_works("backend=mlx")`.
-    Row("backend=mlx", "engine", mlx=No("this version has no MLX engine yet", "run with `--backend torch`.")),
-)
+_BACKENDS = _choices("backend", "auto", "torch", "mlx")
 
 _DATA = (
     *_works(
@@ -186,6 +182,15 @@ _OPENED_BASES = (
         mlx=No(
             "its weights are in bitsandbytes' own format, which MLX cannot read",
             "name the unquantized base and write `training.quantization: 4bit` for MLX's own format.",
+        ),
+    ),
+    Row(
+        "base=a model type without proof",
+        "model-type",
+        mlx=No(
+            "its logits are not proven equal to transformers' (proven: Llama, Mistral, Qwen 2 and 3, Phi-3, Gemma 2 "
+            "and 3 text, SmolLM3, OLMo 2, Granite)",
+            "take a base of one of these types.",
         ),
     ),
     Row(

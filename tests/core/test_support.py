@@ -20,7 +20,7 @@ from soup_xb.core.support import (
     features_table,
     refusals,
 )
-from soup_xb.core.support_rows import BACKENDS, ROWS, Row
+from soup_xb.core.support_rows import BACKENDS, ROWS, No, Row
 
 NAMES = {row.name for row in ROWS}
 LEAST = "base: tiny\ndata:\n  train: rows.jsonl\n"
@@ -38,9 +38,10 @@ TORCH = ("torch", "transformers", "peft")
 MLX = ("mlx", "mlx_lm")
 
 
-def with_mlx_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the table say what it will say when the engine's row is lifted."""
-    rows = tuple(evolve(row, mlx=None) if row.name == "backend=mlx" else row for row in ROWS)
+def without_mlx_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the table say what it says of an engine that is not there."""
+    no = No("this version has no MLX engine", "run with `--backend torch`.")
+    rows = tuple(evolve(row, mlx=no, feature="engine") if row.name == "backend=mlx" else row for row in ROWS)
     monkeypatch.setattr(support, "ROWS", rows)
     monkeypatch.setattr(support, "_BY_NAME", {row.name: row for row in rows})
 
@@ -71,7 +72,7 @@ def test_a_refusal_has_a_reason_a_way_out_and_a_code(row: Row) -> None:
 
 def test_the_defaults_are_refused_by_neither_backend() -> None:
     assert refusals(load(), "torch") == ()
-    assert [problem.code for problem in refusals(load(), "mlx")] == ["mlx-no-engine"]
+    assert refusals(load(), "mlx") == ()
 
 
 REFUSED = [
@@ -92,9 +93,8 @@ REFUSED = [
 @pytest.mark.parametrize(("override", "feature"), REFUSED)
 def test_what_is_not_built_is_refused_with_its_own_code(override: str, feature: str, backend: str) -> None:
     found = refusals(load("", override), backend)
-    codes = [problem.code for problem in found if problem.code != "mlx-no-engine"]
-    assert codes == [f"{backend}-no-{feature}"]
-    (problem,) = (problem for problem in found if problem.code in codes)
+    (problem,) = found
+    assert problem.code == f"{backend}-no-{feature}"
     assert f"is not available on the {backend} backend: " in problem.message
     assert problem.where.startswith("command line: ")
     assert problem.help
@@ -112,7 +112,6 @@ def test_all_refusals_come_at_once_with_their_lines() -> None:
     with pytest.raises(ConfigError) as caught:
         check_supported(loaded, "mlx")
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
-        ("mlx-no-engine", "soup.yaml: backend"),
         ("mlx-no-packing", "soup.yaml:4: data.packing"),
         ("mlx-no-relora", "soup.yaml:6: training.relora_steps"),
         ("mlx-no-vera", "soup.yaml:8: training.lora.use_vera"),
@@ -132,8 +131,7 @@ def test_torch_takes_what_it_has_code_for(override: str) -> None:
     assert refusals(load("", override), "torch") == ()
 
 
-def test_with_its_engine_mlx_still_refuses_what_it_will_never_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_mlx_engine(monkeypatch)
+def test_mlx_refuses_what_it_will_never_do() -> None:
     assert refusals(load("", "training.lora.use_dora=true"), "mlx") == ()
     codes = [problem.code for problem in refusals(load("", "training.relora_steps=5"), "mlx")]
     assert codes == ["mlx-no-relora"]
@@ -149,13 +147,13 @@ def test_auto_is_torch_away_from_apple_silicon() -> None:
     assert chosen == ("torch", "this is not Apple silicon")
 
 
-def test_auto_is_torch_while_mlx_has_no_engine() -> None:
+def test_auto_is_torch_where_mlx_has_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_mlx_engine(monkeypatch)
     name, reason = choose_backend(load(), system="Darwin", machine="arm64", installed=installed(*TORCH, *MLX))
-    assert (name, "no MLX engine yet" in reason) == ("torch", True)
+    assert (name, "no MLX engine" in reason) == ("torch", True)
 
 
-def test_auto_is_mlx_on_apple_silicon_where_installed_and_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_mlx_engine(monkeypatch)
+def test_auto_is_mlx_on_apple_silicon_where_installed_and_supported() -> None:
     apple = {"system": "Darwin", "machine": "arm64"}
     both = installed(*TORCH, *MLX)
     assert choose_backend(load(), **apple, installed=both)[0] == "mlx"
@@ -184,17 +182,24 @@ def test_a_backend_that_is_not_installed_says_what_to_install(backend: str, miss
         assert f"`{missing}`" in problem.message
 
 
-def test_work_without_a_config_refuses_mlx_by_its_engine_row() -> None:
+def test_work_without_a_config_refuses_mlx_by_its_engine_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = installed(*TORCH, *MLX)
+    assert available_backend("mlx", system="Linux", machine="x86_64", installed=both)[0] == "mlx"
+    without_mlx_engine(monkeypatch)
     with pytest.raises(ConfigError) as caught:
-        available_backend("mlx", system="Linux", machine="x86_64", installed=installed(*TORCH, *MLX))
+        available_backend("mlx", system="Linux", machine="x86_64", installed=both)
     assert caught.value.problems[0].code == "mlx-no-engine"
     chosen = available_backend("torch", system="Linux", machine="x86_64", installed=installed(*TORCH))
     assert chosen[0] == "torch"
 
 
-def test_the_table_for_people_has_every_row_and_promises_nothing_without_an_engine() -> None:
+def test_the_table_for_people_has_every_row_and_promises_nothing_without_an_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     table = features_table()
     assert len(table) == len(ROWS)
-    assert {feature.mlx for feature in table} == {"no", "later"}
+    assert {feature.mlx for feature in table} == {"yes", "no"}
     assert {feature.torch for feature in table} == {"yes", "no"}
     assert all(feature.notes for feature in table if "no" in (feature.torch, feature.mlx))
+    without_mlx_engine(monkeypatch)
+    assert {feature.mlx for feature in features_table()} == {"no", "later"}

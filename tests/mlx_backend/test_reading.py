@@ -14,7 +14,7 @@ import transformers
 
 from soup_xb.backends.mlx.reading import FAMILIES
 from soup_xb.backends.mlx.session import MlxSession, open_session
-from soup_xb.core.errors import ModelError
+from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.session import OptimizerSettings, SessionSettings
 
 SIZES = {
@@ -221,9 +221,9 @@ def test_a_key_that_transformers_does_not_know_does_not_reach_mlx_lm(save: Saver
 
 def test_a_type_without_proof_is_refused(save: Saver) -> None:
     folder = save("gemma", head_dim=16)
-    with pytest.raises(ModelError, match="not among the model types") as raised:
+    with pytest.raises(ConfigError, match="this is `gemma`") as raised:
         opened(folder)
-    assert raised.value.problems[0].code == "mlx-unproven-type"
+    assert raised.value.problems[0].code == "mlx-no-model-type"
 
 
 def test_a_missing_weight_is_named(save: Saver) -> None:
@@ -238,8 +238,6 @@ def test_a_missing_weight_is_named(save: Saver) -> None:
 
 
 def test_a_base_of_bitsandbytes_is_refused_with_the_row_of_the_table(save: Saver) -> None:
-    from soup_xb.core.errors import ConfigError
-
     folder = save("llama")
     change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(ConfigError) as raised:

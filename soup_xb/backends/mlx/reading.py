@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from huggingface_hub.errors import StrictDataclassError
 
 from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
 from soup_xb.core.base_folder import BaseFolder
-from soup_xb.core.errors import ModelError
+from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.support import feature_refusal
 
 _SIZES = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -122,13 +123,7 @@ def read_base(folder: BaseFolder) -> Reading:
     config, where = _parse(folder), str(folder.path / "config.json")
     family = FAMILIES.get(folder.model_type)
     if family is None:
-        raise ModelError(
-            "mlx-unproven-type",
-            f"`{folder.model_type}` is not among the model types whose logits on MLX are proven equal to "
-            f"transformers' ({', '.join(sorted(FAMILIES))})",
-            where=where,
-            help="run with --backend torch.",
-        )
+        raise _unproven(folder.model_type, where)
     _check_fields(config, family, where)
     arguments = {name: getattr(config, name) for name in (*_SIZES, *family.reads) if hasattr(config, name)}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -142,6 +137,12 @@ def read_base(folder: BaseFolder) -> Reading:
         longest_because=because,
         tied=bool(config.tie_word_embeddings),
     )
+
+
+def _unproven(model_type: str, where: str) -> ConfigError:
+    problem = feature_refusal("base=a model type without proof", "mlx", where)
+    assert problem is not None
+    return ConfigError.of([evolve(problem, message=f"{problem.message}; this is `{model_type}`")])
 
 
 def _parse(folder: BaseFolder) -> Any:
