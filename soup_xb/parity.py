@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Parity:
     @property
     def loss_difference(self) -> float:
         """The largest difference of a step's losses."""
-        return max(abs(first - second) for first, second in zip(*self.losses.values(), strict=True))
+        first, second = self.losses.values()
+        return max(abs(one - other) for one, other in zip(first, second, strict=True))
 
     @property
     def same(self) -> bool:
@@ -142,7 +143,7 @@ def _is_exact(loaded: LoadedConfig) -> bool:
     )
 
 
-def curves_svg(losses: dict[str, Sequence[float]]) -> str:
+def curves_svg(losses: Mapping[str, Sequence[float]]) -> str:
     """Both loss curves, and their difference on a logarithmic scale, as inline SVG."""
     import io
 
