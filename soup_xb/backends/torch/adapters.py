@@ -14,11 +14,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
+from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
 from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.errors import ModelError
 from soup_xb.core.factors import random_factor
 from soup_xb.core.modules import AdapterModule
+from soup_xb.core.pieces import Piece, difference, joined
 from soup_xb.core.session import AdapterPlan
+from soup_xb.core.starts import Start
 
 ADAPTER = "default"
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
@@ -27,9 +30,15 @@ Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 class Adapters:
     """The adapters of one model, by module name."""
 
-    def __init__(self, model: Any, plan: AdapterPlan) -> None:
-        """Wrap the planned modules; A starts with core's values, B at zero. Only factors require a gradient."""
+    def __init__(self, model: Any, plan: AdapterPlan, starts: Mapping[str, Start]) -> None:
+        """Wrap the planned modules. Only factors require a gradient.
+
+        A module in `starts` begins there, any other with core's random A and a B of zero.
+        """
         self.plan = plan
+        self.starts = dict(starts)
+        # What merges left behind, in their order: it is in the base's weights, and not the base's.
+        self.pieces: dict[str, list[Piece]] = {adapter.name: [] for adapter in plan.modules}
         _inject(model, plan)
         self.layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
@@ -47,7 +56,21 @@ class Adapters:
         }
 
     def factors(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-        """Copies of the factors, float32, in PEFT's shapes: A (rank, in), B (out, rank)."""
+        """The adapter as a plain LoRA on the untouched base, float32, in PEFT's shapes: A (rank, in), B (out, rank)."""
+        plain = self.trained()
+        for name, arrays in plain.items():
+            piece = joined([self.live_piece(name), *self.pieces[name]])
+            arrays["lora_A"], arrays["lora_B"] = piece.a, piece.b
+        return plain
+
+    def live_piece(self, name: str) -> Piece:
+        """What the trained factors of a module add, without earlier merges."""
+        layer = self.layers[name]
+        a, b = (tensor.detach().float().cpu().numpy().copy() for tensor in _pair(layer))
+        return difference(a, b, self.starts.get(name))
+
+    def trained(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+        """Copies of the tensors that are trained, float32."""
         return {
             adapter.name: {
                 factor: parameter.detach().float().cpu().numpy().copy()
@@ -57,7 +80,7 @@ class Adapters:
         }
 
     def load(self, factors: Factors) -> None:
-        """Set the factors. Raises ModelError when names or shapes do not fit."""
+        """Set the trained tensors. Raises ModelError when names or shapes do not fit."""
         mine = self.parameters()
         given = {
             f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()
@@ -74,7 +97,15 @@ class Adapters:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Inside, the model is the base."""
+        """Inside, the model is the true base.
+
+        Without merges the layers are bypassed, and the base is exact to the bit. What merges added to its weights
+        is taken off again beside them, which costs rounding and no second copy of the weights.
+        """
+        if any(self.pieces.values()):
+            with self._merges_taken_off():
+                yield
+            return
         for layer in self.layers.values():
             layer.enable_adapters(False)
         try:
@@ -85,9 +116,45 @@ class Adapters:
             for parameter in self.parameters().values():
                 parameter.requires_grad_(True)
 
-    def delta(self, name: str) -> torch.Tensor:
-        """Scale * B A of one module, in the shape of its weight."""
-        return self.layers[name].get_delta_weight(ADAPTER)
+    def delta(self, name: str, piece: Piece) -> torch.Tensor:
+        """What a piece adds to a module's weight, float32, in its shape."""
+        layer = self.layers[name]
+        place = _pair(layer)[0].device
+        product = torch.from_numpy(piece.b).to(place) @ torch.from_numpy(piece.a).to(place)
+        base = layer.get_base_layer()
+        return layer.scaling[ADAPTER] * (product.T if isinstance(base, Conv1D) else product)
+
+    def fold(self, name: str, piece: Piece) -> None:
+        """Add a piece to the base's weight, in float32, rounded once to the weight's own format, and remember it."""
+        weight = self.layers[name].get_base_layer().weight
+        weight.data.copy_((weight.data.float() + self.delta(name, piece)).to(weight.dtype))
+        self.pieces[name].append(piece)
+
+    def begin(self, name: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], start: Start | None) -> None:
+        """Set the factors of a module and what they start from."""
+        layer = self.layers[name]
+        with torch.no_grad():
+            for tensor, array in zip(_pair(layer), (a, b), strict=True):
+                tensor.copy_(torch.from_numpy(array))
+        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        down.start = None if start is None else torch.from_numpy(start.a).to(down.weight.device)
+        up.start = None if start is None else torch.from_numpy(start.b).to(up.weight.device)
+        self.starts.pop(name, None)
+        if start is not None:
+            self.starts[name] = start
+
+    @contextmanager
+    def _merges_taken_off(self) -> Iterator[None]:
+        try:
+            for name, pieces in self.pieces.items():
+                down, up = self.layers[name].lora_A[ADAPTER], self.layers[name].lora_B[ADAPTER]
+                merged = joined(pieces)
+                down.instead = torch.from_numpy(merged.a).to(down.weight.device)
+                up.instead = torch.from_numpy(-merged.b).to(up.weight.device)
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.lora_A[ADAPTER].instead = layer.lora_B[ADAPTER].instead = None
 
     def _check_reach(self, model: Any) -> None:
         planned = {adapter.name for adapter in self.plan.modules}
@@ -103,13 +170,17 @@ class Adapters:
     def _start(self, adapter: AdapterModule) -> None:
         layer = self.layers[adapter.name]
         layer.scaling[ADAPTER] = adapter.scale
-        layer.lora_A[ADAPTER].weight.data = torch.from_numpy(random_factor(adapter, self.plan.seed)).to(
-            layer.lora_A[ADAPTER].weight.device
-        )
-        layer.lora_B[ADAPTER].weight.data = layer.lora_B[ADAPTER].weight.data.float().zero_()
+        layer.lora_A[ADAPTER] = DownFactor(layer.lora_A[ADAPTER])
+        layer.lora_B[ADAPTER] = UpFactor(layer.lora_B[ADAPTER])
+        start = self.starts.get(adapter.name)
+        if start is not None and self.plan.dropout > 0:
+            layer.lora_dropout[ADAPTER] = DropoutBeside(self.plan.dropout)
         for parameter in _factors(layer).values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        zeros = np.zeros((adapter.out_features, adapter.rank), np.float32)
+        first = start or Start(random_factor(adapter, self.plan.seed), zeros)
+        self.begin(adapter.name, first.a, first.b, start)
 
 
 def _inject(model: Any, plan: AdapterPlan) -> None:
@@ -132,8 +203,12 @@ def _inject(model: Any, plan: AdapterPlan) -> None:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 
+def _pair(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
 def _factors(layer: Any) -> dict[str, torch.nn.Parameter]:
-    factors = {"lora_A": layer.lora_A[ADAPTER].weight, "lora_B": layer.lora_B[ADAPTER].weight}
+    factors = dict(zip(("lora_A", "lora_B"), _pair(layer), strict=True))
     if ADAPTER in layer.lora_magnitude_vector:
         factors["lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER].weight
     return factors

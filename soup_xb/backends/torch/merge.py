@@ -38,7 +38,7 @@ def _merged_weight(adapters: Adapters, name: str) -> torch.Tensor:
     layer = adapters.layers[name]
     weight = layer.get_base_layer().weight.detach()
     if not adapters.plan.use_dora:
-        return (weight.float() + adapters.delta(name).float()).to(weight.dtype)
+        return (weight.float() + adapters.delta(name, adapters.live_piece(name))).to(weight.dtype)
     # DoRA rescales whole rows; PEFT's own merge knows how, and is undone at once.
     keep = weight.clone()
     layer.merge(safe_merge=True, adapter_names=[ADAPTER])

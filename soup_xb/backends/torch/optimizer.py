@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -52,6 +52,12 @@ class Optimizer:
             group["lr"] = learning_rate
         self.optimizer.step()
         return norm.item(), True
+
+    def reset(self, names: Iterable[str]) -> None:
+        """Start the state of these parameters afresh, step counter included, as if they had never been stepped."""
+        for name in names:
+            for value in self.optimizer.state[self.parameters[name]].values():
+                value.zero_()
 
     def save(self, folder: Path) -> None:
         """Write every state tensor, named `parameter/state`."""

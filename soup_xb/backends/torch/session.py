@@ -11,31 +11,33 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.head import summed_loss
+from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
 from soup_xb.backends.torch.processes import Processes, join_processes
+from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.errors import CheckpointError, Problem
+from soup_xb.core.errors import Problem
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.session import (
     AdapterPlan,
     BaseDescription,
     GenerationSettings,
     LossSum,
+    RestartResult,
+    RestartSettings,
     SessionSettings,
     StepResult,
     StepSettings,
 )
 
-FACTORS_FILE = "factors.safetensors"
 Array = np.ndarray[Any, Any]
 
 
@@ -80,7 +82,8 @@ class TorchSession:
     def attach(self, plan: AdapterPlan) -> None:
         """Wrap the planned modules with PEFT's LoRA layers and make an optimizer for their factors."""
         with memory_guard("attaching the adapters"):
-            self._adapters = Adapters(self.model, plan)
+            check_mergeable(self.model, plan)
+            self._adapters = Adapters(self.model, plan, weight_starts(self.model, plan, self._processes))
             self._adapters.train(False)
             self._optimizer = Optimizer(self._adapters.parameters(), self.settings.optimizer)
 
@@ -119,29 +122,23 @@ class TorchSession:
         self._processes.sum_([totals])
         return LossSum(float(totals[0].item()), int(totals[1].item()))
 
+    def restart(self, settings: RestartSettings) -> RestartResult:
+        """Prune the factors, or merge them into the base and begin new ones."""
+        adapters = self._trained(self._adapters)
+        with memory_guard("restarting the adapters"):
+            result = restart_adapters(adapters, settings)
+        if settings.mode == "merge" or settings.reset_optimizer:
+            self._trained(self._optimizer).reset(factor_names(adapters))
+        return result
+
     def save_state(self, folder: Path) -> None:
-        """Factors and optimizer state."""
-        factors = self._trained(self._adapters).factors()
-        flat = {
-            f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()
-        }
-        save_file(flat, folder / FACTORS_FILE)
+        """Factors, what they started from, pieces of merges, and optimizer state."""
+        save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
 
     def load_state(self, folder: Path) -> None:
         """Read back what `save_state` wrote."""
-        file = folder / FACTORS_FILE
-        try:
-            flat = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
-            ) from error
-        factors: dict[str, dict[str, Array]] = {}
-        for key, array in flat.items():
-            name, _, factor = key.rpartition(".")
-            factors.setdefault(name, {})[factor] = array
-        self._trained(self._adapters).load(factors)
+        load_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).load(folder)
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
