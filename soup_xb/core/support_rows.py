@@ -80,18 +80,16 @@ _TASKS = (
     *(_task(name, _TEXT_ROWS) for name in ("embedding", "vision", "audio")),
 )
 
-_RELORA_LATER = _later("remove the `relora_*` keys.")
 _RELORA_NO_MLX = No(
     "a restart edits factors and optimizer state in the middle of a run, which the mlx engine does not do",
     "remove the `relora_*` keys.",
 )
 _RELORA = (
-    Row("training.relora_steps", "relora", torch=_RELORA_LATER, mlx=_RELORA_NO_MLX),
+    Row("training.relora_steps", "relora", mlx=_RELORA_NO_MLX),
     *(
         Row(
             f"training.{name}",
             "relora",
-            torch=_RELORA_LATER,
             mlx=_RELORA_NO_MLX,
             follows="training.relora_steps",
         )
@@ -156,12 +154,11 @@ _LORA = (
         ),
     ),
     *_choices("training.lora.init_strategy", "random"),
-    _unbuilt("training.lora.init_strategy=pissa", "pissa", _START),
-    _unbuilt("training.lora.init_strategy=olora", "olora", _START),
+    Row("training.lora.init_strategy=pissa", "pissa", mlx=_later(_START)),
+    Row("training.lora.init_strategy=olora", "olora", mlx=_later(_START)),
     Row(
         "training.lora.use_olora",
         "olora",
-        torch=_later(_START),
         mlx=_later(_START),
         follows="training.lora.init_strategy=olora",
     ),

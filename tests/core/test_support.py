@@ -80,13 +80,25 @@ REFUSED = [
     ("task=pretrain", "pretrain"),
     ("task=vision", "vision"),
     ("data.packing=true", "packing"),
+    ("training.lora.use_vera=true", "vera"),
+    ("training.lora.target_modules=auto+experts", "experts"),
+]
+
+
+REFUSED_ON_MLX = [
     ("training.relora_steps=5", "relora"),
     ("training.lora.init_strategy=pissa", "pissa"),
     ("training.lora.init_strategy=olora", "olora"),
     ("training.lora.use_olora=true", "olora"),
-    ("training.lora.use_vera=true", "vera"),
-    ("training.lora.target_modules=auto+experts", "experts"),
 ]
+
+
+@pytest.mark.parametrize(("override", "feature"), REFUSED_ON_MLX)
+def test_what_torch_alone_does_is_refused_on_mlx_with_the_way_there(override: str, feature: str) -> None:
+    assert refusals(load("", override), "torch") == ()
+    (problem,) = refusals(load("", override), "mlx")
+    assert problem.code == f"mlx-no-{feature}"
+    assert "--backend torch" in problem.help
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
