@@ -88,6 +88,12 @@ def _weight(module: Any, adapter: AdapterModule) -> torch.Tensor:
             where="training.lora.init_strategy",
             help="leave this module out of `target_modules`, or use `init_strategy: random`.",
         )
+    if not torch.isfinite(weight).all():
+        raise ModelError(
+            "non-finite-base",
+            f"the weight of `{adapter.name}` has values that are not finite",
+            help="the base is damaged: download it again.",
+        )
     return weight
 
 
