@@ -11,12 +11,12 @@ from attrs import define, evolve, field
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, NonFiniteError
-from soup_xb.core.events import EvalEvent, Event, StepEvent
+from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
 from soup_xb.core.examples import Source, TokenRow
 from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.modules import Module, resolve_adapters
 from soup_xb.core.plan import Plan, make_plan
-from soup_xb.core.session import LossSum, StepResult, StepSettings
+from soup_xb.core.session import LossSum, RestartResult, RestartSettings, StepResult, StepSettings
 
 ROWS = tuple(
     TokenRow(np.arange(2, 6 + index % 5), np.arange(4 + index % 5) > 1, Source("rows.jsonl", index + 1))
@@ -33,6 +33,7 @@ class FakeSession:
     bad_step: int = 0
     steps: list[tuple[StepSettings, int, int]] = field(factory=list)
     evaluations: int = 0
+    restarts: list[tuple[RestartSettings, int, int]] = field(factory=list)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         targets = sum(batch.target_tokens for batch in micro_batches)
@@ -45,6 +46,10 @@ class FakeSession:
         self.evaluations += 1
         targets = sum(batch.target_tokens for batch in micro_batches)
         return LossSum(2.0 * targets, targets)
+
+    def restart(self, settings: RestartSettings) -> RestartResult:
+        self.restarts.append((settings, len(self.steps), self.evaluations))
+        return RestartResult(entries=100, pruned=90)
 
     def agree(self, value: int) -> int:
         return value
@@ -147,6 +152,46 @@ def test_a_restart_that_would_never_happen_is_refused() -> None:
     ):
         make(max_steps=120, relora_steps=500)
     assert make(max_steps=120, relora_steps=40).restart_steps == (40, 80)
+
+
+def test_a_restart_fires_after_the_step_between_two_losses_of_its_rows_and_before_the_save() -> None:
+    plan = make(ROWS[:5], max_steps=7, relora_steps=3, relora_prune_ratio=0.5, eval_steps=3, save_steps=3)
+    session, order = FakeSession(), []
+    hooks = Hooks(
+        lambda event: order.append(type(event).__name__), lambda step: order.append("save"), lambda: 0
+    )
+    run_loop(plan, session, hooks)
+    assert [(s.step, s.mode, s.ratio, steps) for s, steps, _ in session.restarts] == [
+        (3, "prune", 0.5, 3),
+        (6, "prune", 0.5, 6),
+    ]
+    assert [evaluations for _, _, evaluations in session.restarts] == [1, 4]
+    assert order[2:6] == ["StepEvent", "RestartEvent", "EvalEvent", "save"]
+
+
+def test_the_loop_warns_when_the_loss_stays_high_after_a_restart() -> None:
+    @define
+    class Hurt(FakeSession):
+        def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
+            return StepResult(2.0 if step.step <= 30 else 3.0, 1.0, applied=True)
+
+    plan = make(max_steps=60, relora_steps=30)
+    _, events, _ = run(plan, Hurt())
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert notice.warning and notice.problem.code == "restart-hurts"
+    assert notice.problem.where == "step 50"
+
+
+@pytest.mark.parametrize(("asked", "rewarm"), [(None, 2), (5, 5)])
+def test_a_merge_warms_the_learning_rate_up_again(asked: int | None, rewarm: int) -> None:
+    plan = make(
+        max_steps=60, relora_steps=20, relora_mode="merge", relora_rewarm_steps=asked, scheduler="constant", lr=1.0
+    )  # fmt: skip
+    rates = [plan.learning_rates.at(step) for step in range(1, 61)]
+    low = [step for step, rate in enumerate(rates, 1) if rate < 1.0]
+    assert low == [start + k for start in (20, 40) for k in range(1, rewarm)]
+    assert rates[20] == pytest.approx(1 / rewarm)
+    assert make(max_steps=60, relora_steps=20).learning_rates.restarts == ()
 
 
 def test_a_plan_is_frozen() -> None:
