@@ -20,6 +20,7 @@ from soup_xb.core.errors import CheckpointError, SoupError, StoppedError
 from soup_xb.core.events import Event, Listener, Notice, SaveEvent
 from soup_xb.core.launch import is_first_process
 from soup_xb.core.loop import LoopResult
+from soup_xb.core.plan import Plan
 from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
 from soup_xb.core.run_record import RunRecord, read_record
 from soup_xb.resume import (
@@ -53,7 +54,7 @@ class RunKeeper:
             config=settings_fingerprint(self.settings),
             data=data_fingerprint((*run.plan.rows, *run.plan.evaluation)),
             versions=versions(),
-            bytes_expected=16 * sum(adapter.parameters for adapter in run.plan.adapters.modules),
+            bytes_expected=checkpoint_bytes(run.plan),
         )
         self.record = RunRecord(
             status="running",
@@ -158,6 +159,12 @@ class RunKeeper:
         self.run.session.save_state(folder)
         text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
         (folder / SETTINGS_FILE).write_text(text, "utf-8")
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """The most that a checkpoint may take: factors, a start, two moments, and the pieces that merges leave."""
+    pieces = 2 + len(plan.restart_steps) if plan.adapters.merges else 0
+    return 4 * (4 + pieces) * sum(adapter.parameters for adapter in plan.adapters.modules)
 
 
 @contextmanager

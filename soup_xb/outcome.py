@@ -24,6 +24,7 @@ from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.run_record import RunRecord
 from soup_xb.core.session import GenerationSettings
+from soup_xb.keeper import checkpoint_bytes
 from soup_xb.trained import Trained, continue_chat
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def save_adapter(run: Opened, folder: RunFolder) -> None:
     """
     factors = run.session.factors()
     names = [module.name for module in run.session.describe().modules]
-    with disk_errors(folder.adapter, 16 * sum(adapter.parameters for adapter in run.plan.adapters.modules)):
+    with disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         staged = staging.start(folder.adapter)
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         _prove(staged, factors)

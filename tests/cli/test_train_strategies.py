@@ -1,0 +1,118 @@
+"""pissa, olora and ReLoRA from file to adapter, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from soup_xb.core.adapter_file import read_adapter
+
+Soupx = Callable[..., Any]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., Path]:
+    """Writes a small config; `lora` and keyword arguments are lines of `training`."""
+
+    def write(lora: dict[str, Any] | None = None, **training: Any) -> Path:
+        settings = {"max_steps": 9, "lr": 0.005, "lora": {"r": 4, "alpha": 8, **(lora or {})}, **training}
+        content = {
+            "base": str(tiny_llama),
+            "backend": "torch",
+            "data": {"train": str(chat_file), "max_length": 128},
+            "training": settings,
+            "output": str(tmp_path / "out"),
+        }
+        file = tmp_path / "soup.yaml"
+        file.write_text(json.dumps(content, indent=1))
+        return file
+
+    return write
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def stock_difference(base: Path, adapter: Path) -> float:
+    tokens = torch.arange(3, 40)[None]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        before = model(tokens).logits.clone()
+        after = PeftModel.from_pretrained(model, adapter)(tokens).logits
+    return float((after - before).abs().max())
+
+
+@pytest.mark.parametrize("strategy", ["pissa", "olora"])
+def test_a_start_from_the_weights_ends_as_plain_lora(
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, tiny_llama: Path, strategy: str
+) -> None:
+    done = soupx("train", config({"init_strategy": strategy, "use_rslora": True, "dropout": 0.1}))
+    assert done.code == 0, done.err
+    assert "warning[start-not-exact]" in done.err
+    adapter = tmp_path / "out" / "adapter"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["init_lora_weights"] is True and settings["use_rslora"] is False
+    assert settings["r"] == 8
+    assert settings["lora_alpha"] / 8 == pytest.approx(8 / 4**0.5)
+    assert "--max-lora-rank 8" in (adapter / "README.md").read_text()
+    assert stock_difference(tiny_llama, adapter) > 1e-2
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("prune", 4), ("merge", 12)])
+def test_restarts_are_told_and_their_adapter_is_plain_lora(
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, tiny_llama: Path, mode: str, rank: int
+) -> None:
+    done = soupx("train", config(relora_steps=3, relora_mode=mode))
+    assert done.code == 0, done.err
+    out = tmp_path / "out"
+    fired = events(out, "restart")
+    assert [event["step"] for event in fired] == [3, 6]
+    for event in fired:
+        gone = event["pruned"] / event["entries"]
+        assert gone == (0 if mode == "merge" else pytest.approx(0.9, abs=0.05))
+        moved = abs(event["loss_after"] - event["loss_before"])
+        assert moved < 1e-5 if mode == "merge" else moved > 0
+    settings = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (rank, 2 * rank)
+    assert stock_difference(tiny_llama, out / "adapter") > 1e-3
+    assert "restart" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lora", "training"),
+    [
+        ({"init_strategy": "pissa"}, {}),
+        ({"init_strategy": "olora"}, {"relora_steps": 3}),
+        ({"init_strategy": "pissa"}, {"relora_steps": 3, "relora_mode": "merge"}),
+    ],
+    ids=["pissa", "olora-prune", "pissa-merge"],
+)
+def test_a_run_resumed_in_the_middle_leaves_the_same_adapter(
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, lora: dict[str, Any], training: dict[str, Any]
+) -> None:
+    file = config(lora, save_steps=2, **training)
+    assert soupx("train", file).code == 0
+    whole = read_adapter(tmp_path / "out" / "adapter").factors
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-00000004"
+    done = soupx("train", file, "--resume-from", checkpoint)
+    assert done.code == 0, done.err
+    again = read_adapter(tmp_path / "out" / "adapter").factors
+    for name, arrays in whole.items():
+        for factor, array in arrays.items():
+            assert array.tobytes() == np.asarray(again[name][factor]).tobytes()
+
+
+def test_a_merge_with_dora_is_refused(soupx: Soupx, config: Callable[..., Path]) -> None:
+    done = soupx("check", config({"use_dora": True}, relora_steps=3, relora_mode="merge"))
+    assert done.code == 2
+    assert "error[contradiction]" in done.err and "DoRA" in done.err
