@@ -237,3 +237,14 @@ def test_an_outline_computes_no_weights(opener: Opener) -> None:
     outline = open_session(evolve(session.settings, weights=False))
     assert outline.describe() == session.describe()
     assert mx.get_active_memory() - before < 10_000
+
+
+@pytest.mark.parametrize("vocabulary", [49152, 50257, 40], ids=str)
+def test_the_loss_keeps_its_precision_over_a_large_vocabulary(vocabulary: int) -> None:
+    from soup_xb.backends.mlx.head import log_sum_exp
+
+    logits = np.random.default_rng(0).normal(0.0, 3.0, (16, vocabulary)).astype(np.float32)
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(axis=-1))
+    np.testing.assert_allclose(np.array(log_sum_exp(mx.array(logits))), exact, rtol=0, atol=5e-6)
+    gradient = np.array(mx.grad(lambda x: mx.sum(log_sum_exp(x)))(mx.array(logits)))
+    np.testing.assert_allclose(gradient, np.exp(logits - exact[:, None]), rtol=2e-5, atol=1e-9)

@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+_BLOCK = 256
+
 
 class _Selecting(nn.Module):  # type: ignore[misc]
     """A head that sees hidden states (1, n, hidden) of n places in the flattened (rows * length) grid."""
@@ -57,4 +59,18 @@ def summed_loss(
     with head_on_positions(model, positions):
         logits = model(tokens)[0].astype(mx.float32)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return mx.sum((mx.logsumexp(logits, axis=-1) - chosen) * weights)
+    return mx.sum((log_sum_exp(logits) - chosen) * weights)
+
+
+def log_sum_exp(logits: mx.array) -> mx.array:
+    """log(sum(exp(logits))) over the last axis of float32 (n, vocabulary).
+
+    mx.logsumexp adds one term after the other on a CPU, which loses 1e-4 over 50,000 terms, always downwards;
+    sums of blocks first keep what float32 can hold.
+    """
+    largest = mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
+    terms = mx.exp(logits - largest)
+    blocked = terms.shape[-1] // _BLOCK * _BLOCK
+    blocks = terms[:, :blocked].reshape(terms.shape[0], -1, _BLOCK)
+    total = mx.sum(mx.sum(blocks, axis=-1), axis=-1) + mx.sum(terms[:, blocked:], axis=-1)
+    return largest[:, 0] + mx.log(total)
