@@ -23,7 +23,7 @@ Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 Arrays = dict[str, mx.array]
 
 
-class KeyedDropout(nn.Module):  # type: ignore[misc]
+class KeyedDropout(nn.Module):
     """Dropout whose mask is a function of a key, so that recomputing a block for its gradient repeats it."""
 
     def __init__(self, rate: float) -> None:

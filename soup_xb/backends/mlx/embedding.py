@@ -11,7 +11,7 @@ import numpy as np
 from soup_xb.backends.mlx.reading import Reading
 
 
-class RescaledEmbedding(nn.Embedding):  # type: ignore[misc]
+class RescaledEmbedding(nn.Embedding):
     """An embedding whose rows come out multiplied by `ratio`; as a head it is plain."""
 
     def __call__(self, x: mx.array) -> mx.array:

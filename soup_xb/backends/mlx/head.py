@@ -12,7 +12,7 @@ import mlx.nn as nn
 _BLOCK = 256
 
 
-class _Selecting(nn.Module):  # type: ignore[misc]
+class _Selecting(nn.Module):
     """A head that sees hidden states (1, n, hidden) of n places in the flattened (rows * length) grid."""
 
     def __init__(self, head: Any, positions: mx.array) -> None:
