@@ -263,6 +263,22 @@ def test_two_processes_have_the_losses_of_one(soupx: Soupx, config: Config, tmp_
     assert out.count("already complete at step 8") == 1
 
 
+def test_two_mlx_processes_have_the_losses_of_one(config: Config, tmp_path: Path) -> None:
+    """mlx.launch hides exit codes, so `run.json` tells how it went."""
+    file = config(gradient_accumulation_steps=2, max_steps=6, eval_steps=3, save_steps=3)
+    words = ("train", file, "--backend", "mlx", "--output")
+    alone = in_a_process(*words, tmp_path / "one")
+    _, errors = alone.communicate(timeout=240)
+    assert alone.returncode == 0, errors
+    start = "from mlx._distributed_utils.launch import main; main()"
+    launcher = ("-c", start, "-n", "2", "--backend", "ring", "--", sys.executable)
+    _, errors = in_a_process(*words, tmp_path / "two", launcher=launcher).communicate(timeout=240)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished", errors
+    one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-3)
+
+
 def test_a_batch_that_does_not_split_over_the_processes_is_refused(
     soupx: Soupx, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
