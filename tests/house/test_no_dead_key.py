@@ -61,9 +61,9 @@ OTHERS: dict[str, Any] = {
     "training.relora_reset_optimizer": {"training.relora_steps": 2, "training.relora_reset_optimizer": False},
     "training.relora_mode": {"training.relora_steps": 2, "training.relora_mode": "merge"},
     "training.relora_rewarm_steps": {
-        "training.relora_steps": 2,
+        "training.relora_steps": 3,
         "training.relora_mode": "merge",
-        "training.relora_rewarm_steps": 1,
+        "training.relora_rewarm_steps": 2,
     },
     "training.lora.r": 3,
     "training.lora.alpha": 5,
@@ -83,7 +83,7 @@ BESIDE = {
     "training.relora_prune_ratio": {"training.relora_steps": 2},
     "training.relora_reset_optimizer": {"training.relora_steps": 2},
     "training.relora_mode": {"training.relora_steps": 2},
-    "training.relora_rewarm_steps": {"training.relora_steps": 2, "training.relora_mode": "merge"},
+    "training.relora_rewarm_steps": {"training.relora_steps": 3, "training.relora_mode": "merge"},
 }
 # It changes memory and time alone; the torch and contract tests see the blocks run twice.
 SEEN_ELSEWHERE = {"training.gradient_checkpointing"}
