@@ -72,7 +72,7 @@ def _start(arrays: Arrays) -> Start | None:
 
 
 def _pieces(arrays: Arrays) -> list[Piece]:
-    pieces = []
+    pieces: list[Piece] = []
     while f"piece{len(pieces)}_A" in arrays:
         index = len(pieces)
         pieces.append(Piece(arrays[f"piece{index}_A"], arrays[f"piece{index}_B"]))

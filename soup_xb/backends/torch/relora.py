@@ -61,7 +61,7 @@ def _prune(adapters: Adapters, ratio: float) -> RestartResult:
     parameters = adapters.parameters()
     for adapter in adapters.plan.modules:
         start = adapters.starts.get(adapter.name)
-        for factor, first in (("lora_A", start and start.a), ("lora_B", start and start.b)):
+        for factor, first in (("lora_A", start.a if start else None), ("lora_B", start.b if start else None)):
             parameter = parameters[f"{adapter.name}.{factor}"]
             values, count = prune(parameter.detach().cpu().numpy(), ratio, first)
             with torch.no_grad():
