@@ -36,14 +36,15 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="sft-vs-trainer-") as place:
         task = _task(options, Path(place))
-        pairs = []
+        pairs, peaks = [], [_peak()]
         for number in range(1, options.rounds + 1):
             trainer = _trainer(task)
-            soupx = _soupx(task, Path(place) / f"soupx-{number}")
+            # The rows' tokens, counted once: what one side adds around them is no work done.
+            soupx = {**trainer, **_soupx(task, Path(place) / f"soupx-{number}")}
             pairs.append((trainer, soupx))
+            peaks.append(_peak())
             _print_round(number, trainer, soupx)
-        peak = _peak()
-        _print_figures(pairs, peak, Sizes.of(Path(task["base"])))
+        _print_figures(pairs, max(peaks), Sizes.of(Path(task["base"])))
 
 
 def _options() -> argparse.Namespace:
@@ -113,12 +114,11 @@ def _soupx(task: dict[str, Any], output: Path) -> dict[str, float]:
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
+    targets = sum(step["target_tokens"] for step in steps)
     return {
         "seconds": record["train_seconds"],
-        "tokens": sum(step["tokens"] for step in steps),
-        "target_tokens": sum(step["target_tokens"] for step in steps),
-        "squared_lengths": 0,
-        "loss": statistics.fmean(step["loss"] for step in steps),
+        "target_tokens": targets,
+        "loss": sum(step["loss"] * step["target_tokens"] for step in steps) / targets,
         "memory": child.peak_bytes,
         "process_seconds": child.seconds,
     }
@@ -170,15 +170,13 @@ def _print_figures(pairs: list[tuple[dict[str, float], dict[str, float]]], peak:
     print(f"tokens/s, soupx over Trainer: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     print(f"median ratio {statistics.median(ratios):.2f} (bar 1.40)")
     print(f"peak memory: Trainer {memory[0]:.0f} MiB, soupx {memory[1]:.0f} MiB (bar: no higher)")
-    print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s (best of 5)")
+    print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s (best of 5 a round)")
     for name, index in (("Trainer", 0), ("soupx", 1)):
-        # Both sides see the same rows, and Trainer's side knows their lengths.
-        shares = [
-            step_flops(sizes, pair[index]["tokens"], pair[index]["target_tokens"], pair[0]["squared_lengths"])
-            / pair[index]["seconds"]
-            / peak
-            for pair in pairs
+        work = [
+            step_flops(sizes, side["tokens"], side["target_tokens"], side["squared_lengths"])
+            for side in (pair[index] for pair in pairs)
         ]
+        shares = [flops / pair[index]["seconds"] / peak for flops, pair in zip(work, pairs, strict=True)]
         print(f"share of that peak, {name}: {statistics.median(shares):.0%}" + " (bar 60%)" * index)
 
 
