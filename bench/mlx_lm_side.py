@@ -54,7 +54,7 @@ def _write_rows(rows: Path, place: Path) -> None:
         lines.append(json.dumps({"messages": turns}) + "\n")
     place.mkdir(parents=True)
     (place / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    (place / "valid.jsonl").write_text("".join(lines[: 4]), encoding="utf-8")
+    (place / "valid.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
 
 
 def _config(task: dict[str, Any], place: Path) -> dict[str, Any]:

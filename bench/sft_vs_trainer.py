@@ -40,7 +40,7 @@ def main() -> None:
         for number in range(1, options.rounds + 1):
             trainer = _trainer(task)
             # The rows' tokens, counted once: what one side adds around them is no work done.
-            soupx = {**trainer, **_soupx(task, Path(place) / f"soupx-{number}")}
+            soupx = {**trainer, **soupx_side(task, Path(place) / f"soupx-{number}", "torch")}
             pairs.append((trainer, soupx))
             peaks.append(_peak())
             _print_round(number, trainer, soupx)
@@ -107,10 +107,11 @@ def _trainer(task: dict[str, Any]) -> dict[str, float]:
     return {**json.loads(child.last_line), "memory": child.peak_bytes, "process_seconds": child.seconds}
 
 
-def _soupx(task: dict[str, Any], output: Path) -> dict[str, float]:
+def soupx_side(task: dict[str, Any], output: Path, backend: str) -> dict[str, float]:
+    """One run of `soupx train`: its loop's seconds and mean loss, its process's memory and seconds."""
     config = output.with_suffix(".yaml")
     config.write_text(json.dumps(_soupx_config(task, output)), encoding="utf-8")
-    child = run_child([sys.executable, "-m", "soup_xb", "train", str(config), "--backend", "torch"])
+    child = run_child([sys.executable, "-m", "soup_xb", "train", str(config), "--backend", backend])
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
