@@ -170,8 +170,9 @@ class Adapters:
     def _start(self, adapter: AdapterModule) -> None:
         layer = self.layers[adapter.name]
         layer.scaling[ADAPTER] = adapter.scale
-        layer.lora_A[ADAPTER] = DownFactor(layer.lora_A[ADAPTER])
-        layer.lora_B[ADAPTER] = UpFactor(layer.lora_B[ADAPTER])
+        place = layer.get_base_layer().weight.device
+        layer.lora_A[ADAPTER] = DownFactor(layer.lora_A[ADAPTER], place)
+        layer.lora_B[ADAPTER] = UpFactor(layer.lora_B[ADAPTER], place)
         start = self.starts.get(adapter.name)
         if start is not None and self.plan.dropout > 0:
             layer.lora_dropout[ADAPTER] = DropoutBeside(self.plan.dropout)
@@ -200,7 +201,8 @@ def _inject(model: Any, plan: AdapterPlan) -> None:
     with warnings.catch_warnings():
         # PEFT switches fan_in_fan_out by itself where a model mixes both kinds of layer, and warns of it.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        # Factors on the meta device are not initialized in vain; DoRA's magnitudes are computed from theirs.
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=not plan.use_dora)
 
 
 def _pair(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

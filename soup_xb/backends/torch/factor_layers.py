@@ -19,9 +19,12 @@ class DownFactor(torch.nn.Linear):
     start: torch.Tensor | None
     instead: torch.Tensor | None
 
-    def __init__(self, linear: Any) -> None:
-        """Take over a plain layer's shape and device; the weight is set later."""
-        super().__init__(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+    def __init__(self, linear: Any, place: torch.device) -> None:
+        """Take over a plain layer's shape; the weight, float32, is set later."""
+        super().__init__(
+            linear.in_features, linear.out_features, bias=False, device="meta", dtype=torch.float32
+        )
+        self.to_empty(device=place)
         self.register_buffer("start", None, persistent=False)
         self.register_buffer("instead", None, persistent=False)
 
@@ -48,9 +51,12 @@ class UpFactor(torch.nn.Linear):
     start: torch.Tensor | None
     instead: torch.Tensor | None
 
-    def __init__(self, linear: Any) -> None:
-        """Take over a plain layer's shape and device; the weight is set later."""
-        super().__init__(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+    def __init__(self, linear: Any, place: torch.device) -> None:
+        """Take over a plain layer's shape; the weight, float32, is set later."""
+        super().__init__(
+            linear.in_features, linear.out_features, bias=False, device="meta", dtype=torch.float32
+        )
+        self.to_empty(device=place)
         self.register_buffer("start", None, persistent=False)
         self.register_buffer("instead", None, persistent=False)
 
