@@ -13,7 +13,11 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "just-a-name", "../x", ""])
-def test_what_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
+def test_what_is_neither_folder_nor_hub_id_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ModelError, match="not a hub id") as caught:
         resolve_base(name or "\0x")
     assert caught.value.problems[0].code == "base-not-found"
