@@ -10,9 +10,11 @@ PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all lint format clean
 
-# Fine-tune a small real model for about a minute, and show what it learned.
+# Fine-tune a small real model for a minute or two, and show what it learned; on MLX as well, where it is installed.
 demo: $(VENV)/installed-demo
-	$(VENV)/bin/soupx demo --overwrite $(DEMO)
+	$(VENV)/bin/soupx demo --backend torch --overwrite $(DEMO)
+	@if $(VENV)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('mlx') is None)"; then \
+	  $(VENV)/bin/soupx demo --backend mlx --output soupx-demo-mlx --overwrite $(DEMO); fi
 
 test: lint
 	$(PYTEST) -m "not slow"

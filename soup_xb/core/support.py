@@ -11,6 +11,7 @@ from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.loaded_config import COMMAND_LINE, LoadedConfig
 from soup_xb.core.support_rows import BACKENDS, ROWS, No, Row
 
+SETTING_OF = "a setting of"
 _BY_NAME = {row.name: row for row in ROWS}
 _OPTION = f"{COMMAND_LINE}: --backend"
 # What each backend imports; a wheel may be there without its companions.
@@ -160,7 +161,7 @@ def _word(row: Row, backend: str) -> str:
 
 def _notes(row: Row) -> tuple[str, ...]:
     if row.follows:
-        return (f"a setting of `{row.follows.replace('=', ': ')}`",)
+        return (f"{SETTING_OF} `{row.follows.replace('=', ': ')}`",)
     answers = {backend: row.answer(backend) for backend in BACKENDS}
     reasons = {no.because for no in answers.values() if no is not None}
     if len(reasons) == 1 and all(answers.values()):
