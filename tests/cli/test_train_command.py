@@ -183,6 +183,32 @@ def test_a_warm_start_begins_where_the_adapter_ended(soupx: Soupx, config: Confi
     assert begun[0]["loss"] < cold[0]["loss"] - 0.2
 
 
+@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+def test_training_goes_on_with_the_other_engine(
+    soupx: Soupx, config: Config, tmp_path: Path, chat_file: Path, first: str, second: str
+) -> None:
+    file = config(max_steps=20)
+    assert soupx("train", file, "--backend", first).code == 0
+    losses = {}
+    for engine in (first, second):
+        done = soupx("eval", tmp_path / "out", "--data", chat_file, "--backend", engine, "--json")
+        assert done.code == 0, done.err
+        losses[engine] = json.loads(done.out)["adapter"]["loss"]
+    assert losses[first] == pytest.approx(losses[second], abs=1e-5)
+    warm = soupx(
+        "train",
+        file,
+        "--backend",
+        second,
+        "--set",
+        f"adapter={tmp_path / 'out'}",
+        "--output",
+        tmp_path / "warm",
+    )
+    assert warm.code == 0, warm.err
+    assert steps(tmp_path / "warm")[0]["loss"] < steps(tmp_path / "out")[0]["loss"] - 0.2
+
+
 def test_eval_and_generate_read_what_train_wrote(
     soupx: Soupx, config: Config, tmp_path: Path, chat_file: Path
 ) -> None:
