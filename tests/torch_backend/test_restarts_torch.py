@@ -224,8 +224,9 @@ run_loop(plan, session, Hooks(events.append, lambda step: None, lambda: 0), 0)
 digest = hashlib.sha256(b"".join(a.tobytes() for arrays in session.factors().values() for a in arrays.values()))
 losses = [event.loss for event in events if type(event).__name__ == "StepEvent"]
 pruned = [event.pruned for event in events if hasattr(event, "pruned")]
-print("RESULT " + json.dumps([digest.hexdigest(), losses, pruned]), flush=True)
-opener.close()
+result = Path(sys.argv[4]) / f"result-{session.process}.json"
+result.write_text(json.dumps([digest.hexdigest(), losses, pruned]))
+session.close()
 """
 
 
@@ -239,13 +240,11 @@ def test_two_processes_prune_the_same_entries(
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        str(tmp_path / "worker.py"), str(tiny_llama), strategy, str(Path(__file__).parent),
+        str(tmp_path / "worker.py"), str(tiny_llama), strategy, str(Path(__file__).parent), str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = [
-        json.loads(line.partition("RESULT ")[2]) for line in done.stdout.splitlines() if "RESULT" in line
-    ]
+    results = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("result-*.json"))]
     assert len(results) == 2
     assert results[0] == results[1]
     session, plan = attached({"init_strategy": strategy}, relora_steps=3, relora_prune_ratio=0.5, max_steps=7)
