@@ -10,7 +10,7 @@ from attrs import define
 
 from soup_xb.core import checkpoint, metrics, run_lock, staging
 from soup_xb.core.durable import disk_errors, disk_full, free_bytes, write_all, write_bytes, write_text
-from soup_xb.core.errors import ConfigError, ResourceError
+from soup_xb.core.errors import CheckpointError, ConfigError, ResourceError
 from soup_xb.core.events import Event, Notice, SaveEvent, StartEvent
 from soup_xb.core.run_record import RECORD, RunRecord, read_record, record_text
 
@@ -109,7 +109,8 @@ def open_run_folder(path: Path, *, overwrite: bool = False, resume: bool = False
     """Create or enter an output folder and lock it.
 
     Raises ResourceError where it is a file, cannot be written, belongs to a live process, or holds a run and
-    neither `resume` nor `overwrite` is given. `overwrite` removes what that run left, and nothing else.
+    neither `resume` nor `overwrite` is given. `overwrite` removes what that run left, and nothing else; a run that
+    failed before its first step left nothing to keep, and is replaced without it.
     """
     if overwrite and resume:
         raise ConfigError("contradiction", "--resume and --overwrite exclude each other")
@@ -166,6 +167,9 @@ def _refuse_run(path: Path) -> None:
         left = _what_a_run_left(path)
     if not left:
         return
+    if _never_stepped(path, left):
+        _remove_run(path)
+        return
     names = ", ".join(f"`{item.name}`" for item in reversed(left))
     raise ResourceError(
         "output-holds-a-run",
@@ -173,6 +177,17 @@ def _refuse_run(path: Path) -> None:
         where=str(path),
         help="`--resume` goes on with it, `--overwrite` starts anew, or choose another `--output`.",
     )
+
+
+def _never_stepped(path: Path, left: list[Path]) -> bool:
+    """Whether all that lies there is the record of a run that failed before its first step."""
+    if any(item.name not in (METRICS, RECORD) or item.is_symlink() for item in left):
+        return False
+    try:
+        failed = read_record(path).status == "failed"
+    except CheckpointError:
+        return False
+    return failed and not metrics.last_step(path / METRICS)
 
 
 def _remove_run(path: Path) -> None:

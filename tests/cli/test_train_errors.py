@@ -227,3 +227,8 @@ def test_a_lack_of_memory_names_the_ways_out(
     assert answer.code == 7, answer.err
     assert "error[out-of-memory] out of memory while training" in answer.err
     assert "gradient_checkpointing" in answer.err
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    # Nothing was learned, so nothing stands in the way of the next try.
+    assert soupx("train").code == 0
+    assert soupx("train").code == 7
