@@ -116,5 +116,5 @@ def _show_end(outcome: Outcome, trials: tuple[Trial, ...]) -> None:
     click.echo(f"  soupx eval {outcome.folder} --data {shipped('data/train.jsonl')}")
     click.echo(f"  soupx plan {outcome.folder / CONFIG}")
     click.echo(
-        f"  soupx train {outcome.folder / CONFIG} --set training.lora.init_strategy=pissa --output again"
+        f"  soupx train {outcome.folder / CONFIG} --set training.lora.r=16 --output again"
     )
