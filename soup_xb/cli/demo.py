@@ -115,6 +115,4 @@ def _show_end(outcome: Outcome, trials: tuple[Trial, ...]) -> None:
     click.echo(f'  soupx generate --adapter {outcome.folder} --compare --prompt "Why do we sneeze?"')
     click.echo(f"  soupx eval {outcome.folder} --data {shipped('data/train.jsonl')}")
     click.echo(f"  soupx plan {outcome.folder / CONFIG}")
-    click.echo(
-        f"  soupx train {outcome.folder / CONFIG} --set training.lora.r=16 --output again"
-    )
+    click.echo(f"  soupx train {outcome.folder / CONFIG} --set training.lora.r=16 --output again")
