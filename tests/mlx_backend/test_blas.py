@@ -20,14 +20,13 @@ def run_python(code: str) -> str:
 @pytest.mark.skipif(not LINUX, reason="macOS brings its own BLAS")
 def test_products_are_openblas_s_once_the_backend_is_imported() -> None:
     code = """
-from soup_xb.backends.mlx.blas import blas_in_use, measure_gflops
+from soup_xb.backends.mlx.blas import blas_in_use
 import mlx.core as mx
 used = blas_in_use()
-print(used.fast, used.name, measure_gflops())
+print(used.fast, used.name)
 """
-    fast, name, _, speed = run_python(code).split()
+    fast, name, *_ = run_python(code).split()
     assert (fast, name) == ("True", "OpenBLAS")
-    assert float(speed) > 0
 
 
 @pytest.mark.skipif(not LINUX, reason="macOS brings its own BLAS")

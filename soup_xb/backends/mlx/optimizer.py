@@ -13,12 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from soup_xb.backends.mlx.names import factor_from_numpy, factor_to_numpy
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.session import OptimizerSettings
+from soup_xb.core.state_file import read_tensors
 
 STATE_FILE = "optimizer.safetensors"
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -69,12 +69,7 @@ class Optimizer:
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote. Raises CheckpointError when it does not fit the parameters."""
         file = folder / STATE_FILE
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
-            ) from error
+        tensors = read_tensors(file)
         states = (*self.moments, "step") if self.moments else ()
         expected = {f"{name}/{state}" for name in self._shapes for state in states}
         if set(tensors) != expected:

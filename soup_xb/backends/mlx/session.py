@@ -10,8 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors
 from soup_xb.backends.mlx.checkpointing import CheckpointedBlocks
@@ -25,7 +24,7 @@ from soup_xb.backends.mlx.optimizer import Optimizer
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.step import Gradients
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.errors import CheckpointError, ModelError, Problem
+from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.session import (
     AdapterPlan,
@@ -36,6 +35,7 @@ from soup_xb.core.session import (
     StepResult,
     StepSettings,
 )
+from soup_xb.core.state_file import grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 Array = np.ndarray[Any, Any]
@@ -130,16 +130,7 @@ class MlxSession:
     def load_state(self, folder: Path) -> None:
         """Read back what `save_state` wrote."""
         file = folder / FACTORS_FILE
-        try:
-            flat = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
-            ) from error
-        factors: dict[str, dict[str, Array]] = {}
-        for key, array in flat.items():
-            name, _, factor = key.rpartition(".")
-            factors.setdefault(name, {})[factor] = array
+        factors = grouped(read_tensors(file), ".")
         self._trained(self._adapters).load(factors)
         self._trained(self._optimizer).load(folder)
 

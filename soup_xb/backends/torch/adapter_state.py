@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.pieces import Piece
 from soup_xb.core.starts import Start
+from soup_xb.core.state_file import grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -39,7 +39,7 @@ def load_adapters(adapters: Adapters, folder: Path) -> None:
     """
     if any(adapters.pieces.values()):
         raise RuntimeError("a checkpoint is loaded onto a base without merges; open it anew")
-    modules = _read(folder / FACTORS_FILE)
+    modules = grouped(read_tensors(folder / FACTORS_FILE), ".")
     trained = {
         name: {factor: array for factor, array in arrays.items() if re.match("lora_", factor)}
         for name, arrays in modules.items()
@@ -53,18 +53,6 @@ def load_adapters(adapters: Adapters, folder: Path) -> None:
         for piece in pieces:
             adapters.fold(name, piece)
         adapters.begin(name, trained[name]["lora_A"], trained[name]["lora_B"], start)
-
-
-def _read(file: Path) -> dict[str, Arrays]:
-    try:
-        flat = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError("damaged-checkpoint", f"cannot be read: {error}", where=str(file)) from error
-    modules: dict[str, Arrays] = {}
-    for key, array in flat.items():
-        name, _, factor = key.rpartition(".")
-        modules.setdefault(name, {})[factor] = array
-    return modules
 
 
 def _start(arrays: Arrays) -> Start | None:

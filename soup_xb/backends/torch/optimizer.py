@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.session import OptimizerSettings
+from soup_xb.core.state_file import grouped, read_tensors
 
 STATE_FILE = "optimizer.safetensors"
 
@@ -72,16 +72,7 @@ class Optimizer:
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote. Raises CheckpointError when it does not fit the parameters."""
         file = folder / STATE_FILE
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "damaged-checkpoint", f"cannot be read: {error}", where=str(file)
-            ) from error
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, _, state = key.rpartition("/")
-            states.setdefault(name, {})[state] = tensor
+        states = grouped(read_tensors(file), "/")
         expected = set() if self.settings.name == "sgd" else set(self.parameters)
         if set(states) != expected:
             odd = sorted(expected.symmetric_difference(states))
@@ -93,7 +84,8 @@ class Optimizer:
         for name, state in states.items():
             parameter = self.parameters[name]
             self.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                key: torch.tensor(value, device=None if key == "step" else parameter.device)
+                for key, value in state.items()
             }
 
 
