@@ -21,16 +21,24 @@ _ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_gate|gate_\d+)(\.|$)|(^|\.)rou
 
 @frozen
 class Module:
-    """A linear module of the base that an adapter can sit on; its weight is (out_features, in_features)."""
+    """A linear module of the base that an adapter can sit on; its weight is (out_features, in_features).
+
+    With `experts` above 0 it is a 3-D parameter that holds that many such matrices, one for each expert.
+    """
 
     name: str
     out_features: int
     in_features: int
+    experts: int = 0
 
 
 @frozen
 class AdapterModule:
-    """One adapted module: A is (rank, in_features), B is (out_features, rank), output += scale * B A x."""
+    """One adapted module: A is (rank, in_features), B is (out_features, rank), output += scale * B A x.
+
+    With `experts` above 0 every expert has its own pair: A is (experts, rank, in_features), B (experts,
+    out_features, rank).
+    """
 
     name: str
     out_features: int
@@ -38,11 +46,12 @@ class AdapterModule:
     rank: int
     alpha: float
     scale: float
+    experts: int = 0
 
     @property
     def parameters(self) -> int:
         """Entries of A and B together."""
-        return self.rank * (self.in_features + self.out_features)
+        return max(1, self.experts) * self.rank * (self.in_features + self.out_features)
 
 
 @frozen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,15 @@ class TorchSession:
         self._description = describe_model(model)
         self._adapters: Adapters | None = None
         self._optimizer: Optimizer | None = None
+        # Everything that was changed for this session's sake, and is given back on close.
+        self._patches = ExitStack()
+        self._patch_notices: list[Problem] = []
         if settings.gradient_checkpointing and settings.weights:
             self._checkpoint_activations()
 
     def notices(self) -> tuple[Problem, ...]:
-        """The device and the precision, with their reason."""
-        return (Problem("device", self._device.reason),)
+        """The device and the precision with their reason, and what each patch did."""
+        return (Problem("device", self._device.reason), *self._patch_notices)
 
     def describe(self) -> BaseDescription:
         """The base's structure."""
@@ -195,7 +198,8 @@ class TorchSession:
         return self._processes.largest(value)
 
     def close(self) -> None:
-        """Leave the other processes and drop the model."""
+        """Undo the patches, leave the other processes and drop the model."""
+        self._patches.close()
         self._processes.leave()
         self._optimizer = self._adapters = self.model = None
 
