@@ -16,7 +16,7 @@ from attrs import evolve
 from soup_xb import __version__
 from soup_xb.core.checkpoint import CheckpointFacts, remove_after, rotate, write_checkpoint
 from soup_xb.core.config_file import config_dict
-from soup_xb.core.errors import CheckpointError, SoupError, StoppedError
+from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
 from soup_xb.core.events import Event, Listener, Notice, SaveEvent
 from soup_xb.core.launch import is_first_process
 from soup_xb.core.loop import LoopResult
@@ -26,6 +26,7 @@ from soup_xb.core.run_record import RunRecord, read_record
 from soup_xb.resume import (
     SETTINGS_FILE,
     ResumePoint,
+    check_request,
     data_fingerprint,
     find_resume_point,
     run_settings,
@@ -77,7 +78,7 @@ class RunKeeper:
     def is_complete(self) -> bool:
         """Whether a resume finds a run that is finished already; `record` is then the finished run's."""
         path = Path(self.run.loaded.config.output)
-        if not self.options.resume or not (path / ADAPTER).is_dir():
+        if not self.options.resume.newest or not (path / ADAPTER).is_dir():
             return False
         try:
             record = read_record(path)
@@ -147,18 +148,34 @@ class RunKeeper:
         return record
 
     def _resume_point(self) -> ResumePoint:
-        if not (self.options.resume or self.options.resume_from):
+        request = self.options.resume
+        if not (request.newest or request.named):
             return ResumePoint(0, None, ())
         checkpoints = Path(self.run.loaded.config.output) / CHECKPOINTS
-        point = find_resume_point(checkpoints, self.options.resume_from, self.facts, self.settings)
+        point = find_resume_point(checkpoints, request, self.facts, self.settings)
         if point.folder is not None:
-            self.run.session.load_state(point.folder)
+            with _fitting(point.folder):
+                self.run.session.load_state(point.folder, optimizer=request.goes_on)
         return point
 
     def _write_state(self, folder: Path) -> None:
         self.run.session.save_state(folder)
         text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
         (folder / SETTINGS_FILE).write_text(text, "utf-8")
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Inside, factors of other modules or ranks are a checkpoint's fault."""
+    try:
+        yield
+    except ModelError as error:
+        raise CheckpointError(
+            "foreign-checkpoint",
+            f"its factors do not fit this run: {error.problems[0].message}",
+            where=str(folder),
+            help="go on with the modules, ranks and kind of adapter that it was written with.",
+        ) from error
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -173,8 +190,8 @@ def output_folder(output: Path, options: TrainOptions) -> Iterator[RunFolder | N
     if not is_first_process():
         yield None
         return
-    resume = options.resume or options.resume_from is not None
-    with open_run_folder(output, overwrite=options.overwrite, resume=resume) as folder:
+    check_request(options.resume, output, options.overwrite)
+    with open_run_folder(output, overwrite=options.overwrite, resume=options.resume.goes_on) as folder:
         yield folder
 
 

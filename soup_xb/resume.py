@@ -13,15 +13,37 @@ from attrs import frozen
 
 from soup_xb.core.checkpoint import Checkpoint, CheckpointFacts, newest_whole, read_checkpoint
 from soup_xb.core.checkpoint_manifest import fingerprint
-from soup_xb.core.config import Config
+from soup_xb.core.config import KEYS, Config
 from soup_xb.core.config_file import config_dict
-from soup_xb.core.errors import CheckpointError, Problem
+from soup_xb.core.errors import CheckpointError, ConfigError, Problem
 from soup_xb.core.examples import TokenRow
+from soup_xb.core.suggest import did_you_mean
 
 SETTINGS_FILE = "settings.json"
 # A run may go on with these changed: the first group changes nothing that is trained, the second the run's length.
 _FREE = {"output", "backend", "training.logging_steps", "training.save_total_limit"}
 _TOLD = {"training.epochs", "training.max_steps", "training.eval_steps", "training.save_steps"}
+# Differences that are no key of the config: how many processes trained.
+_PROCESSES = "processes"
+
+
+@frozen
+class ResumeRequest:
+    """What the command line asks for.
+
+    `newest` takes the newest whole checkpoint of the output folder, `named` one by its path. `overrides` are
+    keys, or sections of keys, that may differ from the checkpoint's. `weights_only` takes the factors alone.
+    """
+
+    newest: bool = False
+    named: Path | None = None
+    overrides: tuple[str, ...] = ()
+    weights_only: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run continues the one that wrote the checkpoint."""
+        return (self.newest or self.named is not None) and not self.weights_only
 
 
 @frozen
@@ -33,21 +55,55 @@ class ResumePoint:
     notices: tuple[Problem, ...]
 
 
+def check_request(request: ResumeRequest, output: Path, overwrite: bool) -> None:
+    """Raise ConfigError for options that do not belong together, and for overrides that name no key."""
+    if request.weights_only and request.named is None:
+        raise ConfigError(
+            "weights-from-where",
+            "--resume-weights-only needs a checkpoint to take the weights from",
+            help="name it with `--resume-from PATH`.",
+        )
+    if request.overrides and not request.goes_on:
+        raise ConfigError(
+            "nothing-to-override",
+            "--override-resume says what may differ from the checkpoint that the run goes on from",
+            help="add `--resume` or `--resume-from PATH`.",
+        )
+    if overwrite and request.named is not None and output.resolve() in request.named.resolve().parents:
+        raise ConfigError(
+            "contradiction",
+            f"--overwrite would delete the checkpoint `{request.named}` before it is read",
+            help="write to another folder with `--output`.",
+        )
+    names = {_PROCESSES, *KEYS}
+    for name in request.overrides:
+        if name not in names:
+            raise ConfigError(
+                "unknown-key",
+                f"--override-resume: `{name}` is no key",
+                help=did_you_mean(name, names)
+                or "name a key such as `training.lr`, or `data` for all of it.",
+            )
+
+
 def find_resume_point(
-    checkpoints: Path, named: Path | None, facts: CheckpointFacts, settings: Mapping[str, Any]
+    checkpoints: Path, request: ResumeRequest, facts: CheckpointFacts, settings: Mapping[str, Any]
 ) -> ResumePoint:
     """The checkpoint to go on from: the one named, or the newest whole one.
 
     Raises CheckpointError when the named one is damaged, and when the run differs from the checkpoint's in
-    something that decides the numbers. Without any checkpoint the run starts fresh, and a notice says so.
+    something that decides the numbers and that no override names. Without any checkpoint the run starts fresh,
+    and a notice says so.
     """
-    checkpoint, skipped = (read_checkpoint(named), ()) if named else newest_whole(checkpoints)
+    if request.weights_only and request.named is not None:
+        return _warm_start(read_checkpoint(request.named))
+    checkpoint, skipped = (read_checkpoint(request.named), ()) if request.named else newest_whole(checkpoints)
     if checkpoint is None:
         fresh = Problem(
             "fresh-start", "no whole checkpoint to resume from; starting from step 1", str(checkpoints)
         )
         return ResumePoint(0, None, (*skipped, fresh))
-    told = _compare(checkpoint, facts, settings)
+    told = _compare(checkpoint, facts, settings, request.overrides)
     going_on = Problem("resume", f"going on after step {checkpoint.step}", str(checkpoint.path))
     return ResumePoint(checkpoint.step, checkpoint.path, (*skipped, going_on, *told))
 
@@ -72,37 +128,68 @@ def data_fingerprint(rows: Sequence[TokenRow]) -> str:
     return digest.hexdigest()
 
 
+def _warm_start(checkpoint: Checkpoint) -> ResumePoint:
+    text = f"a warm start: the factors of step {checkpoint.step}, a fresh optimizer, and step 1 again"
+    return ResumePoint(0, checkpoint.path, (Problem("warm-start", text, str(checkpoint.path)),))
+
+
+@frozen
+class _Difference:
+    """One thing in which a run differs from its checkpoint; `key` is what an override has to name."""
+
+    key: str
+    problem: Problem
+
+
 def _compare(
-    checkpoint: Checkpoint, facts: CheckpointFacts, settings: Mapping[str, Any]
+    checkpoint: Checkpoint, facts: CheckpointFacts, settings: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[Problem, ...]:
-    where, theirs = str(checkpoint.path), _read_settings(checkpoint.path)
-    problems = []
+    """What the user should know of the differences. Raises CheckpointError for those that nobody allowed."""
+    theirs = _read_settings(checkpoint.path)
+    changed = [key for key in sorted({*theirs, *settings}) if theirs.get(key) != settings.get(key)]
+    where = str(checkpoint.path)
+    told, deciding = [], _other_surroundings(checkpoint, facts)
+    for key in (key for key in changed if key not in _FREE):
+        message = f"`{key}` was {json.dumps(theirs.get(key))} and is {json.dumps(settings.get(key))}"
+        if key in _TOLD:
+            told.append(Problem("changed-setting", message))
+            continue
+        cure = f"set it back, start anew with --overwrite, or go on with `--override-resume {key}`."
+        deciding.append(_Difference(key, Problem("changed-setting", message, where, cure)))
+    if checkpoint.facts.data != facts.data and not any(_decides_data(one.key) for one in deciding):
+        message = "the data or its tokens are not those of the checkpoint"
+        cure = "bring the old data back, start anew with --overwrite, or go on with `--override-resume data`."
+        deciding.append(_Difference("data", Problem("changed-data", message, where, cure)))
+    refused = [one.problem for one in deciding if not _allowed(one.key, overrides)]
+    if refused:
+        raise CheckpointError.of(refused)
+    allowed = (Problem(one.problem.code, f"{one.problem.message}; allowed by name") for one in deciding)
+    return (*told, *allowed)
+
+
+def _other_surroundings(checkpoint: Checkpoint, facts: CheckpointFacts) -> list[_Difference]:
+    where, found = str(checkpoint.path), []
     if checkpoint.facts.backend != facts.backend:
         message = f"written on {checkpoint.facts.backend}, this run is on {facts.backend}"
-        cure = f"go on with --backend {checkpoint.facts.backend}, or start from the adapter with `adapter:`."
-        problems.append(Problem("other-backend", message, where, cure))
+        cure = (
+            f"go on with --backend {checkpoint.facts.backend}, or with `--override-resume backend`: the state "
+            "fits either engine, and numbers then agree to rounding."
+        )
+        found.append(_Difference("backend", Problem("other-backend", message, where, cure)))
     if checkpoint.facts.processes != facts.processes:
         message = f"written by {checkpoint.facts.processes} processes, this run has {facts.processes}"
-        problems.append(Problem("other-process-count", message, where, "launch as many processes as before."))
-    changed = [key for key in sorted({*theirs, *settings}) if theirs.get(key) != settings.get(key)]
-    for key in (key for key in changed if key not in _FREE | _TOLD):
-        message = f"`{key}` was {json.dumps(theirs.get(key))} and is {json.dumps(settings.get(key))}"
-        problems.append(
-            Problem("changed-setting", message, where, "set it back, or start anew with --overwrite.")
-        )
-    if not problems and checkpoint.facts.data != facts.data:
-        message = "the data or its tokens are not those of the checkpoint"
-        cure = "bring the old data back, or start anew with --overwrite."
-        problems.append(Problem("changed-data", message, where, cure))
-    if problems:
-        raise CheckpointError.of(problems)
-    return tuple(
-        Problem(
-            "changed-setting", f"`{key}` was {json.dumps(theirs.get(key))} and is {json.dumps(settings[key])}"
-        )
-        for key in changed
-        if key in _TOLD
-    )
+        cure = f"launch as many processes as before, or go on with `--override-resume {_PROCESSES}`."
+        found.append(_Difference(_PROCESSES, Problem("other-process-count", message, where, cure)))
+    return found
+
+
+def _decides_data(key: str) -> bool:
+    """Whether another value gives other token rows: the seed draws the held-out rows, the base tokenizes."""
+    return key.startswith("data.") or key in ("base", "training.seed")
+
+
+def _allowed(key: str, overrides: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in overrides)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

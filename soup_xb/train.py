@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from attrs import frozen
+from attrs import field, frozen
 
 from soup_xb.backends import choose_backend, open_session
 from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
@@ -26,6 +26,7 @@ from soup_xb.dataset import load_dataset
 from soup_xb.hub import resolve_base
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
 from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
+from soup_xb.resume import ResumeRequest
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
 
@@ -33,12 +34,10 @@ from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 class TrainOptions:
     """What the command line decides besides the file.
 
-    `prompts` are answered by the base and the tuned model at the end, for the report. `resume_from` names a
-    checkpoint; `resume` takes the newest whole one.
+    `prompts` are answered by the base and the tuned model at the end, for the report.
     """
 
-    resume: bool = False
-    resume_from: Path | None = None
+    resume: ResumeRequest = field(factory=ResumeRequest)
     overwrite: bool = False
     prompts: tuple[str, ...] = ()
 

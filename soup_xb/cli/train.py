@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 @click.option("--output", type=click.Path(path_type=Path), help="Output folder; wins over the file.")
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
 @click.option("--resume-from", type=click.Path(path_type=Path), help="Go on from this checkpoint.")
+@click.option(
+    "--override-resume",
+    "overrides_resume",
+    multiple=True,
+    metavar="KEY",
+    help="Go on although this key differs from the checkpoint's (also: data, processes).",
+)
+@click.option(
+    "--resume-weights-only",
+    is_flag=True,
+    help="A warm start: take the checkpoint's factors, and begin at step 1.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds.")
 @click.option("--prompt", "prompts", multiple=True, help="Answered before and after, for the report.")
 @json_option
@@ -32,6 +44,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     output: Path | None,
     resume: bool,
     resume_from: Path | None,
+    overrides_resume: tuple[str, ...],
+    resume_weights_only: bool,
     overwrite: bool,
     prompts: tuple[str, ...],
     as_json: bool,
@@ -41,9 +55,11 @@ def command(  # noqa: PLR0913 - one parameter an option
         overrides = (*overrides, f"output={json.dumps(str(output))}")
     loaded = load(file, named, backend, overrides)
     from soup_xb.cli.progress import ProgressListener
+    from soup_xb.resume import ResumeRequest
     from soup_xb.train import TrainOptions, train
 
-    options = TrainOptions(resume=resume, resume_from=resume_from, overwrite=overwrite, prompts=prompts)
+    request = ResumeRequest(resume, resume_from, overrides_resume, resume_weights_only)
+    options = TrainOptions(resume=request, overwrite=overwrite, prompts=prompts)
     with ProgressListener(0, loaded.config.training.logging_steps, sys.stderr) as progress:
         outcome = train(loaded, options, [progress])
     if not is_first_process():

@@ -169,8 +169,11 @@ class Session(Protocol):
     def save_state(self, folder: Path) -> None:
         """Write factors and optimizer state, all that an exact resume needs, as safetensors and JSON."""
 
-    def load_state(self, folder: Path) -> None:
-        """Read back what `save_state` wrote. Raises CheckpointError when it does not fit the adapters."""
+    def load_state(self, folder: Path, optimizer: bool = True) -> None:
+        """Read back what `save_state` of either backend wrote; without `optimizer` its state stays fresh.
+
+        Raises CheckpointError when it does not fit the adapters.
+        """
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base: module name -> {"lora_A": …, "lora_B": …}, float32.

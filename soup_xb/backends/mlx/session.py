@@ -127,12 +127,13 @@ class MlxSession:
         save_file(flat, folder / FACTORS_FILE)
         self._trained(self._optimizer).save(folder)
 
-    def load_state(self, folder: Path) -> None:
+    def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         file = folder / FACTORS_FILE
         factors = grouped(read_tensors(file), ".")
         self._trained(self._adapters).load(factors)
-        self._trained(self._optimizer).load(folder)
+        if optimizer:
+            self._trained(self._optimizer).load(folder)
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base."""

@@ -139,10 +139,11 @@ class TorchSession:
         save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
 
-    def load_state(self, folder: Path) -> None:
+    def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         load_adapters(self._trained(self._adapters), folder)
-        self._trained(self._optimizer).load(folder)
+        if optimizer:
+            self._trained(self._optimizer).load(folder)
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base."""
