@@ -43,7 +43,7 @@ class Adapters:
         self.layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
-        self._check_reach(model)
+        check_reach(model, plan, self.layers)
         for adapter in plan.modules:
             self._start(adapter)
 
@@ -156,17 +156,6 @@ class Adapters:
             for layer in self.layers.values():
                 layer.lora_A[ADAPTER].instead = layer.lora_B[ADAPTER].instead = None
 
-    def _check_reach(self, model: Any) -> None:
-        planned = {adapter.name for adapter in self.plan.modules}
-        if planned != set(self.layers):
-            odd = sorted(planned.symmetric_difference(self.layers))
-            raise ModelError(
-                "adapters-astray",
-                f"PEFT put adapters elsewhere than planned on `{model.config.model_type}`, first at `{odd[0]}`",
-                where="training.lora.target_modules",
-                help="name the modules with a pattern that leaves these out, and report this model.",
-            )
-
     def _start(self, adapter: AdapterModule) -> None:
         layer = self.layers[adapter.name]
         layer.scaling[ADAPTER] = adapter.scale
@@ -182,6 +171,19 @@ class Adapters:
         zeros = np.zeros((adapter.out_features, adapter.rank), np.float32)
         first = start or Start(random_factor(adapter, self.plan.seed), zeros)
         self.begin(adapter.name, first.a, first.b, start)
+
+
+def check_reach(model: Any, plan: AdapterPlan, layers: Mapping[str, Any]) -> None:
+    """Raise ModelError where PEFT wrapped other modules than the planned ones."""
+    planned = {adapter.name for adapter in plan.modules}
+    if planned != set(layers):
+        odd = sorted(planned.symmetric_difference(layers))
+        raise ModelError(
+            "adapters-astray",
+            f"PEFT put adapters elsewhere than planned on `{model.config.model_type}`, first at `{odd[0]}`",
+            where="training.lora.target_modules",
+            help="name the modules with a pattern that leaves these out, and report this model.",
+        )
 
 
 def _inject(model: Any, plan: AdapterPlan) -> None:
