@@ -8,7 +8,7 @@ TESTED := tests soup_xb/core soup_xb/demo --doctest-modules
 PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term:skip-covered
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all torture lint format clean
 
 # Fine-tune a small real model for a minute or two, and show what it learned; on MLX as well, where it is installed.
 demo: $(VENV)/installed-demo
@@ -17,11 +17,15 @@ demo: $(VENV)/installed-demo
 	  $(VENV)/bin/soupx demo --backend mlx --output soupx-demo-mlx --overwrite $(DEMO); fi
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not torture"
 
 # Everything, the tests that take minutes and need the real model too.
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) -m "not torture"
+
+# Kills, corruptions, full disks, fuzzing and long runs, all of them; prints a table of counts.
+torture: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest tests/torture tests/fuzz
 
 lint: $(VENV)/installed-test
 	$(RUFF) check .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import frozen
 
 # Before torch or mlx is imported: tiny products are faster on one thread, and threads that spin starve each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -93,3 +95,28 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return file
+
+
+@frozen
+class Answer:
+    """How a command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def soupx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Run `soupx` with these arguments in this process, through the same edge that a shell meets."""
+    from soup_xb.cli import run
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr("sys.argv", ["soupx", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run()
+        out, err = capsys.readouterr()
+        return Answer(int(stopped.value.code or 0), out, err)
+
+    return call

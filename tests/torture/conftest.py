@@ -1,0 +1,97 @@
+"""Runs of a tiny model that are cut, damaged or starved, and the tally of how they ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TALLY = pytest.StashKey[Counter[str]]()
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Count cases of a suite that ended as they should; the table stands at the end of the test run."""
+    counts = request.config.stash.setdefault(TALLY, Counter())
+
+    def count(suite: str, cases: int = 1) -> None:
+        counts[suite] += cases
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    counts = config.stash.get(TALLY, Counter())
+    if not counts:
+        return
+    terminalreporter.section("cases that ended as they should")
+    for suite, cases in counts.items():
+        terminalreporter.write_line(f"{cases:8,}  {suite}")
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., Path]:
+    """Writes a config that saves after every step; keyword arguments are keys of `training`."""
+
+    def write(backend: str, **training: Any) -> Path:
+        settings = {
+            "max_steps": 6,
+            "save_steps": 1,
+            "lr": 0.005,
+            "batch_size": 4,
+            "lora": {"r": 4},
+            **training,
+        }
+        content = {
+            "base": str(tiny_llama),
+            "backend": backend,
+            "data": {"train": str(chat_file), "val_split": 0.1, "max_length": 128},
+            "training": settings,
+            "output": str(tmp_path / "out"),
+        }
+        file = tmp_path / "soup.yaml"
+        file.write_text(json.dumps(content, indent=1))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def in_a_process() -> Callable[..., subprocess.Popen[str]]:
+    """Start `soupx` in a process of its own, behind a launcher where one is given."""
+
+    def start(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *launcher, "-m", "soup_xb", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    return start
+
+
+@pytest.fixture
+def result() -> Callable[[Path], tuple[str, list[dict[str, Any]]]]:
+    """What a run came to: the adapter's bytes as a hash, and every event without its time."""
+
+    def read(folder: Path) -> tuple[str, list[dict[str, Any]]]:
+        weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        kept = [
+            {key: value for key, value in event.items() if key not in ("seconds", "path")}
+            for event in events
+            if event["event"] in ("step", "eval", "restart")
+        ]
+        return hashlib.sha256(weights).hexdigest(), kept
+
+    return read

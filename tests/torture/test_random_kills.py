@@ -1,0 +1,60 @@
+"""SIGKILL at random moments of runs that save after every step."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# (backend, seed, kills in one run); the first of each backend is the sample that every test run makes.
+CHAINS = [
+    ("torch", 0, 2),
+    ("mlx", 0, 2),
+    *(pytest.param("torch", seed, 10, marks=pytest.mark.torture) for seed in range(1, 7)),
+    *(pytest.param("mlx", seed, 10, marks=pytest.mark.torture) for seed in range(1, 5)),
+]
+STEPS = 240
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+@pytest.mark.parametrize(("backend", "seed", "kills"), CHAINS)
+def test_a_run_killed_again_and_again_ends_as_the_one_that_was_left_alone(
+    config: Callable[..., Path],
+    in_a_process: Callable[..., Any],
+    soupx: Callable[..., Any],
+    result: Callable[[Path], Any],
+    tally: Callable[..., None],
+    tmp_path: Path,
+    backend: str,
+    seed: int,
+    kills: int,
+) -> None:
+    file = config(backend, max_steps=STEPS, save_total_limit=2, lora={"r": 4, "dropout": 0.1})
+    whole = soupx("train", file, "--output", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    chance = random.Random(f"{backend}-{seed}")
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    for _ in range(kills):
+        process = in_a_process("train", file, "--resume")
+        # Until it is under way the file holds what the killed one left, or less.
+        until = lines(metrics) + chance.randint(2, 24)
+        deadline = time.monotonic() + 300
+        while lines(metrics) < until and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.03))
+        assert process.poll() is None, process.communicate()[1]
+        process.kill()
+        process.communicate()
+    last = in_a_process("train", file, "--resume")
+    _, errors = last.communicate(timeout=600)
+    assert last.returncode == 0, errors
+    assert "going on after step" in errors
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    tally(f"random SIGKILL, {backend}: resumed without a hand, byte-equal", kills)
