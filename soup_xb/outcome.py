@@ -19,7 +19,7 @@ from soup_xb.core.events import EvalEvent, Event, StepEvent
 from soup_xb.core.examples import Message
 from soup_xb.core.metrics import read_events
 from soup_xb.core.model_card import CardFacts, model_card
-from soup_xb.core.modules import group_adapters
+from soup_xb.core.modules import group_adapters, reachable_names
 from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.run_record import RunRecord
@@ -59,7 +59,7 @@ def save_adapter(run: Opened, folder: RunFolder) -> None:
     Raises ModelError when what is on the disk is not what was trained.
     """
     factors = run.session.factors()
-    names = [module.name for module in run.session.describe().modules]
+    names = reachable_names(run.session.describe().modules)
     with disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         staged = staging.start(folder.adapter)
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)

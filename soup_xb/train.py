@@ -15,6 +15,7 @@ from soup_xb.core.config import Config
 from soup_xb.core.config_file import LoadedConfig
 from soup_xb.core.errors import ConfigError, Problem, StoppedError
 from soup_xb.core.events import Listener, Notice, StartEvent
+from soup_xb.core.gemma4 import check_towers
 from soup_xb.core.launch import launched_processes
 from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.modules import Resolution, resolve_adapters
@@ -84,6 +85,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     """
     config, (name, reason) = loaded.config, backend
     base = inspect_base(resolve_base(config.base), weights=weights)
+    check_towers(loaded, base, name)
     tokenizer = open_tokenizer(base.path, config.data.chat_template)
     dataset = load_dataset(config.data, tokenizer, config.training.seed)
     session = open_session(name, session_settings(config, base.path, weights))

@@ -13,9 +13,9 @@ from soup_xb.core.config import LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.patterns import matching_names
 from soup_xb.core.suggest import close_names
+from soup_xb.core.towers import is_in_tower, without_gradient
 
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
-_TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech|multi_modal|multimodal|mm)([._]|$)")
 _ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_gate|gate_\d+)(\.|$)|(^|\.)router\.")
 
 
@@ -24,12 +24,14 @@ class Module:
     """A linear module of the base that an adapter can sit on; its weight is (out_features, in_features).
 
     With `experts` above 0 it is a 3-D parameter that holds that many such matrices, one for each expert.
+    `reached_as` is a second name by which patterns reach it, that of a wrapper around it; empty where there is none.
     """
 
     name: str
     out_features: int
     in_features: int
     experts: int = 0
+    reached_as: str = ""
 
 
 @frozen
@@ -64,7 +66,7 @@ class Resolution:
 
 @frozen
 class ModuleGroup:
-    """Adapted modules alike in their last name component, rank and alpha."""
+    """Adapted modules alike in the end of their name, rank and alpha."""
 
     name: str
     count: int
@@ -82,7 +84,7 @@ def is_decoder_linear(name: str) -> bool:
     >>> is_decoder_linear("lm_head"), is_decoder_linear("model.vision_tower.layers.0.q_proj")
     (False, False)
     """
-    return bool(_BLOCK.search(name)) and not _TOWER.search(name) and not _ROUTER.search(name)
+    return bool(_BLOCK.search(name)) and not is_in_tower(name) and not _ROUTER.search(name)
 
 
 def adapter_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -117,16 +119,26 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
     large = _ranks_above_side(adapters, lora, written)
     if lora.start != "random":
         errors += large
+    targets = written.get("training.lora.target_modules", "")
+    towers = without_gradient([adapter.name for adapter in adapters], targets)
+    errors += [problem for problem in towers if problem.code == "towers-alone"]
     if errors:
         raise ConfigError.of(errors)
-    return Resolution(tuple(adapters), tuple(notes + large))
+    return Resolution(tuple(adapters), tuple(notes + large + towers))
+
+
+def reachable_names(modules: Sequence[Module]) -> list[str]:
+    """Every name by which a pattern reaches one of the modules."""
+    return [name for module in modules for name in (module.name, module.reached_as) if name]
 
 
 def group_adapters(adapters: Sequence[AdapterModule]) -> list[ModuleGroup]:
     """The adapters as a short table, in order of first appearance."""
     groups: dict[tuple[str, int, float, float], list[AdapterModule]] = {}
     for adapter in adapters:
-        last = adapter.name.rpartition(".")[2]
+        parts = adapter.name.split(".")
+        # A wrapper's inner layer is called `linear` whatever it is for.
+        last = ".".join(parts[-2:] if parts[-1] == "linear" else parts[-1:])
         groups.setdefault((last, adapter.rank, adapter.alpha, adapter.scale), []).append(adapter)
     return [
         ModuleGroup(name, len(members), rank, alpha, scale, sum(member.parameters for member in members))
@@ -149,15 +161,20 @@ def _targets(
             f"name the modules, for example: {', '.join(_last_components(modules)[:6])}.",
         )
         return (), [problem]
-    names = [module.name for module in modules]
     wanted: set[str] = set()
     problems = []
     for pattern in (targets,) if isinstance(targets, str) else targets:
-        reached = matching_names(pattern, names, where)
+        reached = _reached(pattern, modules, where)
         wanted.update(reached)
         if not reached:
             problems.append(_matches_nothing(pattern, modules, where))
     return tuple(module for module in modules if module.name in wanted), problems
+
+
+def _reached(pattern: str, modules: Sequence[Module], where: str) -> list[str]:
+    """The names of the modules that a pattern reaches, by their own name or by the one they are reached as."""
+    reached = set(matching_names(pattern, reachable_names(modules), where))
+    return [module.name for module in modules if module.name in reached or module.reached_as in reached]
 
 
 def _values(
@@ -174,7 +191,7 @@ def _values(
     disagreements: dict[tuple[str, str], int] = {}
     for pattern, value in patterns.items():
         where = written.get(f"{key}.{pattern}") or written.get(key, "")
-        reached = matching_names(pattern, [module.name for module in chosen], where)
+        reached = _reached(pattern, chosen, where)
         if not reached:
             problems.append(_reaches_no_target(pattern, modules, where))
         for name in reached:
@@ -191,7 +208,7 @@ def _values(
 
 
 def _reaches_no_target(pattern: str, modules: Sequence[Module], where: str) -> Problem:
-    if matching_names(pattern, [module.name for module in modules], where):
+    if _reached(pattern, modules, where):
         return Problem(
             "pattern-outside-targets",
             f"`{pattern}` matches modules of the base, but none that `target_modules` adapts",
@@ -233,4 +250,4 @@ def _ranks_above_side(
 
 
 def _last_components(modules: Sequence[Module]) -> list[str]:
-    return list(Counter(module.name.rpartition(".")[2] for module in modules))
+    return list(Counter((module.reached_as or module.name).rpartition(".")[2] for module in modules))

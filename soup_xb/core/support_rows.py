@@ -193,7 +193,6 @@ _OPENED_BASES = (
     Row(
         "training.lora.target_modules=Gemma 4 towers",
         "towers",
-        torch=_later("use `target_modules: auto`, the text decoder alone."),
         mlx=No(
             "mlx-lm opens the text model without its vision and audio towers",
             "use `target_modules: auto`, the text decoder alone.",

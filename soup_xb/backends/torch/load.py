@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear | Conv1D)
 
 
-def describe_model(model: Any) -> BaseDescription:
-    """The structure of a model without adapters."""
+def describe_model(model: Any, wrappers: Mapping[str, str]) -> BaseDescription:
+    """The structure of a model without adapters; `wrappers` names what stands around some of its linears."""
     modules = []
     for name, module in model.named_modules():
         if is_linear(module):
-            modules.append(Module(name, *_sides(module)))
+            modules.append(Module(name, *_sides(module), reached_as=wrappers.get(name, "")))
     config = model.config.get_text_config()
     return BaseDescription(
         model_type=model.config.model_type,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.session import OptimizerSettings
 from soup_xb.core.state_file import grouped, read_tensors
+from soup_xb.core.towers import is_in_tower
 
 STATE_FILE = "optimizer.safetensors"
 
@@ -23,7 +25,7 @@ class Optimizer:
         """Make the optimizer; the learning rate comes with each step."""
         self.parameters = dict(parameters)
         self.settings = settings
-        self.optimizer = _make(list(self.parameters.values()), settings)
+        self.optimizer = _make(_groups(self.parameters, settings.weight_decay), settings)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -89,24 +91,30 @@ class Optimizer:
             }
 
 
-def _make(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def _groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters with their decay: none in towers, where no gradient would hold against it."""
+    text = [parameter for name, parameter in parameters.items() if not is_in_tower(name)]
+    towers = [parameter for name, parameter in parameters.items() if is_in_tower(name)]
+    groups = [{"params": text, "weight_decay": weight_decay}, {"params": towers, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _make(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     if settings.name == "sgd":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=0.0,
             momentum=0.0,
             dampening=0.0,
-            weight_decay=settings.weight_decay,
             nesterov=False,
             maximize=False,
             fused=True,
         )
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=0.0,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
         amsgrad=False,
         maximize=False,
         fused=True,

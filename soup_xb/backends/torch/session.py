@@ -21,6 +21,7 @@ from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
+from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
 from soup_xb.core.batches import MicroBatch
@@ -65,12 +66,13 @@ class TorchSession:
         self.device = device.torch_device.type
         self.process, self.processes = processes.process, processes.processes
         self._device, self._processes = device, processes
-        self._description = describe_model(model)
-        self._adapters: Adapters | None = None
-        self._optimizer: Optimizer | None = None
         # Everything that was changed for this session's sake, and is given back on close.
         self._patches = ExitStack()
-        self._patch_notices: list[Problem] = []
+        clippable = self._patches.enter_context(clippable_linears(model, str(settings.base)))
+        self._patch_notices: list[Problem] = [*clippable.notices]
+        self._description = describe_model(model, clippable.wrappers)
+        self._adapters: Adapters | None = None
+        self._optimizer: Optimizer | None = None
         if settings.gradient_checkpointing and settings.weights:
             self._checkpoint_activations()
 
