@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,12 @@ import torch
 import torch.nn.functional as functional
 import transformers
 
-from soup_xb.backends import open_session
 from soup_xb.core.adapter_file import write_adapter
 from soup_xb.core.batches import collate
-from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config import LoraConfig
 from soup_xb.core.errors import CheckpointError, ModelError
-from soup_xb.core.examples import Source, TokenRow
-from soup_xb.core.modules import resolve_adapters
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
-from soup_xb.core.session import GenerationSettings, Session, SessionSettings, StepResult, StepSettings
+from soup_xb.core.plan import Plan
+from soup_xb.core.session import GenerationSettings, Session, StepResult, StepSettings
 from soup_xb.core.support_rows import BACKENDS
 
 Opener = Callable[..., tuple[Session, Plan]]
@@ -33,49 +30,6 @@ LORAS = {
     "ranks": LoraConfig(r=4, target_modules=("q_proj", "down_proj"), rank_pattern={r"layers\.0\..*": 2}),
     "alphas": LoraConfig(r=4, alpha_pattern={"v_proj": 3}),
 }
-
-
-def token_rows(count: int = 24, seed: int = 0) -> tuple[TokenRow, ...]:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for index in range(count):
-        length = int(rng.integers(6, 40))
-        tokens = rng.integers(3, 250, length)
-        rows.append(TokenRow(tokens, np.arange(length) >= length // 3, Source("rows.jsonl", index + 1)))
-    return tuple(rows)
-
-
-@pytest.fixture
-def opener(tiny_llama: Path) -> Iterator[Opener]:
-    sessions = []
-
-    def open_it(
-        backend: str, base: Path = tiny_llama, attach: bool = True, weights: bool = True, **training: Any
-    ) -> tuple[Session, Plan]:
-        settings = TrainingConfig(**{"max_steps": 6, "lr": 5e-3, "lora": LoraConfig(r=4), **training})
-        config = Config(base=str(base), data=DataConfig(train=("rows.jsonl",)), training=settings)
-        session = open_session(
-            backend,
-            SessionSettings(
-                base=base,
-                precision=settings.precision,
-                quantization=settings.quantization,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                optimizer=optimizer_settings(settings),
-                seed=settings.seed,
-                weights=weights,
-            ),
-        )
-        sessions.append(session)
-        resolution = resolve_adapters(session.describe().modules, settings.lora, {})
-        plan = make_plan(config, resolution, token_rows(), token_rows(5, seed=1), pad_id=0)
-        if attach and weights:
-            session.attach(plan.adapters)
-        return session, plan
-
-    yield open_it
-    for session in sessions:
-        session.close()
 
 
 def train(session: Session, plan: Plan, first: int = 1, last: int | None = None) -> list[StepResult]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +13,12 @@ import pytest
 from attrs import evolve
 
 from soup_xb.backends.mlx.session import MlxSession, open_session
-from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config import LoraConfig
 from soup_xb.core.errors import ModelError, ResourceError
-from soup_xb.core.examples import Source, TokenRow
-from soup_xb.core.modules import resolve_adapters
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
-from soup_xb.core.session import SessionSettings, StepResult, StepSettings
+from soup_xb.core.plan import Plan
+from soup_xb.core.session import StepResult, StepSettings
 
 Opener = Callable[..., tuple[MlxSession, Plan]]
-
-
-def token_rows(count: int = 24, seed: int = 0) -> tuple[TokenRow, ...]:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for index in range(count):
-        length = int(rng.integers(6, 40))
-        tokens = rng.integers(3, 250, length)
-        rows.append(TokenRow(tokens, np.arange(length) >= length // 3, Source("rows.jsonl", index + 1)))
-    return tuple(rows)
-
-
-@pytest.fixture
-def opener(tiny_llama: Path) -> Iterator[Opener]:
-    sessions = []
-
-    def open_it(base: Path = tiny_llama, **training: Any) -> tuple[MlxSession, Plan]:
-        settings = TrainingConfig(**{"max_steps": 6, "lr": 5e-3, "lora": LoraConfig(r=4), **training})
-        config = Config(base=str(base), data=DataConfig(train=("rows.jsonl",)), training=settings)
-        session = open_session(
-            SessionSettings(
-                base=base,
-                precision=settings.precision,
-                quantization=settings.quantization,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                optimizer=optimizer_settings(settings),
-                seed=settings.seed,
-            )
-        )
-        sessions.append(session)
-        resolution = resolve_adapters(session.describe().modules, settings.lora, {})
-        plan = make_plan(config, resolution, token_rows(), token_rows(5, seed=1), pad_id=0)
-        session.attach(plan.adapters)
-        return session, plan
-
-    yield open_it
-    for session in sessions:
-        session.close()
 
 
 def train(session: MlxSession, plan: Plan, first: int = 1, last: int | None = None) -> list[StepResult]:
@@ -69,16 +29,6 @@ def train(session: MlxSession, plan: Plan, first: int = 1, last: int | None = No
         )
         for step in range(first, (last or plan.total_steps) + 1)
     ]
-
-
-@pytest.fixture(scope="session")
-def quantized_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama as mlx_lm.convert writes it, embedding and tied head in 4 bits too."""
-    from mlx_lm.convert import convert
-
-    folder = tmp_path_factory.mktemp("converted") / "llama-4bit"
-    convert(str(tiny_llama), str(folder), quantize=True, q_bits=4, q_group_size=32, dtype="float32")
-    return folder
 
 
 def test_a_base_in_mlx_s_own_format_opens_as_mlx_lm_opens_it(opener: Opener, quantized_llama: Path) -> None:
@@ -129,8 +79,9 @@ def test_quantization_is_told_and_leaves_what_does_not_divide(opener: Opener) ->
     assert "differ from those of torch" in notice.message
 
 
-def test_the_step_is_compiled_once_for_each_size_of_the_grid(opener: Opener) -> None:
-    session, plan = opener(max_steps=40)
+@pytest.mark.parametrize("strategy", ["random", "pissa"])
+def test_the_step_is_compiled_once_for_each_size_of_the_grid(opener: Opener, strategy: str) -> None:
+    session, plan = opener(max_steps=40, lora=LoraConfig(r=4, init_strategy=strategy))
     train(session, plan)
     shapes = {batch.tokens.shape for step in range(1, 41) for batch in plan.micro_batches(step)}
     traced = session._gradients.traced
@@ -173,14 +124,16 @@ def test_checkpointing_runs_each_block_twice_and_is_undone_by_close(opener: Open
     assert type(layer).__name__ == "TransformerBlock"
 
 
-def test_only_the_factors_are_trainable(opener: Opener) -> None:
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(r=4, use_dora=True), LoraConfig(r=4, init_strategy="pissa")], ids=["dora", "pissa"]
+)
+def test_only_the_factors_are_trainable(opener: Opener, lora: LoraConfig) -> None:
     from mlx.utils import tree_flatten
 
-    session, plan = opener(lora=LoraConfig(r=4, use_dora=True))
+    session, plan = opener(lora=lora)
     names = {name for name, _ in tree_flatten(session.model.trainable_parameters())}
-    expected = {
-        f"{adapter.name}.{kind}" for adapter in plan.adapters.modules for kind in ("lora_a", "lora_b", "m")
-    }
+    kinds = ("lora_a", "lora_b", "m") if lora.use_dora else ("lora_a", "lora_b")
+    expected = {f"{adapter.name}.{kind}" for adapter in plan.adapters.modules for kind in kinds}
     assert names == expected
     train(session, plan, last=2)
     assert {name for name, _ in tree_flatten(session.model.trainable_parameters())} == expected

@@ -12,37 +12,18 @@ import numpy as np
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
+from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
 from soup_xb.backends.mlx.names import ATTRIBUTES, factor_from_numpy, factor_to_numpy
 from soup_xb.backends.mlx.tree import replace_module, submodule
 from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.factors import random_factor
 from soup_xb.core.modules import AdapterModule
+from soup_xb.core.pieces import Piece, difference
 from soup_xb.core.session import AdapterPlan
+from soup_xb.core.starts import Start
 
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 Arrays = dict[str, mx.array]
-
-
-class KeyedDropout(nn.Module):
-    """Dropout whose mask is a function of a key, so that recomputing a block for its gradient repeats it."""
-
-    def __init__(self, rate: float) -> None:
-        """Off until it has a key."""
-        super().__init__()
-        self.rate = rate
-        self.set_key(None)
-
-    def set_key(self, key: mx.array | None) -> None:
-        """Switch dropout on with a key, off with None."""
-        # MLX counts an array among a module's parameters unless its name begins with an underscore.
-        self._key = key
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Zero entries at the rate and scale the others up, if there is a key."""
-        if self._key is None or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        return mx.random.bernoulli(keep, x.shape, key=self._key) * (1.0 / keep) * x
 
 
 class Adapters:
@@ -51,14 +32,22 @@ class Adapters:
     `values` are the trained arrays as `module.factor`, in mlx-lm's shapes, in the plan's order.
     """
 
-    def __init__(self, model: nn.Module, plan: AdapterPlan, places: Mapping[str, str]) -> None:
-        """Wrap the planned modules; A starts with core's values, B at zero. `places` maps PEFT's to mlx-lm's names."""
+    def __init__(
+        self, model: nn.Module, plan: AdapterPlan, places: Mapping[str, str], starts: Mapping[str, Start]
+    ) -> None:
+        """Wrap the planned modules and begin at `starts`. `places` maps PEFT's to mlx-lm's names."""
         self.plan = plan
         self.model = model
         self.places = {adapter.name: places[adapter.name] for adapter in plan.modules}
         self.layers: dict[str, Any] = {}
         self.values: Arrays = {}
-        for adapter in plan.modules:
+        self._linears = {name: submodule(model, place) for name, place in self.places.items()}
+        self.begin(starts)
+
+    def begin(self, starts: Mapping[str, Start]) -> None:
+        """Make new layers: a module in `starts` begins there, any other with core's random A and a B of zero."""
+        self.starts = dict(starts)
+        for adapter in self.plan.modules:
             self._wrap(adapter)
         mx.eval(self.values)
 
@@ -76,7 +65,20 @@ class Adapters:
             layer.dropout.set_key(None if keys is None else keys[index])
 
     def factors(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-        """Copies of the factors, float32, in PEFT's shapes: A (rank, in), B (out, rank)."""
+        """The adapter as a plain LoRA on the untouched base, float32, in PEFT's shapes: A (rank, in), B (out, rank)."""
+        plain = self.trained()
+        for name in self.starts:
+            piece = self.piece(name)
+            plain[name] |= {"lora_A": piece.a, "lora_B": piece.b}
+        return plain
+
+    def piece(self, name: str) -> Piece:
+        """What the factors of a module add to its weight."""
+        a, b = (factor_to_numpy(self.values[f"{name}.{factor}"]) for factor in ("lora_A", "lora_B"))
+        return difference(a, b, self.starts.get(name))
+
+    def trained(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+        """Copies of the trained arrays, float32, in PEFT's shapes."""
         return {
             name: {
                 factor: factor_to_numpy(self.values[f"{name}.{factor}"]) for factor in self._factor_names()
@@ -84,13 +86,15 @@ class Adapters:
             for name in self.layers
         }
 
-    def load(self, factors: Factors) -> None:
-        """Set the factors. Raises ModelError when names or shapes do not fit."""
-        given = {
-            f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()
-        }
+    def check(self, factors: Factors) -> None:
+        """Raise ModelError when names or shapes of factors do not fit."""
         shapes = {name: tuple(reversed(array.shape)) for name, array in self.values.items()}
-        check_factors(shapes, given)
+        check_factors(shapes, _flat(factors))
+
+    def load(self, factors: Factors) -> None:
+        """Set the trained arrays. Raises ModelError when names or shapes do not fit."""
+        self.check(factors)
+        given = _flat(factors)
         values = {name: factor_from_numpy(given[name]) for name in self.values}
         mx.eval(values)
         self.set(values)
@@ -116,18 +120,31 @@ class Adapters:
         return ("lora_A", "lora_B", "lora_magnitude_vector") if self.plan.use_dora else ("lora_A", "lora_B")
 
     def _wrap(self, adapter: AdapterModule) -> None:
-        linear = submodule(self.model, self.places[adapter.name])
-        if self.plan.use_dora:
-            layer = DoRALinear(adapter.in_features, adapter.out_features, adapter.rank, 0.0, adapter.scale)
-            layer.set_linear(linear)
-        else:
-            layer = LoRALinear(adapter.in_features, adapter.out_features, adapter.rank, 0.0, adapter.scale)
-            layer.linear = linear
+        linear, start = self._linears[adapter.name], self.starts.get(adapter.name)
+        layer = self._layer(adapter, linear)
         layer.dropout = KeyedDropout(self.plan.dropout)
-        layer.lora_a = factor_from_numpy(random_factor(adapter, self.plan.seed))
-        layer.lora_b = mx.zeros((adapter.rank, adapter.out_features), mx.float32)
+        layer.lora_a = factor_from_numpy(start.a if start else random_factor(adapter, self.plan.seed))
+        layer.lora_b = factor_from_numpy(
+            start.b if start else np.zeros((adapter.out_features, adapter.rank), np.float32)
+        )
         self.layers[adapter.name] = layer
         for factor in self._factor_names():
             self.values[f"{adapter.name}.{factor}"] = getattr(layer, ATTRIBUTES[factor])
         replace_module(self.model, self.places[adapter.name], layer)
         linear.freeze()
+
+    def _layer(self, adapter: AdapterModule, linear: Any) -> Any:
+        if start := self.starts.get(adapter.name):
+            return StartedLinear(linear, adapter, start)
+        sizes = (adapter.in_features, adapter.out_features, adapter.rank)
+        if self.plan.use_dora:
+            layer = DoRALinear(*sizes, 0.0, adapter.scale)
+            layer.set_linear(linear)
+        else:
+            layer = LoRALinear(*sizes, 0.0, adapter.scale)
+            layer.linear = linear
+        return layer
+
+
+def _flat(factors: Factors) -> dict[str, np.ndarray[Any, Any]]:
+    return {f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()}

@@ -51,7 +51,8 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
 def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:
     layer = adapters.layers[name]
     weight = stored.astype(mx.float32)
-    merged = weight + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
+    piece = adapters.piece(name)
+    merged = weight + (layer.scale * mx.array(piece.b)) @ mx.array(piece.a)
     if adapters.plan.use_dora:
         merged = (layer.m / mx.linalg.norm(merged, axis=1))[:, None] * merged
     return merged.astype(stored.dtype)

@@ -100,6 +100,25 @@ def quantize_decoder(model: Any, places: Mapping[str, str], asked: str) -> Probl
     )
 
 
+def dequantized_weight(linear: Any) -> mx.array:
+    """The weight (out_features, in_features) of a linear layer, plain or quantized, in float32."""
+    if "scales" not in linear:
+        return linear.weight.astype(mx.float32)
+    scales, biases = linear.scales, linear.get("biases")
+    if biases is not None:
+        # MLX computes this format in the dtype of its scales, whatever dtype is asked for.
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(
+        linear.weight,
+        scales,
+        biases,
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+        dtype=mx.float32,
+    )
+
+
 def _unreadable(folder: BaseFolder, field: str) -> ModelError:
     return ModelError(
         "foreign-quantization",

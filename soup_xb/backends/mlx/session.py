@@ -10,14 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import save_file
 
+from soup_xb.backends.mlx.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors
 from soup_xb.backends.mlx.checkpointing import CheckpointedBlocks
 from soup_xb.backends.mlx.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.mlx.generation import generate_tokens
 from soup_xb.backends.mlx.grid import exact_grid
 from soup_xb.backends.mlx.head import summed_loss
+from soup_xb.backends.mlx.init import weight_starts
 from soup_xb.backends.mlx.load import Opened, load_base, outline_base
 from soup_xb.backends.mlx.merge import write_merged
 from soup_xb.backends.mlx.optimizer import Optimizer
@@ -35,9 +36,7 @@ from soup_xb.core.session import (
     StepResult,
     StepSettings,
 )
-from soup_xb.core.state_file import grouped, read_tensors
 
-FACTORS_FILE = "factors.safetensors"
 Array = np.ndarray[Any, Any]
 
 
@@ -81,7 +80,9 @@ class MlxSession:
     def attach(self, plan: AdapterPlan) -> None:
         """Wrap the planned modules with mlx-lm's LoRA layers and make an optimizer for their factors."""
         with memory_guard("attaching the adapters"):
-            self._adapters = Adapters(self.model, plan, self._opened.places)
+            places = self._opened.places
+            starts = weight_starts(self.model, plan, places, self._processes)
+            self._adapters = Adapters(self.model, plan, places, starts)
             self._optimizer = Optimizer(self._adapters.values, self.settings.optimizer)
         self._gradients = Gradients(self.model, self._adapters, compiled=True)
 
@@ -119,19 +120,16 @@ class MlxSession:
         return LossSum(self._processes.sum_exactly(total), round(self._processes.sum_exactly(targets)))
 
     def save_state(self, folder: Path) -> None:
-        """Factors and optimizer state."""
-        factors = self._trained(self._adapters).factors()
-        flat = {
-            f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()
-        }
-        save_file(flat, folder / FACTORS_FILE)
+        """Factors, what they started from, and optimizer state."""
+        save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
-        file = folder / FACTORS_FILE
-        factors = grouped(read_tensors(file), ".")
-        self._trained(self._adapters).load(factors)
+        adapters = self._trained(self._adapters)
+        load_adapters(adapters, folder)
+        # A compiled step keeps the starts that it was traced with.
+        self._gradients = Gradients(self.model, adapters, compiled=True)
         if optimizer:
             self._trained(self._optimizer).load(folder)
 

@@ -1,0 +1,97 @@
+"""PiSSA and OLoRA starts of a model's modules, from its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from soup_xb.backends.mlx.processes import Processes
+from soup_xb.backends.mlx.quantization import dequantized_weight
+from soup_xb.backends.mlx.tree import submodule
+from soup_xb.core.errors import ModelError
+from soup_xb.core.modules import AdapterModule
+from soup_xb.core.session import AdapterPlan
+from soup_xb.core.starts import Start, weight_start
+
+
+class MlxAlgebra:
+    """See soup_xb.core.starts.Algebra."""
+
+    def array(self, values: np.ndarray[Any, Any]) -> mx.array:
+        """A NumPy array as MLX's."""
+        return mx.array(values)
+
+    def numpy(self, matrix: mx.array) -> np.ndarray[Any, Any]:
+        """A NumPy array of MLX's."""
+        return np.array(matrix)
+
+    def orthonormal(self, matrix: mx.array) -> mx.array:
+        """Q of the thin QR."""
+        return mx.linalg.qr(matrix)[0]
+
+    def eigh(self, matrix: mx.array) -> tuple[mx.array, mx.array]:
+        """Ascending eigenvalues and eigenvectors."""
+        values, vectors = mx.linalg.eigh(matrix)
+        return values, vectors
+
+    def columns(self, blocks: list[mx.array]) -> mx.array:
+        """Side by side."""
+        return mx.concatenate(blocks, axis=1)
+
+
+def weight_starts(
+    model: Any, plan: AdapterPlan, places: Mapping[str, str], processes: Processes
+) -> dict[str, Start]:
+    """The start of each planned module by name, empty for the random strategy; equal on every process.
+
+    Each process does its share of the modules; `places` maps their names to mlx-lm's. Raises ModelError, on every
+    process, for a weight that is not finite.
+    """
+    if plan.init_strategy == "random":
+        return {}
+    starts: dict[str, Start] = {}
+    broken = 0
+    # QR and eigh run on the CPU alone, and Metal may round the factors of a float32 product to fewer bits.
+    with mx.stream(mx.cpu):
+        for index in range(processes.process, len(plan.modules), processes.processes):
+            adapter = plan.modules[index]
+            weight = dequantized_weight(submodule(model, places[adapter.name]))
+            # A sum is finite where every value is.
+            if not math.isfinite(float(np.array(mx.sum(weight)))):
+                broken = index + 1
+                break
+            starts[adapter.name] = weight_start(plan.init_strategy, weight, adapter, MlxAlgebra())
+    # A process that stopped alone would leave the others waiting for its share.
+    broken = processes.largest(broken)
+    if broken:
+        raise _not_finite(plan.modules[broken - 1])
+    return _shared(starts, plan, processes) if processes.many else starts
+
+
+def _not_finite(adapter: AdapterModule) -> ModelError:
+    return ModelError(
+        "non-finite-base",
+        f"the weight of `{adapter.name}` has values that are not finite",
+        help="the base is damaged: download it again.",
+    )
+
+
+def _shared(starts: dict[str, Start], plan: AdapterPlan, processes: Processes) -> dict[str, Start]:
+    """Everyone's starts: each process adds its own to zeros."""
+    arrays: dict[str, mx.array] = {}
+    for adapter in plan.modules:
+        start = starts.get(adapter.name)
+        for factor, array, shape in (
+            ("a", start and start.a, (adapter.rank, adapter.in_features)),
+            ("b", start and start.b, (adapter.out_features, adapter.rank)),
+        ):
+            arrays[f"{adapter.name}.{factor}"] = mx.zeros(shape) if array is None else mx.array(array)
+    summed = processes.sum(arrays)
+    return {
+        adapter.name: Start(*(np.array(summed[f"{adapter.name}.{factor}"]) for factor in "ab"))
+        for adapter in plan.modules
+    }
