@@ -84,12 +84,12 @@ def _shared(starts: dict[str, Start], plan: AdapterPlan, processes: Processes) -
     """Everyone's starts: each process adds its own to zeros."""
     arrays: dict[str, mx.array] = {}
     for adapter in plan.modules:
-        start = starts.get(adapter.name)
-        for factor, array, shape in (
-            ("a", start and start.a, (adapter.rank, adapter.in_features)),
-            ("b", start and start.b, (adapter.out_features, adapter.rank)),
-        ):
-            arrays[f"{adapter.name}.{factor}"] = mx.zeros(shape) if array is None else mx.array(array)
+        zeros = Start(
+            np.zeros((adapter.rank, adapter.in_features), np.float32),
+            np.zeros((adapter.out_features, adapter.rank), np.float32),
+        )
+        start = starts.get(adapter.name, zeros)
+        arrays |= {f"{adapter.name}.a": mx.array(start.a), f"{adapter.name}.b": mx.array(start.b)}
     summed = processes.sum(arrays)
     return {
         adapter.name: Start(*(np.array(summed[f"{adapter.name}.{factor}"]) for factor in "ab"))
