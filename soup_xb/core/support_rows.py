@@ -140,7 +140,6 @@ _TRAINING = (
     ),
 )
 
-_START = "use `init_strategy: random`."
 _LORA = (
     *_works("training.lora", "training.lora.r", "training.lora.alpha", "training.lora.dropout"),
     *_choices("training.lora.target_modules", "auto", "all-linear"),
@@ -153,15 +152,8 @@ _LORA = (
             "use `target_modules: auto`, which leaves the experts out.",
         ),
     ),
-    *_choices("training.lora.init_strategy", "random"),
-    Row("training.lora.init_strategy=pissa", "pissa", mlx=_later(_START)),
-    Row("training.lora.init_strategy=olora", "olora", mlx=_later(_START)),
-    Row(
-        "training.lora.use_olora",
-        "olora",
-        mlx=_later(_START),
-        follows="training.lora.init_strategy=olora",
-    ),
+    *_choices("training.lora.init_strategy", "random", "pissa", "olora"),
+    *_works("training.lora.use_olora"),
     *_works("training.lora.rank_pattern", "training.lora.alpha_pattern"),
     *_works("training.lora.use_rslora", "training.lora.use_dora"),
     Row(

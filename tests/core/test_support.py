@@ -87,9 +87,6 @@ REFUSED = [
 
 REFUSED_ON_MLX = [
     ("training.relora_steps=5", "relora"),
-    ("training.lora.init_strategy=pissa", "pissa"),
-    ("training.lora.init_strategy=olora", "olora"),
-    ("training.lora.use_olora=true", "olora"),
 ]
 
 
