@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.core.adapter_file import read_adapter
+from soup_xb.core.support_rows import BACKENDS
 
 Soupx = Callable[..., Any]
 
@@ -52,11 +56,13 @@ def stock_difference(base: Path, adapter: Path) -> float:
     return float((after - before).abs().max())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strategy", ["pissa", "olora"])
 def test_a_start_from_the_weights_ends_as_plain_lora(
-    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, tiny_llama: Path, strategy: str
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, tiny_llama: Path, strategy: str, backend: str
 ) -> None:
-    done = soupx("train", config({"init_strategy": strategy, "use_rslora": True, "dropout": 0.1}))
+    file = config({"init_strategy": strategy, "use_rslora": True, "dropout": 0.1})
+    done = soupx("train", file, "--backend", backend)
     assert done.code == 0, done.err
     assert "warning[start-not-exact]" in done.err
     adapter = tmp_path / "out" / "adapter"
@@ -66,6 +72,39 @@ def test_a_start_from_the_weights_ends_as_plain_lora(
     assert settings["lora_alpha"] / 8 == pytest.approx(8 / 4**0.5)
     assert "--max-lora-rank 8" in (adapter / "README.md").read_text()
     assert stock_difference(tiny_llama, adapter) > 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_older_spelling_of_olora_trains_the_same_adapter(
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, backend: str
+) -> None:
+    weights = []
+    for lora in ({"init_strategy": "olora"}, {"use_olora": True}, {}):
+        done = soupx("train", config(lora), "--backend", backend, "--overwrite")
+        assert done.code == 0, done.err
+        weights.append((tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_two_mlx_processes_start_alike_and_have_the_losses_of_one(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """mlx.launch hides exit codes, so `run.json` tells how it went."""
+    file = config({"init_strategy": "pissa"})
+    start = "from mlx._distributed_utils.launch import main; main()"
+    launcher = ("-c", start, "-n", "2", "--backend", "ring", "--", sys.executable)
+    for name, before in (("one", ()), ("two", launcher)):
+        words = ("-m", "soup_xb", "train", str(file), "--backend", "mlx", "--output", str(tmp_path / name))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *before, *words], capture_output=True, text=True, timeout=240, env=environment
+        )
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["status"] == "finished", done.stderr
+    one, two = (events(tmp_path / name, "step") for name in ("one", "two"))
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+    assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-3)
+    assert one[-1]["loss"] < one[0]["loss"]
 
 
 @pytest.mark.parametrize(("mode", "rank"), [("prune", 4), ("merge", 12)])
@@ -89,22 +128,29 @@ def test_restarts_are_told_and_their_adapter_is_plain_lora(
 
 
 @pytest.mark.parametrize(
-    ("lora", "training"),
+    ("backend", "lora", "training"),
     [
-        ({"init_strategy": "pissa"}, {}),
-        ({"init_strategy": "olora"}, {"relora_steps": 3}),
-        ({"init_strategy": "pissa"}, {"relora_steps": 3, "relora_mode": "merge"}),
+        ("torch", {"init_strategy": "pissa"}, {}),
+        ("torch", {"init_strategy": "olora"}, {"relora_steps": 3}),
+        ("torch", {"init_strategy": "pissa"}, {"relora_steps": 3, "relora_mode": "merge"}),
+        ("mlx", {"init_strategy": "pissa"}, {}),
+        ("mlx", {"init_strategy": "olora", "dropout": 0.2}, {}),
     ],
-    ids=["pissa", "olora-prune", "pissa-merge"],
+    ids=["pissa", "olora-prune", "pissa-merge", "mlx-pissa", "mlx-olora-dropout"],
 )
 def test_a_run_resumed_in_the_middle_leaves_the_same_adapter(
-    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, lora: dict[str, Any], training: dict[str, Any]
+    soupx: Soupx,
+    config: Callable[..., Path],
+    tmp_path: Path,
+    backend: str,
+    lora: dict[str, Any],
+    training: dict[str, Any],
 ) -> None:
     file = config(lora, save_steps=2, **training)
-    assert soupx("train", file).code == 0
+    assert soupx("train", file, "--backend", backend).code == 0
     whole = read_adapter(tmp_path / "out" / "adapter").factors
     checkpoint = tmp_path / "out" / "checkpoints" / "step-00000004"
-    done = soupx("train", file, "--resume-from", checkpoint)
+    done = soupx("train", file, "--backend", backend, "--resume-from", checkpoint)
     assert done.code == 0, done.err
     again = read_adapter(tmp_path / "out" / "adapter").factors
     for name, arrays in whole.items():
