@@ -1,65 +1,68 @@
-"""A chat template: where it comes from, how large it may be, and its rendering in transformers' sandbox."""
+"""A chat template: where it comes from, how large it may be, and its rendering in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from attrs import frozen
 
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.examples import Message
 from soup_xb.core.units import bytes_text
+from soup_xb.rendering import RENDERER, RunawayError
 
 LARGEST_TEMPLATE = 256 * 1024
 # What a template may write around the turns: a fixed part, and a multiple of what the turns hold.
 _RENDERING_ROOM = 2**20
 _RENDERING_GROWTH = 8
-# What the code in a template can raise, besides Jinja's own errors.
-_TEMPLATE_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 
 
 class RenderError(Exception):
-    """The template refuses a conversation, in its own words; the caller knows which row it was."""
+    """The template refuses a conversation, in its own words; the caller knows which row it was.
+
+    `kind` is the name of the exception that the template's code raised, `line` its line where one is known.
+    """
+
+    def __init__(self, message: str, kind: str = "", line: int | None = None) -> None:
+        super().__init__(message or kind)
+        self.kind = kind
+        self.line = line
 
 
 @frozen(eq=False)
 class ChatTemplate:
-    """A template bound to the tokenizer whose special tokens it writes."""
+    """A template with the special tokens that it may write, by name; `where` names it in errors."""
 
     text: str
-    tokenizer: Any
+    tokens: Mapping[str, str]
+    where: str
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """The conversation as text, with the head of an assistant turn after it where `generation_prompt` is set.
 
-        Raises RenderError where the template refuses it or writes far more than the turns hold.
+        Raises RenderError where the template refuses it or writes far more than the turns hold, and ModelError
+        where it takes more time or memory than any template needs.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        request = {
+            "turns": [{"role": message.role, "content": message.content} for message in messages],
+            "generation_prompt": generation_prompt,
+            "room": _RENDERING_ROOM + _RENDERING_GROWTH * sum(len(message.content) for message in messages),
+            "tokens": dict(self.tokens),
+        }
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.text,
-                add_generation_prompt=generation_prompt,
-                continue_final_message=False,
-                tokenize=False,
-            )
-        except _TEMPLATE_FAILURES as error:
-            raise RenderError(str(error) or type(error).__name__) from error
-        room = _RENDERING_ROOM + _RENDERING_GROWTH * sum(len(message.content) for message in messages)
-        if len(text) > room:
-            raise RenderError(f"the rendering of {len(text):,} characters is far longer than the turns in it")
+            answer = RENDERER.render(self.text, request)
+        except RunawayError as error:
+            raise ModelError(
+                "runaway-chat-template",
+                f"the chat template {error}",
+                where=self.where,
+                help="give another template as `data.chat_template`.",
+            ) from error
+        if "error" in answer:
+            raise RenderError(answer["error"], answer["kind"], answer["line"])
+        text: str = answer["text"]
         return text
 
     @property
@@ -107,27 +110,26 @@ def own_template(tokenizer: Any, base: Path) -> str | None:
     return template or None
 
 
-def check_template(template: ChatTemplate, where: str) -> None:
-    """Raise ModelError for a template that is too large or is not Jinja."""
+def check_template(template: ChatTemplate) -> None:
+    """Raise ModelError for a template that is too large or is not Jinja, or that runs away."""
     size = len(template.text.encode())
     if size > LARGEST_TEMPLATE:
         raise ModelError(
             "chat-template-too-large",
             f"the chat template is larger than {bytes_text(LARGEST_TEMPLATE)}",
-            where=where,
+            where=template.where,
         )
     try:
         template.render([Message("user", "a")])
     except RenderError as error:
-        reason = error.__cause__
         # Any other failure may be about this conversation alone.
-        if isinstance(reason, jinja2.TemplateSyntaxError):
+        if error.kind in ("TemplateSyntaxError", "TemplateAssertionError", "SyntaxError"):
             raise ModelError(
                 "bad-chat-template",
-                f"the chat template is not Jinja: line {reason.lineno}: {reason.message}",
-                where=where,
+                f"the chat template is not Jinja: line {error.line}: {error}",
+                where=template.where,
             ) from error
-        if isinstance(reason, RecursionError):
+        if error.kind == "RecursionError":
             raise ModelError(
-                "bad-chat-template", "the chat template is nested too deep", where=where
+                "bad-chat-template", "the chat template is nested too deep", where=template.where
             ) from error

@@ -189,9 +189,10 @@ def open_tokenizer(base: Path, chat_template: str | None = None) -> ChatTokenize
     """
     hf = _load(base)
     text = read_template(chat_template) if chat_template is not None else own_template(hf, base)
-    template = ChatTemplate(text, hf) if text else None
+    where = "data.chat_template" if chat_template is not None else str(base)
+    template = ChatTemplate(text, hf.special_tokens_map, where) if text else None
     if template is not None:
-        check_template(template, "data.chat_template" if chat_template is not None else str(base))
+        check_template(template)
         hf.chat_template = template.text
     ends = EndTokens(token.content for token in hf.added_tokens_decoder.values())
     end = turn_end(template, ends) if template else None
