@@ -68,13 +68,15 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
 def in_a_process() -> Callable[..., subprocess.Popen[str]]:
     """Start `soupx` in a process of its own, behind a launcher where one is given."""
 
-    def start(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    def start(
+        *words: object, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, *launcher, "-m", "soup_xb", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(environment or {})},
         )
 
     return start

@@ -14,15 +14,19 @@ import pytest
 
 STEPS = 200
 CASES = [
-    ("torch", 1, "SIGTERM"),
-    ("mlx", 1, "SIGUSR1"),
+    ("torch", "alone", "SIGTERM"),
+    ("mlx", "alone", "SIGUSR1"),
     *(
-        pytest.param(backend, 1, name, marks=pytest.mark.torture)
+        pytest.param(backend, "alone", name, marks=pytest.mark.torture)
         for backend in ("torch", "mlx")
         for name in ("SIGTERM", "SIGINT", "SIGUSR1")
         if (backend, name) not in (("torch", "SIGTERM"), ("mlx", "SIGUSR1"))
     ),
-    *(pytest.param("torch", 2, name, marks=pytest.mark.torture) for name in ("SIGTERM", "SIGINT", "SIGUSR1")),
+    *(
+        pytest.param("torch", "two", name, marks=pytest.mark.torture)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+    ),
+    pytest.param("torch", "torchrun", "SIGTERM", marks=pytest.mark.torture),
 ]
 
 
@@ -39,55 +43,56 @@ def trained(folder: Path) -> list[int]:
     return [event["step"] for event in map(json.loads, lines) if event["event"] == "step"]
 
 
-def children(parent: int) -> list[int]:
-    """The training processes below a launcher."""
-    found = []
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return found
+class Started:
+    """One run in one process, in two that find each other by their environment, or behind a launcher."""
+
+    def __init__(self, start: Callable[..., Any], way: str, words: tuple[object, ...]) -> None:
+        port = str(free_port())
+        if way == "torchrun":
+            launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
+            self.all = [start(*words, launcher=launcher)]
+            return
+        two = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        environments: list[dict[str, str]] = [{}]
+        if way == "two":
+            environments = [{**two, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        self.all = [start(*words, environment=environment) for environment in environments]
+
+    def ended(self) -> tuple[set[int], str]:
+        """The exit codes and what was written to stderr, once all have ended."""
+        errors = "".join(process.communicate(timeout=600)[1] for process in self.all)
+        return {process.returncode for process in self.all}, errors
 
 
-@pytest.mark.parametrize(("backend", "processes", "name"), CASES)
-def test_a_signal_stops_after_the_step_and_nothing_is_lost(
+@pytest.mark.parametrize(("backend", "way", "name"), CASES)
+def test_a_signal_to_one_process_stops_all_after_the_step_and_nothing_is_lost(
     config: Callable[..., Path],
     in_a_process: Callable[..., Any],
     result: Callable[[Path], Any],
     tally: Callable[..., None],
     tmp_path: Path,
     backend: str,
-    processes: int,
+    way: str,
     name: str,
 ) -> None:
     file = config(backend, max_steps=STEPS, save_steps=1000)
-
-    def start(*options: object) -> Any:
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port")
-        return in_a_process(
-            "train", file, *options, launcher=(*launcher, str(free_port())) if processes > 1 else ()
-        )
-
-    whole = start("--output", tmp_path / "whole")
-    assert whole.wait(timeout=600) == 0, whole.communicate()[1]
-    process, out = start(), tmp_path / "out"
+    codes, errors = Started(in_a_process, way, ("train", file, "--output", tmp_path / "whole")).ended()
+    assert codes == {0}, errors
+    run, out = Started(in_a_process, way, ("train", file)), tmp_path / "out"
     deadline = time.monotonic() + 300
-    while len(trained(out)) < 9 and time.monotonic() < deadline and process.poll() is None:
+    while len(trained(out)) < 9 and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[1]
-    # One process of several is told; the others have to hear of it.
-    told = children(process.pid)[-1] if processes > 1 else process.pid
     seen = len(trained(out))
-    import os
-
-    os.kill(told, getattr(signal, name))
-    _, errors = process.communicate(timeout=300)
-    # A launcher has an exit code of its own; `run.json` tells.
-    assert process.returncode == 75 or processes > 1, errors
+    run.all[-1].send_signal(getattr(signal, name))
+    codes, errors = run.ended()
+    # The launcher has an exit code of its own; `run.json` tells.
+    assert codes == {1 if way == "torchrun" else 75}, errors
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "interrupted"
     # Steps of a few milliseconds go by between looking and the signal's arrival.
     assert seen <= record["steps"] <= seen + 40
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-{record['steps']:08d}"]
-    resumed = start("--resume")
-    assert resumed.wait(timeout=600) == 0, resumed.communicate()[1]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{record['steps']:08d}"]
+    codes, errors = Started(in_a_process, way, ("train", file, "--resume")).ended()
+    assert codes == {0}, errors
     assert result(out) == result(tmp_path / "whole")
-    tally(f"preemption, {backend}, {processes} process(es): stopped with a checkpoint, resumed byte-equal")
+    tally(f"preemption, {backend}, {way}: stopped with a checkpoint, resumed byte-equal")
