@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from soup_xb.core import staging
 from soup_xb.core.adapter_file import adapter_folder, read_adapter, write_adapter
 from soup_xb.core.durable import disk_errors
-from soup_xb.core.errors import ModelError, ResourceError
+from soup_xb.core.errors import ModelError, Problem, ResourceError
 from soup_xb.core.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_mlx_lm, write_mlx_lm
-from soup_xb.trained import TrainedOptions, open_trained
+from soup_xb.trained import TrainedOptions, base_modules, base_of, open_trained, plan_of
 
 
-def export_adapter(source: Path, target: Path, form: str, base: str | None = None) -> None:
+def export_adapter(source: Path, target: Path, form: str, base: str | None = None) -> tuple[Problem, ...]:
     """Write an adapter (a run's output folder, a PEFT folder or an mlx-lm folder) as `peft` or `mlx-lm`.
 
-    Raises ModelError for an adapter that is damaged or already in that form, ResourceError where `target` exists.
+    VeRA becomes the plain LoRA that it equals, in either form; the sides of its modules are the base's to tell. Returns
+    what the user should know. Raises ModelError for an adapter that is damaged or already in that form, ResourceError
+    where `target` exists.
     """
     folder = adapter_folder(source)
-    from_mlx_lm = is_mlx_lm_adapter(folder)
-    if from_mlx_lm == (form == "mlx-lm"):
-        raise ModelError(
-            "same-form",
-            f"the adapter already is in {form}'s form",
-            where=str(folder),
-            help=f"use the folder as it is, or `--to {'peft' if from_mlx_lm else 'mlx-lm'}`.",
-        )
+    if is_mlx_lm_adapter(folder):
+        _refuse_same_form(folder, form, "mlx-lm")
+        refuse_existing(target)
+        plan, factors = read_mlx_lm(folder)
+        with _published(target) as staged:
+            # Without the base no short name is known to reach the adapted modules alone.
+            write_adapter(staged, plan, factors, base or "", names=())
+        return ()
+    saved = read_adapter(folder)
+    if not saved.is_vera:
+        _refuse_same_form(folder, form, "peft")
     refuse_existing(target)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = staging.start(target)
-        if from_mlx_lm:
-            plan, factors = read_mlx_lm(folder)
-            write_adapter(staged, plan, factors, base or "", [module.name for module in plan.modules])
+    modules = base_modules(base or base_of(saved, folder)) if saved.is_vera else ()
+    plain = saved.plain(modules, folder)
+    plan = plan_of(plain, folder)
+    with _published(target) as staged:
+        if form == "mlx-lm":
+            write_mlx_lm(staged, to_mlx_lm(plain, folder))
         else:
-            write_mlx_lm(staged, to_mlx_lm(read_adapter(folder), folder))
-        staging.publish(staged, target)
+            names = [module.name for module in modules]
+            write_adapter(staged, plan, plain.factors, base or base_of(saved, folder), names)
+    return (_plain_notice(plan.modules[0].rank),) if saved.is_vera else ()
 
 
 def merge_adapter(options: TrainedOptions, target: Path) -> None:
@@ -44,12 +52,9 @@ def merge_adapter(options: TrainedOptions, target: Path) -> None:
     Raises ModelError for a quantized base, ResourceError where `target` exists or the disk is full.
     """
     refuse_existing(target)
-    with open_trained(options) as trained, disk_errors(target, trained.base.weight_bytes):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = staging.start(target)
+    with open_trained(options) as trained, _published(target, trained.base.weight_bytes) as staged:
         trained.session.save_merged(staged)
         trained.tokenizer.save(staged)
-        staging.publish(staged, target)
 
 
 def refuse_existing(target: Path) -> None:
@@ -61,3 +66,31 @@ def refuse_existing(target: Path) -> None:
             where=str(target),
             help="choose another `--output`, or move it away.",
         )
+
+
+@contextmanager
+def _published(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
+    """A staged folder that stands at `target` once the block has filled it."""
+    with disk_errors(target, expected_bytes):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = staging.start(target)
+        yield staged
+        staging.publish(staged, target)
+
+
+def _refuse_same_form(folder: Path, form: str, own: str) -> None:
+    if form == own:
+        raise ModelError(
+            "same-form",
+            f"the adapter already is in {form}'s form",
+            where=str(folder),
+            help=f"use the folder as it is, or `--to {'peft' if own == 'mlx-lm' else 'mlx-lm'}`.",
+        )
+
+
+def _plain_notice(rank: int) -> Problem:
+    return Problem(
+        "vera-as-lora",
+        f"written as the plain LoRA of rank {rank} that the VeRA adapter equals, which every library reads; "
+        "it is larger, because each module has its own copy of the factors",
+    )

@@ -23,6 +23,7 @@ from soup_xb.core.loop import LoopResult
 from soup_xb.core.plan import Plan
 from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
 from soup_xb.core.run_record import RunRecord, read_record
+from soup_xb.core.vera import shared_entries
 from soup_xb.resume import (
     SETTINGS_FILE,
     ResumePoint,
@@ -179,9 +180,10 @@ def _fitting(folder: Path) -> Iterator[None]:
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """The most that a checkpoint may take: factors, a start, two moments, and the pieces that merges leave."""
+    """The most that a checkpoint may take: factors, a start, two moments, merges' pieces, VeRA's projections."""
     pieces = 2 + len(plan.restart_steps) if plan.adapters.merges else 0
-    return 4 * (4 + pieces) * sum(adapter.parameters for adapter in plan.adapters.modules)
+    trained = sum(adapter.parameters for adapter in plan.adapters.modules)
+    return 4 * ((4 + pieces) * trained + shared_entries(plan.adapters.modules))
 
 
 @contextmanager

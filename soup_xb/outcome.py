@@ -14,7 +14,7 @@ from soup_xb.core import staging
 from soup_xb.core.adapter_file import Factors, read_adapter, write_adapter
 from soup_xb.core.config_file import dump_config
 from soup_xb.core.durable import disk_errors, write_text
-from soup_xb.core.errors import ModelError
+from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.events import EvalEvent, Event, StepEvent
 from soup_xb.core.examples import Message
 from soup_xb.core.metrics import read_events
@@ -65,9 +65,21 @@ def save_adapter(run: Opened, folder: RunFolder) -> None:
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         _prove(staged, factors)
         run.tokenizer.save(staged)
-        card = _card(run, read_events(folder.metrics), _largest_rank(factors))
+        rank = run.plan.adapters.modules[0].rank if run.plan.adapters.use_vera else _largest_rank(factors)
+        card = _card(run, read_events(folder.metrics), rank)
         write_text(staged / "README.md", card)
         staging.publish(staged, folder.adapter)
+
+
+def adapter_notices(run: Opened) -> tuple[Problem, ...]:
+    """What the user should know about the adapter that was written."""
+    if not run.plan.adapters.use_vera:
+        return ()
+    text = (
+        "the adapter is in PEFT's VeRA format, which mlx-lm, vLLM and llama.cpp do not read; "
+        "`soupx export` writes the plain LoRA that it equals"
+    )
+    return (Problem("vera-format", text),)
 
 
 def answer_prompts(run: Opened, prompts: Sequence[str]) -> tuple[Sample, ...]:
@@ -123,6 +135,7 @@ def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
         steps=run.plan.total_steps,
         modules=_module_rows(run),
         saved_rank=saved_rank,
+        kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
         settings=dump_config(config),
         version=__version__,
         train_loss=steps[-1].loss if steps else None,

@@ -26,7 +26,7 @@ from soup_xb.core.stop import stop_on_signals
 from soup_xb.dataset import load_dataset
 from soup_xb.hub import resolve_base
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
-from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
+from soup_xb.outcome import Outcome, adapter_notices, answer_prompts, save_adapter, save_report
 from soup_xb.resume import ResumeRequest
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
@@ -171,6 +171,8 @@ def _finish(run: Opened, keeper: RunKeeper, result: LoopResult, prompts: Sequenc
     samples = answer_prompts(run, prompts) if folder else ()
     if folder:
         save_adapter(run, folder)
+        for problem in adapter_notices(run):
+            keeper.emit(Notice(problem))
     record = keeper.ended(result, "finished")
     if folder:
         save_report(run, folder, record, samples)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from attrs import frozen
 
-from soup_xb.backends import open_session
+from soup_xb.backends import available_backend, is_installed, open_session
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ModelError
 from soup_xb.core.examples import Message
+from soup_xb.core.modules import Module
 from soup_xb.core.session import (
     AdapterPlan,
     GenerationSettings,
@@ -58,7 +59,7 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     """
     folder = adapter_folder(options.adapter) if options.adapter else None
     saved = read_adapter(folder) if folder else None
-    base = inspect_base(resolve_base(options.base or _base_of(saved, folder)))
+    base = inspect_base(resolve_base(options.base or base_of(saved, folder)))
     tokenizer = open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
     settings = SessionSettings(
         base=base.path,
@@ -78,10 +79,14 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
 
 
 def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
-    """Put a saved adapter on an opened base. Raises ModelError naming both where they do not belong together."""
-    modules = adapter_modules(saved, folder)
+    """Put a saved adapter on an opened base, VeRA as the plain LoRA that it equals.
+
+    Raises ModelError naming both where they do not belong together.
+    """
     known = {module.name: module for module in session.describe().modules}
-    for module in modules:
+    saved = saved.plain(tuple(known.values()), folder)
+    plan = plan_of(saved, folder)
+    for module in plan.modules:
         found = known.get(module.name)
         shape = (module.out_features, module.in_features)
         if found is None or (found.out_features, found.in_features) != shape:
@@ -97,16 +102,40 @@ def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
                 where=str(folder),
                 help="name the adapter's own base with --base.",
             )
-    plan = AdapterPlan(
-        modules=modules,
+    session.attach(plan)
+    session.load_factors(saved.factors)
+
+
+def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:
+    """The plan of a plain LoRA as it was saved. Raises ModelError where file and settings do not fit each other."""
+    return AdapterPlan(
+        modules=adapter_modules(saved, folder),
         dropout=0.0,
         init_strategy="random",
         use_rslora=bool(saved.settings.get("use_rslora")),
         use_dora=bool(saved.settings.get("use_dora")),
         seed=0,
     )
-    session.attach(plan)
-    session.load_factors(saved.factors)
+
+
+def base_modules(name: str) -> tuple[Module, ...]:
+    """The modules of a base that can carry an adapter, from its structure alone, without weights."""
+    folder = inspect_base(resolve_base(name), weights=False)
+    settings = SessionSettings(
+        base=folder.path,
+        precision="auto",
+        quantization="none",
+        gradient_checkpointing=False,
+        optimizer=_NO_TRAINING,
+        seed=0,
+        weights=False,
+    )
+    # transformers knows every type of base, mlx-lm those that are proven.
+    session = open_session("torch" if is_installed("transformers") else available_backend("auto"), settings)
+    try:
+        return session.describe().modules
+    finally:
+        session.close()
 
 
 def _stored_precision(base: BaseFolder) -> str:
@@ -114,7 +143,8 @@ def _stored_precision(base: BaseFolder) -> str:
     return "bf16" if stored in ("bfloat16", "float16") else "fp32"
 
 
-def _base_of(saved: SavedAdapter | None, folder: Path | None) -> str:
+def base_of(saved: SavedAdapter | None, folder: Path | None) -> str:
+    """The base that an adapter names. Raises ModelError where it names none."""
     name = saved.settings.get("base_model_name_or_path") if saved else None
     if not isinstance(name, str) or not name:
         raise ModelError(

@@ -15,8 +15,12 @@ import click
 )
 @click.option("--base", help="Base to name in the adapter's settings, where OUT does not name it.")
 def command(adapter: Path, form: str, output: Path, base: str | None) -> None:
-    """Write OUT (a run's output folder, a PEFT or an mlx-lm adapter) for stock mlx-lm or stock PEFT."""
+    """Write OUT (a run's output folder, a PEFT or an mlx-lm adapter) for stock mlx-lm or stock PEFT.
+
+    A VeRA adapter becomes the plain LoRA that it equals.
+    """
     from soup_xb.export import export_adapter
 
-    export_adapter(adapter, output, form, base)
+    for problem in export_adapter(adapter, output, form, base):
+        click.echo(problem.render("note"), err=True)
     click.echo(str(output))

@@ -1,4 +1,4 @@
-"""The saved adapter: names, shapes and settings in PEFT's layout, a plain LoRA on the untouched base."""
+"""The saved adapter: names, shapes and settings in PEFT's layout, for the untouched base."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import AdapterModule, adapter_scale
+from soup_xb.core.modules import AdapterModule, Module, adapter_scale
 from soup_xb.core.patterns import matching_names
 from soup_xb.core.pieces import saved_plan
 from soup_xb.core.session import AdapterPlan
+from soup_xb.core.vera_file import (
+    check_vera,
+    plain_factors,
+    plain_settings,
+    split_vera_key,
+    vera_key,
+    vera_settings,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
@@ -34,6 +42,21 @@ class SavedAdapter:
 
     factors: Factors
     settings: Mapping[str, Any]
+
+    @property
+    def is_vera(self) -> bool:
+        """Whether the factors are VeRA's (see core.vera) and not a plain LoRA."""
+        return bool(self.settings["peft_type"] == "VERA")
+
+    def plain(self, modules: Sequence[Module | AdapterModule], folder: Path) -> SavedAdapter:
+        """The same adapter as a plain LoRA; `modules` tell the sides of VeRA's modules, which its file does not.
+
+        Raises ModelError where they do not fit the adapter in `folder`.
+        """
+        if not self.is_vera:
+            return self
+        settings = plain_settings(self.settings, self.factors)
+        return SavedAdapter(plain_factors(self.factors, modules, folder / WEIGHTS), settings)
 
 
 def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, names: Sequence[str]) -> None:
@@ -54,7 +77,10 @@ def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, 
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors writes with mode 0600 whatever the umask says.
     _take_umask(folder / WEIGHTS)
-    settings = adapter_settings(saved_plan(plan, factors), base, names)
+    if plan.use_vera:
+        settings = vera_settings(plan, base, _short_names([adapter.name for adapter in plan.modules], names))
+    else:
+        settings = adapter_settings(saved_plan(plan, factors), base, names)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -105,17 +131,19 @@ def read_adapter(folder: Path) -> SavedAdapter:
         ) from error
     factors: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
-        name, factor = _split_key(key, folder / WEIGHTS)
+        name, factor = _split_key(key, settings["peft_type"], folder / WEIGHTS)
         factors.setdefault(name, {})[factor] = array.astype(np.float32)
     for name, arrays in factors.items():
         for factor, array in arrays.items():
             if not np.isfinite(array).all():
                 raise ModelError(
                     "non-finite-adapter",
-                    f"`{name}` has values in {factor} that are not finite",
+                    f"`{name or 'the model'}` has values in {factor} that are not finite",
                     where=str(folder / WEIGHTS),
                     help="the adapter is broken; use an earlier checkpoint.",
                 )
+    if settings["peft_type"] == "VERA":
+        check_vera(factors, folder / WEIGHTS)
     return SavedAdapter(factors, settings)
 
 
@@ -127,8 +155,19 @@ def adapter_folder(path: Path) -> Path:
 def fit_factors(saved: SavedAdapter, plan: AdapterPlan, folder: Path) -> dict[str, dict[str, Array]]:
     """The saved factors for a run with its own scales: B takes the ratio, so that scale * B A stays the same.
 
-    Names and shapes are checked where the factors are set.
+    A VeRA adapter goes on as such with `use_vera`, else as the plain LoRA that it equals. Names and shapes are checked
+    where the factors are set. Raises ModelError for a plain LoRA where the run trains VeRA.
     """
+    if plan.use_vera and not saved.is_vera:
+        raise ModelError(
+            "adapter-is-lora",
+            "the adapter is a plain LoRA, whose factors VeRA's two vectors a module cannot hold",
+            where=str(folder),
+            help="remove `training.lora.use_vera`, or name a VeRA adapter.",
+        )
+    if plan.use_vera:
+        return {name: dict(arrays) for name, arrays in saved.factors.items()}
+    saved = saved.plain(plan.modules, folder)
     scales = {module.name: module.scale for module in adapter_modules(saved, folder)}
     fitted = {name: dict(arrays) for name, arrays in saved.factors.items()}
     for adapter in plan.modules:
@@ -198,22 +237,29 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError("damaged-adapter", f"is not JSON: {error}", where=str(file)) from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise ModelError("foreign-adapter", "is not a LoRA adapter in PEFT's layout", where=str(file))
+    if not isinstance(settings, dict) or settings.get("peft_type") not in ("LORA", "VERA"):
+        raise ModelError("foreign-adapter", "is not a LoRA or VeRA adapter in PEFT's layout", where=str(file))
     return settings
 
 
 def _key(name: str, factor: str) -> str:
+    if factor.startswith("vera_"):
+        return vera_key(name, factor)
     return f"{PREFIX}{name}.{factor}" + ("" if factor == "lora_magnitude_vector" else ".weight")
 
 
-def _split_key(key: str, file: Path) -> tuple[str, str]:
-    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", key)
-    if not match:
+def _split_key(key: str, kind: str, file: Path) -> tuple[str, str]:
+    found = split_vera_key(key) if kind == "VERA" else _split_lora_key(key)
+    if found is None:
         raise ModelError(
-            "foreign-adapter", f"`{key}` is not a LoRA factor of a linear layer", where=str(file)
+            "foreign-adapter", f"`{key}` is not a {kind} factor of a linear layer", where=str(file)
         )
-    return match[1], match[2]
+    return found
+
+
+def _split_lora_key(key: str) -> tuple[str, str] | None:
+    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", key)
+    return (match[1], match[2]) if match else None
 
 
 def _short_names(adapted: list[str], names: Sequence[str]) -> list[str]:

@@ -36,6 +36,8 @@ class Dependence:
     def _state(self) -> str:
         if self.values == (None,):
             return f"without `{self.on}`" if self.absent else f"beside `{self.on}`"
+        if self.values == (False,):
+            return f"beside `{self.on}`"
         return f"unless `{self.on}` is `{self.values[0]}`"
 
 
@@ -89,13 +91,19 @@ DEPENDENCES = (
         help="keep one of the two; both say the same.",
     ),
 )
-# What does not count here is told as a warning: `max_steps` is often set for a short trial of a whole file.
+# What does not count here is told as a warning: `max_steps` and `use_vera` are often set for a trial of a whole file.
 OVERRULED = (
     Dependence(
         "training.epochs",
         "training.max_steps",
         (None,),
         help="`max_steps` alone decides; remove one of the two.",
+    ),
+    Dependence(
+        "training.lora.alpha",
+        "training.lora.use_vera",
+        (False,),
+        help="VeRA has no alpha: its trained vectors scale. Remove one of the two.",
     ),
 )
 

@@ -48,23 +48,42 @@ def _vera_alone(loaded: LoadedConfig) -> Iterator[Problem]:
     lora = loaded.config.training.lora
     if not lora.use_vera:
         return
-    if lora.use_dora:
-        yield excluded(
-            loaded, (f"{_LORA}.use_dora", "DoRA"), f"{_LORA}.use_vera", "they are two kinds of adapter"
-        )
-    if lora.use_rslora:
-        reason = "VeRA has no alpha to scale by"
-        yield excluded(loaded, (f"{_LORA}.use_rslora", "rsLoRA"), f"{_LORA}.use_vera", reason)
+    for key, what, on, reason in (
+        ("use_dora", "DoRA", lora.use_dora, "they are two kinds of adapter"),
+        ("use_rslora", "rsLoRA", lora.use_rslora, "VeRA has no alpha to scale by"),
+        (
+            "rank_pattern",
+            "a pattern",
+            bool(lora.rank_pattern),
+            "its modules share one pair of factors and its rank",
+        ),
+        (
+            "alpha_pattern",
+            "a pattern",
+            bool(lora.alpha_pattern),
+            "VeRA has no alpha: its trained vectors scale",
+        ),
+        (
+            "target_modules",
+            "`auto+experts`",
+            lora.target_modules == "auto+experts",
+            "its shared factors are matrices, and experts are 3-D",
+        ),
+    ):
+        if on:
+            yield excluded(loaded, (f"{_LORA}.{key}", what), f"{_LORA}.use_vera", reason)
 
 
-def _patterns_without_vera(loaded: LoadedConfig) -> Iterator[Problem]:
-    lora = loaded.config.training.lora
-    if not lora.use_vera:
+def _vera_without_restarts(loaded: LoadedConfig) -> Iterator[Problem]:
+    training = loaded.config.training
+    if not training.lora.use_vera or training.relora_steps is None:
         return
-    for name, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        if pattern:
-            reason = "VeRA shares one pair of factors, and so one rank, between all modules"
-            yield excluded(loaded, (f"{_LORA}.{name}", "a pattern"), f"{_LORA}.use_vera", reason)
+    reasons = {
+        "prune": "a prune zeroes entries of A and B, which VeRA shares between all modules and does not train",
+        "merge": "a merge leaves a piece with its own factors behind, and a VeRA adapter has one pair for all",
+    }
+    keys = ("training.relora_steps", f"ReLoRA's {training.relora_mode}")
+    yield excluded(loaded, keys, f"{_LORA}.use_vera", reasons[training.relora_mode])
 
 
 def _warm_start_has_factors(loaded: LoadedConfig) -> Iterator[Problem]:
@@ -92,8 +111,21 @@ RULES = (
         _strategy_needs_plain_factors,
         (f"{_LORA}.use_olora", _STRATEGY, f"{_LORA}.use_vera", f"{_LORA}.use_dora"),
     ),
-    Rule(_vera_alone, (f"{_LORA}.use_vera", f"{_LORA}.use_dora", f"{_LORA}.use_rslora")),
-    Rule(_patterns_without_vera, (f"{_LORA}.use_vera", f"{_LORA}.rank_pattern", f"{_LORA}.alpha_pattern")),
+    Rule(
+        _vera_alone,
+        tuple(
+            f"{_LORA}.{name}"
+            for name in (
+                "use_vera",
+                "use_dora",
+                "use_rslora",
+                "rank_pattern",
+                "alpha_pattern",
+                "target_modules",
+            )
+        ),
+    ),
+    Rule(_vera_without_restarts, (f"{_LORA}.use_vera", "training.relora_steps", "training.relora_mode")),
     Rule(_warm_start_has_factors, (_STRATEGY, f"{_LORA}.use_olora", "adapter")),
     Rule(_start_with_dropout, (_STRATEGY, f"{_LORA}.use_olora", f"{_LORA}.dropout"), warning=True),
 )

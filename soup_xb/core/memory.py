@@ -7,6 +7,7 @@ from attrs import frozen
 from soup_xb.core.config import TrainingConfig
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import BaseDescription
+from soup_xb.core.vera import shared_entries
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 # 4 bits and a scale for 64 weights that is quantized itself; 8 bits and a scale a row.
@@ -15,7 +16,7 @@ _QUANTIZED_BYTES = {"4bit": 0.52, "8bit": 1.01}
 
 @frozen
 class MemoryEstimate:
-    """Bytes for one process. `adapter` counts float32 factors, gradients and two moments."""
+    """Bytes for one process. `adapter` counts float32 factors, gradients and two moments, and VeRA's projections."""
 
     base: int
     adapter: int
@@ -46,7 +47,8 @@ def estimate_memory(
     quantized = description.parameters - plain
     base = plain * width + quantized * _QUANTIZED_BYTES.get(training.quantization, 0.0)
     moments = 0 if training.optimizer == "sgd" else 2
-    adapter = sum(module.parameters for module in adapters) * 4 * (2 + moments)
+    trained = sum(module.parameters for module in adapters)
+    adapter = 4 * ((2 + moments) * trained + shared_entries(adapters))
     block = 10 * description.hidden_size + 4 * description.intermediate_size
     kept = description.layers * (description.hidden_size if training.gradient_checkpointing else block)
     live = block if training.gradient_checkpointing else 0

@@ -15,6 +15,9 @@ from soup_xb.core.units import count_text
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The ranks that vLLM allocates for.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_MERGE_CODE = '''\
+model.merge_and_unload().save_pretrained("merged")  # the model from above
+tokenizer.save_pretrained("merged")  # then: mlx_lm.generate --model merged --prompt "…"'''
 
 
 @frozen(kw_only=True)
@@ -22,7 +25,8 @@ class CardFacts:
     """What a model card tells.
 
     `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
-    saved file (twice the trained one after pissa and olora). Losses are None where there were none.
+    saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. Losses are None where there
+    were none.
     """
 
     base: str
@@ -32,6 +36,7 @@ class CardFacts:
     saved_rank: int
     settings: str
     version: str
+    kind: str = "LoRA"
     train_loss: float | None = None
     eval_loss: float | None = None
     tags: Sequence[str] = ()
@@ -46,9 +51,9 @@ def model_card(facts: CardFacts) -> str:
     base = facts.base if HUB_ID.fullmatch(facts.base) else ""
     parts = [
         _front_matter(base, facts),
-        f"# LoRA adapter for {_code(base or _folder_name(facts.base))}",
+        f"# {facts.kind} adapter for {_code(base or _folder_name(facts.base))}",
         _summary(facts),
-        f"## Load it\n\n{_loading(base or 'PATH/TO/BASE', facts.saved_rank)}",
+        f"## Load it\n\n{_loading(base or 'PATH/TO/BASE', facts)}",
         f"## Modules\n\n{_module_table(facts.modules)}",
         f"## Settings\n\n{_fenced(facts.settings.strip(), 'yaml')}",
     ]
@@ -56,7 +61,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _front_matter(base: str, facts: CardFacts) -> str:
-    tags = dict.fromkeys(["lora", "peft", "soup-xb", *facts.tags])
+    tags = dict.fromkeys([facts.kind.lower(), "peft", "soup-xb", *facts.tags])
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
     if base:
         lines.append(f"base_model: {json.dumps(base)}")
@@ -75,9 +80,25 @@ def _summary(facts: CardFacts) -> str:
     return ": ".join([trained, *([", ".join(losses)] if losses else [])]) + "."
 
 
-def _loading(base: str, rank: int) -> str:
-    allowed = min((size for size in VLLM_RANKS if size >= rank), default=rank)
-    python = "\n".join(
+def _loading(base: str, facts: CardFacts) -> str:
+    parts = [f"With PEFT:\n\n{_fenced(_peft_code(base), 'python')}"]
+    folder = "PATH/TO/THIS/FOLDER"
+    if facts.kind == "VeRA":
+        folder = "plain-lora"
+        export = f"soupx export PATH/TO/THIS/FOLDER --to peft --output {folder}"
+        parts.append(
+            "The frozen random projections that VeRA shares between modules are in the file. mlx-lm, vLLM and "
+            "llama.cpp do not read this format; the same adapter as a plain LoRA of rank "
+            f"{facts.saved_rank}, which they do read:\n\n{_fenced(export, 'bash')}"
+        )
+    parts.append(f"With mlx-lm, which reads merged models:\n\n{_fenced(_MERGE_CODE, 'python')}")
+    return "\n\n".join(
+        [*parts, f"With vLLM:\n\n{_fenced(_vllm_command(base, facts.saved_rank, folder), 'bash')}"]
+    )
+
+
+def _peft_code(base: str) -> str:
+    return "\n".join(
         [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -87,22 +108,11 @@ def _loading(base: str, rank: int) -> str:
             'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
         ]
     )
-    merge = "\n".join(
-        [
-            'model.merge_and_unload().save_pretrained("merged")  # the model from above',
-            'tokenizer.save_pretrained("merged")  # then: mlx_lm.generate --model merged --prompt "…"',
-        ]
-    )
-    serve = (
-        f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules tuned=PATH/TO/THIS/FOLDER"
-    )
-    return "\n\n".join(
-        [
-            f"With PEFT:\n\n{_fenced(python, 'python')}",
-            f"With mlx-lm, which reads merged models:\n\n{_fenced(merge, 'python')}",
-            f"With vLLM:\n\n{_fenced(serve, 'bash')}",
-        ]
-    )
+
+
+def _vllm_command(base: str, rank: int, folder: str) -> str:
+    allowed = min((size for size in VLLM_RANKS if size >= rank), default=rank)
+    return f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules tuned={folder}"
 
 
 def _module_table(modules: Sequence[ModuleRow]) -> str:

@@ -39,7 +39,8 @@ class AdapterModule:
     """One adapted module: A is (rank, in_features), B is (out_features, rank), output += scale * B A x.
 
     With `experts` above 0 every expert has its own pair: A is (experts, rank, in_features), B (experts,
-    out_features, rank).
+    out_features, rank). With `vera` A and B are shared by all modules and frozen; two vectors, (rank,) and
+    (out_features,), are trained in their place.
     """
 
     name: str
@@ -49,10 +50,13 @@ class AdapterModule:
     alpha: float
     scale: float
     experts: int = 0
+    vera: bool = False
 
     @property
     def parameters(self) -> int:
-        """Entries of A and B together."""
+        """Trained entries: A and B together, or VeRA's vectors."""
+        if self.vera:
+            return self.rank + self.out_features
         return max(1, self.experts) * self.rank * (self.in_features + self.out_features)
 
 
@@ -105,18 +109,20 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
     chosen, problems = _targets(modules, lora, written.get("training.lora.target_modules", ""))
     if problems:
         raise ConfigError.of(problems)
+    _check_vera_targets(chosen, lora, written)
     ranks, rank_notes = _values(lora.rank_pattern, chosen, modules, "training.lora.rank_pattern", written)
     alphas, alpha_notes = _values(lora.alpha_pattern, chosen, modules, "training.lora.alpha_pattern", written)
     notes = [*rank_notes, *alpha_notes]
     errors = [problem for problem in notes if problem.code != "patterns-disagree"]
     adapters = []
     for module in chosen:
-        rank, alpha = ranks.get(module.name, lora.r), alphas.get(module.name, lora.alpha)
+        rank = ranks.get(module.name, lora.r)
+        # VeRA has no alpha: its vectors are the scale.
+        alpha = rank if lora.use_vera else alphas.get(module.name, lora.alpha)
         scale = adapter_scale(alpha, rank, lora.use_rslora)
-        adapters.append(
-            AdapterModule(module.name, module.out_features, module.in_features, rank, alpha, scale)
-        )
-    large = _ranks_above_side(adapters, lora, written)
+        sides = (module.out_features, module.in_features)
+        adapters.append(AdapterModule(module.name, *sides, rank, alpha, scale, vera=lora.use_vera))
+    large = [] if lora.use_vera else _ranks_above_side(adapters, lora, written)
     if lora.start != "random":
         errors += large
     targets = written.get("training.lora.target_modules", "")
@@ -169,6 +175,17 @@ def _targets(
         if not reached:
             problems.append(_matches_nothing(pattern, modules, where))
     return tuple(module for module in modules if module.name in wanted), problems
+
+
+def _check_vera_targets(chosen: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> None:
+    experts = [module.name for module in chosen if module.experts]
+    if lora.use_vera and experts:
+        raise ConfigError(
+            "vera-on-experts",
+            f"`use_vera` cannot adapt `{experts[0]}`: its shared factors are matrices, and experts are 3-D",
+            where=written.get("training.lora.target_modules", "training.lora.target_modules"),
+            help="name modules that leave the experts out, or remove `use_vera`.",
+        )
 
 
 def _reached(pattern: str, modules: Sequence[Module], where: str) -> list[str]:

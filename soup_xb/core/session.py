@@ -69,6 +69,11 @@ class AdapterPlan:
     seed: int
     merges: bool = False
 
+    @property
+    def use_vera(self) -> bool:
+        """Whether the adapters are VeRA's vectors on shared projections."""
+        return any(module.vera for module in self.modules)
+
 
 @frozen
 class RestartSettings:
@@ -178,7 +183,7 @@ class Session(Protocol):
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base: module name -> {"lora_A": …, "lora_B": …}, float32.
 
-        With DoRA also "lora_magnitude_vector" (out_features,).
+        With DoRA also "lora_magnitude_vector" (out_features,). VeRA's factors are its own: see core.vera.
         """
 
     def load_factors(self, factors: Mapping[str, Mapping[str, Array]]) -> None:

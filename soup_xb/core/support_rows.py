@@ -159,7 +159,6 @@ _LORA = (
     Row(
         "training.lora.use_vera",
         "vera",
-        torch=_later("use plain LoRA with a small `r`."),
         mlx=No("mlx-lm has no VeRA layer", "use plain LoRA with a small `r`."),
     ),
 )

@@ -248,6 +248,7 @@ def test_a_surrogate_is_refused_before_anything_is_written() -> None:
         (lora("use_vera: true\nrank_pattern: {q_proj: 8}"), ["contradiction"]),
         (lora("use_vera: true\nalpha_pattern: {q_proj: 8}"), ["contradiction"]),
         (lora("use_vera: true\nuse_dora: true\nuse_rslora: true"), ["contradiction"] * 2),
+        (lora("use_vera: true\ntarget_modules: auto+experts"), ["contradiction"]),
         (training("warmup_steps: 5\nwarmup_ratio: 0.1"), ["key-without-effect"]),
         (training("relora_prune_ratio: 0.5\nrelora_mode: merge"), ["key-without-effect"] * 2),
         (training("relora_steps: 9\nrelora_prune_ratio: 0.5\nrelora_mode: merge"), ["key-without-effect"]),
@@ -297,6 +298,7 @@ def test_the_allowed_neighbours_of_contradictions_load() -> None:
     ("text", "code", "key"),
     [
         (training("max_steps: 5\nepochs: 2"), "key-without-effect", "training.epochs"),
+        (lora("use_vera: true\nalpha: 8"), "key-without-effect", "training.lora.alpha"),
         (lora("init_strategy: pissa\ndropout: 0.1"), "start-not-exact", "training.lora.dropout"),
         (training("max_steps: 5\nwarmup_steps: 5"), "warmup-never-ends", "training.warmup_steps"),
         (f"{LEAST}  eval: rows.jsonl\n", "eval-is-train", "data.eval"),

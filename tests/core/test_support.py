@@ -80,13 +80,13 @@ REFUSED = [
     ("task=pretrain", "pretrain"),
     ("task=vision", "vision"),
     ("data.packing=true", "packing"),
-    ("training.lora.use_vera=true", "vera"),
     ("training.lora.target_modules=auto+experts", "experts"),
 ]
 
 
 REFUSED_ON_MLX = [
     ("training.relora_steps=5", "relora"),
+    ("training.lora.use_vera=true", "vera"),
 ]
 
 
@@ -115,15 +115,13 @@ def test_preference_rows_are_refused_with_a_preference_task() -> None:
 
 
 def test_all_refusals_come_at_once_with_their_lines() -> None:
-    loaded = load(
-        "  packing: true\ntraining:\n  relora_steps: 5\n  relora_mode: merge\n  lora: {use_vera: true}\n"
-    )
+    loaded = load("  packing: true\ntask: dpo\ntraining:\n  lora: {use_vera: true}\n")
     with pytest.raises(ConfigError) as caught:
         check_supported(loaded, "mlx")
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
+        ("mlx-no-dpo", "soup.yaml:5: task"),
         ("mlx-no-packing", "soup.yaml:4: data.packing"),
-        ("mlx-no-relora", "soup.yaml:6: training.relora_steps"),
-        ("mlx-no-vera", "soup.yaml:8: training.lora.use_vera"),
+        ("mlx-no-vera", "soup.yaml:7: training.lora.use_vera"),
     ]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from soup_xb.backends.torch.adapters import Adapters
+from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.pieces import Piece
 from soup_xb.core.starts import Start
@@ -19,24 +20,25 @@ FACTORS_FILE = "factors.safetensors"
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def save_adapters(adapters: Adapters, folder: Path) -> None:
-    """Write `module.factor` tensors: `lora_A`, `start_A` (pissa, olora), `piece0_A` (merges), and B likewise."""
-    flat: Arrays = {}
-    for name, arrays in adapters.trained().items():
-        flat |= {f"{name}.{factor}": array for factor, array in arrays.items()}
-        if start := adapters.starts.get(name):
-            flat |= {f"{name}.start_A": start.a, f"{name}.start_B": start.b}
-        for index, piece in enumerate(adapters.pieces[name]):
-            flat |= {f"{name}.piece{index}_A": piece.a, f"{name}.piece{index}_B": piece.b}
+def save_adapters(adapters: Adapters | VeraAdapters, folder: Path) -> None:
+    """Write `module.factor` tensors: `lora_A`, `start_A` (pissa, olora), `piece0_A` (merges), and B likewise.
+
+    Of VeRA the vectors and, without a module's name, the projections.
+    """
+    modules = adapters.factors() if isinstance(adapters, VeraAdapters) else _lora_modules(adapters)
+    flat = {f"{name}.{part}": array for name, arrays in modules.items() for part, array in arrays.items()}
     save_file(flat, folder / FACTORS_FILE)
 
 
-def load_adapters(adapters: Adapters, folder: Path) -> None:
+def load_adapters(adapters: Adapters | VeraAdapters, folder: Path) -> None:
     """Bring freshly attached adapters, and the base under them, to the state that was saved.
 
     Starts are read, not computed again, and pieces are folded in one after the other, as they were: the weights
     come out with the same bytes. Raises CheckpointError for a file that does not fit.
     """
+    if isinstance(adapters, VeraAdapters):
+        adapters.load(grouped(read_tensors(folder / FACTORS_FILE), "."))
+        return
     if any(adapters.pieces.values()):
         raise RuntimeError("a checkpoint is loaded onto a base without merges; open it anew")
     modules = grouped(read_tensors(folder / FACTORS_FILE), ".")
@@ -53,6 +55,16 @@ def load_adapters(adapters: Adapters, folder: Path) -> None:
         for piece in pieces:
             adapters.fold(name, piece)
         adapters.begin(name, trained[name]["lora_A"], trained[name]["lora_B"], start)
+
+
+def _lora_modules(adapters: Adapters) -> dict[str, Arrays]:
+    modules = adapters.trained()
+    for name, arrays in modules.items():
+        if start := adapters.starts.get(name):
+            arrays |= {"start_A": start.a, "start_B": start.b}
+        for index, piece in enumerate(adapters.pieces[name]):
+            arrays |= {f"piece{index}_A": piece.a, f"piece{index}_B": piece.b}
+    return modules
 
 
 def _start(arrays: Arrays) -> Start | None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from soup_xb.backends.torch.adapters import ADAPTER, Adapters
+from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.errors import ModelError
 
 
-def write_merged(model: Any, adapters: Adapters, folder: Path) -> None:
+def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) -> None:
     """Write the full model, weight + scale * B A, as safetensors in the base's dtype.
 
     Raises ModelError for a quantized base, whose rounded weights the sum does not fit into.
@@ -26,7 +27,7 @@ def write_merged(model: Any, adapters: Adapters, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if ".base_layer." in name:
             name = name.replace(".base_layer.", ".")
-        elif ".lora_" in name:
+        elif ".lora_" in name or ".vera_" in name:
             continue
         state[name] = tensor
     for name in adapters.layers:
@@ -34,7 +35,7 @@ def write_merged(model: Any, adapters: Adapters, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state, safe_serialization=True)
 
 
-def _merged_weight(adapters: Adapters, name: str) -> torch.Tensor:
+def _merged_weight(adapters: Adapters | VeraAdapters, name: str) -> torch.Tensor:
     layer = adapters.layers[name]
     weight = layer.get_base_layer().weight.detach()
     if not adapters.plan.use_dora:

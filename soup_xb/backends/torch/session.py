@@ -24,6 +24,7 @@ from soup_xb.backends.torch.optimizer import Optimizer
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
+from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.errors import Problem
 from soup_xb.core.random_numbers import step_seed
@@ -71,7 +72,7 @@ class TorchSession:
         clippable = self._patches.enter_context(clippable_linears(model, str(settings.base)))
         self._patch_notices: list[Problem] = [*clippable.notices]
         self._description = describe_model(model, clippable.wrappers)
-        self._adapters: Adapters | None = None
+        self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
         if settings.gradient_checkpointing and settings.weights:
             self._checkpoint_activations()
@@ -85,10 +86,14 @@ class TorchSession:
         return self._description
 
     def attach(self, plan: AdapterPlan) -> None:
-        """Wrap the planned modules with PEFT's LoRA layers and make an optimizer for their factors."""
+        """Wrap the planned modules with PEFT's LoRA or VeRA layers and make an optimizer for their factors."""
         with memory_guard("attaching the adapters"):
             check_mergeable(self.model, plan)
-            self._adapters = Adapters(self.model, plan, weight_starts(self.model, plan, self._processes))
+            if plan.use_vera:
+                self._adapters = VeraAdapters(self.model, plan)
+            else:
+                starts = weight_starts(self.model, plan, self._processes)
+                self._adapters = Adapters(self.model, plan, starts)
             self._adapters.train(False)
             self._optimizer = Optimizer(self._adapters.parameters(), self.settings.optimizer)
 
@@ -148,7 +153,7 @@ class TorchSession:
             self._trained(self._optimizer).load(folder)
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
-        """The adapter as a plain LoRA on the untouched base."""
+        """The adapter as a plain LoRA on the untouched base, or VeRA's vectors and projections."""
         return self._trained(self._adapters).factors()
 
     def load_factors(self, factors: Factors) -> None:
