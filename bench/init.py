@@ -1,6 +1,7 @@
 """Starts of the adapter against PEFT's own: time, captured energy, and the output's error at step 0.
 
     python bench/init.py --rounds 3
+    python bench/init.py --rounds 3 --backend torch mlx
 
 Both libraries take turns on freshly loaded copies of the base (float32, all linear layers of the decoder, rank
 16), and only putting the adapters on is timed; the table shows each one's median. Energy is the share of the
@@ -26,10 +27,11 @@ import transformers
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
-from soup_xb.backends.torch.session import open_session
+from soup_xb.backends import open_session
 from soup_xb.core.config import LoraConfig
 from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.session import AdapterPlan, OptimizerSettings, SessionSettings
+from soup_xb.core.support_rows import BACKENDS
 from soup_xb.demo.base import prepare_base
 
 RANK, ALPHA = 16, 32
@@ -53,13 +55,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, help="a model folder; default: the demo's base")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, default=["torch"], help="ours; default: torch"
+    )
     options = parser.parse_args()
     base = options.base or prepare_base()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     ways: list[tuple[Measured, Callable[[Measured], None]]] = []
     for strategy in STRATEGIES:
-        ways.append((Measured("soup-xb", strategy), lambda way: ours(base, way)))
+        for backend in options.backend:
+            name = f"soup-xb ({backend})"
+            ways.append((Measured(name, strategy), lambda way, backend=backend: ours(base, way, backend)))
         for rival in RIVALS[strategy]:
             name = f"PEFT ({rival})" if isinstance(rival, str) else "PEFT"
             ways.append((Measured(name, strategy), lambda way, rival=rival: peft(base, way, rival)))
@@ -73,10 +80,10 @@ def main() -> None:
     print_table([measured for measured, _ in ways], exact_energy(base))
 
 
-def ours(base: Path, way: Measured) -> None:
+def ours(base: Path, way: Measured, backend: str) -> None:
     """One start by soup-xb."""
     optimizer = OptimizerSettings("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0)
-    session: Any = open_session(SessionSettings(base, "fp32", "none", False, optimizer, 0))
+    session: Any = open_session(backend, SessionSettings(base, "fp32", "none", False, optimizer, 0))
     before = session.logits(PROMPT)
     lora = LoraConfig(r=RANK, alpha=ALPHA, init_strategy=way.strategy)
     modules = resolve_adapters(session.describe().modules, lora, {}).adapters
@@ -155,7 +162,9 @@ def print_table(ways: list[Measured], exact: dict[str, tuple[torch.Tensor, float
             other for other in ways if other.strategy == way.strategy and other.name.startswith("PEFT")
         )
         seconds = statistics.median(way.seconds)
-        faster = f"{statistics.median(rival.seconds) / seconds:.1f}x" if way.name == "soup-xb" else ""
+        faster = (
+            f"{statistics.median(rival.seconds) / seconds:.1f}x" if way.name.startswith("soup-xb") else ""
+        )
         print(
             f"{way.strategy:<8}{way.name:<20}{seconds:>9.2f}{faster:>8}  {captured(way, exact):<24}{way.error:>16.1e}"
         )
