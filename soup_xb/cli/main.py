@@ -24,11 +24,13 @@ COMMANDS = {
     "export": "Write an adapter for stock mlx-lm or stock PEFT.",
     "features": "What works on which backend.",
     "generate": "Answer a prompt with a trained adapter or a base.",
+    "init": "Write a first config from a template.",
     "merge": "Fold an adapter into its base and write the whole model.",
     "parity": "Run the first steps on both engines and compare the numbers.",
     "plan": "Show modules, steps and learning rates of a run, without loading weights.",
     "runs": "List output folders.",
     "schema": "Print the JSON Schema of the config, for editors.",
+    "templates": "List the starter configs, or show one.",
     "train": "Fine-tune: check, open the base, plan, train, save.",
 }
 

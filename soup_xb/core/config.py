@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import NOTHING, field, frozen
 
@@ -160,3 +160,15 @@ def value_of(config: Config, key: str) -> Any:
     16
     """
     return attrgetter(key)(config)
+
+
+# Hidden from type checkers, for which a module with this function has every attribute one can think of.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """`TEMPLATES`, the older place of the starter configs: a view of the registry, with a warning."""
+        if name != "TEMPLATES":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from soup_xb.core.templates import deprecated_view
+
+        return deprecated_view()

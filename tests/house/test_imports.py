@@ -51,7 +51,18 @@ def test_the_blocker_would_notice() -> None:
     assert "torch is imported" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check"], ["check", "--help"], ["schema"], ["features"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["check"],
+        ["check", "--help"],
+        ["schema"],
+        ["features"],
+        ["templates"],
+        ["init", "--template", "chat", "--output", "chat.yaml"],
+    ],
+)
 def test_reading_commands_import_neither_framework_nor_numpy(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "soup.yaml").write_text("base: tiny\ndata: {train: rows.jsonl}\n", "utf-8")
     code = f"""

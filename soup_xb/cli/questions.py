@@ -1,0 +1,94 @@
+"""The questions of `soupx init` on a terminal: what is to be taught, on which machine, from which base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from attrs import frozen
+
+from soup_xb.core.templates import Template
+
+_NO_GPU = "no GPU: this computer's processor"
+# A micro-batch times the accumulation is what the template has, 8 rows a step, wherever memory is scarce.
+_MACHINES: Mapping[str, Mapping[str, Any]] = {
+    "an Apple silicon Mac": {},
+    "a GPU with up to 12 GB": {
+        "training.quantization": "4bit",
+        "training.batch_size": 1,
+        "training.gradient_accumulation_steps": 8,
+    },
+    "a GPU with 16 GB or more": {},
+    _NO_GPU: {
+        "training.batch_size": 1,
+        "training.gradient_accumulation_steps": 8,
+        "data.max_length": 512,
+    },
+}
+_SMALL_BASES = {
+    "Qwen/Qwen3-0.6B": "0.6 billion weights, for a processor or a first try",
+    "Qwen/Qwen3-1.7B": "1.7 billion, 4 GB to download",
+    "Qwen/Qwen3-4B-Instruct-2507": "4 billion, 8 GB",
+    "meta-llama/Llama-3.2-3B-Instruct": "3 billion, 6 GB; its licence is accepted on its page first",
+}
+_EXPERT_BASES = {
+    "allenai/OLMoE-1B-7B-0125-Instruct": "7 billion weights, 1 active, 14 GB to download",
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": "30 billion, 3 active, 61 GB",
+}
+
+
+@frozen
+class Answers:
+    """What the person said: the template, the values to put into it, and a file of their own rows, if any."""
+
+    template: str
+    values: Mapping[str, Any]
+    rows: str
+
+
+def ask(templates: Sequence[Template]) -> Answers:
+    """Ask on the terminal. Raises click.Abort when the person stops."""
+    names = [template.name for template in templates]
+    lines = [f"{template.name}: {template.description}" for template in templates]
+    template = names[_choose("What do you want to teach?", lines)]
+    rows = _ask_for_rows()
+    machines = list(_MACHINES)
+    machine = machines[_choose("Which machine trains it?", machines)]
+    values = dict(_MACHINES[machine])
+    values["base"] = _ask_for_base(template, machine)
+    if rows:
+        values |= {"data.train": rows, "data.format": "auto"}
+    return Answers(template, values, rows)
+
+
+def _ask_for_rows() -> str:
+    """A file of the person's own, or the empty text for sample rows."""
+    while True:
+        question = "\nWhere are your rows? A file; Enter takes the sample rows that come with the template"
+        path: str = click.prompt(question, default="", show_default=False, err=True).strip()
+        if not path or Path(path).expanduser().is_file():
+            return path and str(Path(path).expanduser())
+        click.echo(f"there is no file {path}", err=True)
+
+
+def _ask_for_base(template: str, machine: str) -> str:
+    known = _EXPERT_BASES if template == "moe" else _SMALL_BASES
+    names = list(known)
+    lines = [f"{name} ({size})" for name, size in known.items()]
+    usual = 0 if machine == _NO_GPU or template == "moe" else 2 if template in ("code", "medical") else 1
+    chosen = _choose("Which base?", [*lines, "another: a name on huggingface.co, or a folder"], usual)
+    if chosen < len(names):
+        return names[chosen]
+    other: str = click.prompt("Its name", err=True)
+    return other.strip()
+
+
+def _choose(question: str, lines: Sequence[str], usual: int = 0) -> int:
+    """The index of the line that the person takes."""
+    click.echo(f"\n{question}", err=True)
+    for number, line in enumerate(lines, start=1):
+        click.echo(f"  {number}  {line}", err=True)
+    chosen: int = click.prompt("Number", type=click.IntRange(1, len(lines)), default=usual + 1, err=True)
+    return chosen - 1
