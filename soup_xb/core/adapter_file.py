@@ -6,17 +6,17 @@ import json
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
 
+from soup_xb.core.adapter_settings import adapter_settings, pattern_values, short_names
 from soup_xb.core.errors import ModelError
+from soup_xb.core.expert_file import by_weight_names, file_factors, named_factors
 from soup_xb.core.modules import AdapterModule, Module, adapter_scale
-from soup_xb.core.patterns import matching_names
 from soup_xb.core.pieces import saved_plan
 from soup_xb.core.session import AdapterPlan
 from soup_xb.core.vera_file import (
@@ -62,8 +62,8 @@ class SavedAdapter:
 def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, names: Sequence[str]) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
 
-    `names` are the names of all adaptable modules of the base: `target_modules` is written in its short form
-    (`q_proj`) only where that reaches the adapted modules and no other.
+    `names` are the names of the base's linear modules: `target_modules` is written in its short form (`q_proj`)
+    only where that reaches the adapted modules and no other.
     """
     from safetensors.numpy import save_file
 
@@ -71,45 +71,17 @@ def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, 
     # safetensors writes memory as it lies: a transposed view would come back scrambled.
     tensors = {
         _key(name, factor): np.ascontiguousarray(array)
-        for name, arrays in factors.items()
+        for name, arrays in file_factors(factors, plan.modules).items()
         for factor, array in arrays.items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors writes with mode 0600 whatever the umask says.
     _take_umask(folder / WEIGHTS)
     if plan.use_vera:
-        settings = vera_settings(plan, base, _short_names([adapter.name for adapter in plan.modules], names))
+        settings = vera_settings(plan, base, short_names([adapter.name for adapter in plan.modules], names))
     else:
         settings = adapter_settings(saved_plan(plan, factors), base, names)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def adapter_settings(plan: AdapterPlan, base: str, names: Sequence[str]) -> dict[str, Any]:
-    """The content of `adapter_config.json`."""
-    rank = _most_common(adapter.rank for adapter in plan.modules)
-    alpha = _most_common(adapter.alpha for adapter in plan.modules)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": plan.dropout,
-        "target_modules": _short_names([adapter.name for adapter in plan.modules], names),
-        "rank_pattern": {
-            re.escape(adapter.name): adapter.rank for adapter in plan.modules if adapter.rank != rank
-        },
-        "alpha_pattern": {
-            re.escape(adapter.name): adapter.alpha for adapter in plan.modules if adapter.alpha != alpha
-        },
-        "use_rslora": plan.use_rslora,
-        "use_dora": plan.use_dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -144,7 +116,11 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 )
     if settings["peft_type"] == "VERA":
         check_vera(factors, folder / WEIGHTS)
-    return SavedAdapter(factors, settings)
+        return SavedAdapter(factors, settings)
+    try:
+        return SavedAdapter(named_factors(factors, settings), settings)
+    except ValueError as error:
+        raise _damaged(folder / WEIGHTS, str(error)) from error
 
 
 def adapter_folder(path: Path) -> Path:
@@ -187,18 +163,33 @@ def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, .
     rslora = saved.settings.get("use_rslora") is True
     if not isinstance(alphas, dict):
         raise _damaged(folder / SETTINGS, "`alpha_pattern` must be an object")
+    by_weight = by_weight_names(saved.factors, saved.settings)
+    names = [f"{name}.weight" if name in by_weight else name for name in saved.factors]
+    values = pattern_values(alphas, names)
     modules = []
-    for name, arrays in saved.factors.items():
-        a, b = arrays.get("lora_A"), arrays.get("lora_B")
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise _damaged(folder / WEIGHTS, f"the factors of `{name}` do not belong together")
-        rank = int(a.shape[0])
-        alpha = _pattern_value(alphas, name, saved.settings.get("lora_alpha", 8))
+    for name, (module, arrays) in zip(names, saved.factors.items(), strict=True):
+        sizes = _sizes(arrays)
+        if sizes is None:
+            raise _damaged(folder / WEIGHTS, f"the factors of `{module}` do not belong together")
+        out, width, rank, experts = sizes
+        alpha = values.get(name, saved.settings.get("lora_alpha", 8))
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise _damaged(folder / SETTINGS, f"alpha of `{name}` must be a number, got {alpha!r}")
+            raise _damaged(folder / SETTINGS, f"alpha of `{module}` must be a number, got {alpha!r}")
         scale = adapter_scale(alpha, rank, rslora)
-        modules.append(AdapterModule(name, int(b.shape[0]), int(a.shape[1]), rank, alpha, scale))
+        modules.append(
+            AdapterModule(module, out, width, rank, alpha, scale, experts, by_weight=module in by_weight)
+        )
     return tuple(modules)
+
+
+def _sizes(arrays: Mapping[str, Array]) -> tuple[int, int, int, int] | None:
+    """Outputs, inputs, rank and experts of a pair of factors; None where they do not belong together."""
+    a, b = arrays.get("lora_A"), arrays.get("lora_B")
+    if a is None or b is None or a.ndim not in (2, 3) or a.ndim != b.ndim:
+        return None
+    if a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
+        return None
+    return b.shape[-2], a.shape[-1], a.shape[-2], a.shape[0] if a.ndim == 3 else 0
 
 
 def _damaged(file: Path, message: str) -> ModelError:
@@ -260,20 +251,6 @@ def _split_key(key: str, kind: str, file: Path) -> tuple[str, str]:
 def _split_lora_key(key: str) -> tuple[str, str] | None:
     match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", key)
     return (match[1], match[2]) if match else None
-
-
-def _short_names(adapted: list[str], names: Sequence[str]) -> list[str]:
-    lasts = sorted({name.rpartition(".")[2] for name in adapted})
-    reached = {name for name in names if name.rpartition(".")[2] in lasts}
-    return lasts if reached == set(adapted) else sorted(adapted)
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if matching_names(pattern, [name])), default)
 
 
 def _take_umask(file: Path) -> None:

@@ -17,6 +17,7 @@ PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
 TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, "ppo", "grpo", "rlhf", "embedding", "vision", "audio")
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "preference")
 EVERY_LINEAR = ("auto", "all-linear")
+AUTOMATIC = (*EVERY_LINEAR, "auto+experts")
 
 _SHARE = Range(0, 1, below=True)
 _INNER_SHARE = Range(0, 1, above=True, below=True)
@@ -35,8 +36,9 @@ class LoraConfig:
     dropout: float = number(0.0, "Share of the adapter's inputs zeroed in training.", _SHARE)
     target_modules: str | tuple[str, ...] = target_patterns(
         "auto",
-        (*EVERY_LINEAR, "auto+experts"),
-        "Modules to adapt: `auto` (every linear layer of the decoder blocks), a pattern, or a list of them.",
+        AUTOMATIC,
+        "Modules to adapt: `auto` (every linear layer of the decoder blocks), `auto+experts` (the 3-D expert weights "
+        "too), a pattern, or a list of them.",
     )
     init_strategy: str = choice(
         "random",

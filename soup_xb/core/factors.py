@@ -12,7 +12,7 @@ from soup_xb.core.random_numbers import uniform
 
 
 def random_factor(adapter: AdapterModule, seed: int, restart: int = 0) -> np.ndarray[Any, Any]:
-    """The start of A, float32 (rank, in_features); B starts at zero, so that the output is the base's.
+    """The start of A, float32 in `adapter.a_shape`; B starts at zero, so that the output is the base's.
 
     `restart` is the step of the merge after which the factor begins, 0 for the first one.
 
@@ -20,6 +20,6 @@ def random_factor(adapter: AdapterModule, seed: int, restart: int = 0) -> np.nda
     reference code and PEFT use. The values depend on seed and module name, not on the order of modules.
     """
     key = ("lora_A", seed, adapter.name, *([restart] if restart else []))
-    values = uniform(adapter.rank * adapter.in_features, *key)
+    values = uniform(math.prod(adapter.a_shape), *key)
     bound = 1.0 / math.sqrt(adapter.in_features)
-    return ((2.0 * values - 1.0) * bound).astype(np.float32).reshape(adapter.rank, adapter.in_features)
+    return ((2.0 * values - 1.0) * bound).astype(np.float32).reshape(adapter.a_shape)

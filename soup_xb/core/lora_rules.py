@@ -74,6 +74,13 @@ def _vera_alone(loaded: LoadedConfig) -> Iterator[Problem]:
             yield excluded(loaded, (f"{_LORA}.{key}", what), f"{_LORA}.use_vera", reason)
 
 
+def _dora_without_experts(loaded: LoadedConfig) -> Iterator[Problem]:
+    lora = loaded.config.training.lora
+    if lora.use_dora and lora.target_modules == "auto+experts":
+        subject = (f"{_LORA}.target_modules", "`auto+experts`")
+        yield excluded(loaded, subject, f"{_LORA}.use_dora", "PEFT has no DoRA for 3-D experts")
+
+
 def _vera_without_restarts(loaded: LoadedConfig) -> Iterator[Problem]:
     training = loaded.config.training
     if not training.lora.use_vera or training.relora_steps is None:
@@ -125,6 +132,7 @@ RULES = (
             )
         ),
     ),
+    Rule(_dora_without_experts, (f"{_LORA}.use_dora", f"{_LORA}.target_modules")),
     Rule(_vera_without_restarts, (f"{_LORA}.use_vera", "training.relora_steps", "training.relora_mode")),
     Rule(_warm_start_has_factors, (_STRATEGY, f"{_LORA}.use_olora", "adapter")),
     Rule(_start_with_dropout, (_STRATEGY, f"{_LORA}.use_olora", f"{_LORA}.dropout"), warning=True),

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
-from soup_xb.core.config import LoraConfig
+from soup_xb.core.config import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.patterns import matching_names
 from soup_xb.core.suggest import close_names
 from soup_xb.core.towers import is_in_tower, without_gradient
 
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
-_ROUTER = re.compile(r"(^|\.)(gate|router|[a-z_]*_gate|gate_\d+)(\.|$)|(^|\.)router\.")
+# An indexer chooses the tokens that are attended to; like a router's, its choice passes no gradient on.
+_ROUTER = re.compile(r"(^|\.)(gate|router|indexer|[a-z_]*_gate|gate_\d+)(\.|$)")
 
 
 @frozen
@@ -25,6 +26,7 @@ class Module:
 
     With `experts` above 0 it is a 3-D parameter that holds that many such matrices, one for each expert.
     `reached_as` is a second name by which patterns reach it, that of a wrapper around it; empty where there is none.
+    `by_weight`: PEFT takes the module's name for that of experts, so that a saved adapter names its weight instead.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Module:
     in_features: int
     experts: int = 0
     reached_as: str = ""
+    by_weight: bool = False
 
 
 @frozen
@@ -51,6 +54,7 @@ class AdapterModule:
     scale: float
     experts: int = 0
     vera: bool = False
+    by_weight: bool = False
 
     @property
     def parameters(self) -> int:
@@ -58,6 +62,20 @@ class AdapterModule:
         if self.vera:
             return self.rank + self.out_features
         return max(1, self.experts) * self.rank * (self.in_features + self.out_features)
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """The shape of A."""
+        return (*self._stack, self.rank, self.in_features)
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        """The shape of B."""
+        return (*self._stack, self.out_features, self.rank)
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return (self.experts,) if self.experts else ()
 
 
 @frozen
@@ -109,7 +127,7 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
     chosen, problems = _targets(modules, lora, written.get("training.lora.target_modules", ""))
     if problems:
         raise ConfigError.of(problems)
-    _check_vera_targets(chosen, lora, written)
+    _check_expert_targets(chosen, lora, written)
     ranks, rank_notes = _values(lora.rank_pattern, chosen, modules, "training.lora.rank_pattern", written)
     alphas, alpha_notes = _values(lora.alpha_pattern, chosen, modules, "training.lora.alpha_pattern", written)
     notes = [*rank_notes, *alpha_notes]
@@ -120,8 +138,19 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
         # VeRA has no alpha: its vectors are the scale.
         alpha = rank if lora.use_vera else alphas.get(module.name, lora.alpha)
         scale = adapter_scale(alpha, rank, lora.use_rslora)
-        sides = (module.out_features, module.in_features)
-        adapters.append(AdapterModule(module.name, *sides, rank, alpha, scale, vera=lora.use_vera))
+        adapters.append(
+            AdapterModule(
+                name=module.name,
+                out_features=module.out_features,
+                in_features=module.in_features,
+                rank=rank,
+                alpha=alpha,
+                scale=scale,
+                experts=module.experts,
+                vera=lora.use_vera,
+                by_weight=module.by_weight,
+            )
+        )
     large = [] if lora.use_vera else _ranks_above_side(adapters, lora, written)
     if lora.start != "random":
         errors += large
@@ -131,6 +160,16 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
     if errors:
         raise ConfigError.of(errors)
     return Resolution(tuple(adapters), tuple(notes + large + towers))
+
+
+def automatic_targets(modules: Sequence[Module], word: str) -> tuple[Module, ...]:
+    """What `auto` (and `all-linear`) means: the decoder's linear layers; `auto+experts` adds its 3-D expert weights."""
+    with_experts = word == "auto+experts"
+    return tuple(
+        module
+        for module in modules
+        if is_decoder_linear(module.name) and (with_experts or not module.experts)
+    )
 
 
 def reachable_names(modules: Sequence[Module]) -> list[str]:
@@ -143,8 +182,8 @@ def group_adapters(adapters: Sequence[AdapterModule]) -> list[ModuleGroup]:
     groups: dict[tuple[str, int, float, float], list[AdapterModule]] = {}
     for adapter in adapters:
         parts = adapter.name.split(".")
-        # A wrapper's inner layer is called `linear` whatever it is for.
-        last = ".".join(parts[-2:] if parts[-1] == "linear" else parts[-1:])
+        # A wrapper's inner layer is called `linear` whatever it is for, and experts have the names of dense layers.
+        last = ".".join(parts[-2:] if parts[-1] == "linear" or adapter.experts else parts[-1:])
         groups.setdefault((last, adapter.rank, adapter.alpha, adapter.scale), []).append(adapter)
     return [
         ModuleGroup(name, len(members), rank, alpha, scale, sum(member.parameters for member in members))
@@ -156,8 +195,10 @@ def _targets(
     modules: Sequence[Module], lora: LoraConfig, where: str
 ) -> tuple[tuple[Module, ...], list[Problem]]:
     targets = lora.target_modules
-    if targets in ("auto", "all-linear"):
-        chosen = tuple(module for module in modules if is_decoder_linear(module.name))
+    if targets in AUTOMATIC:
+        chosen = automatic_targets(modules, str(targets))
+        if targets == "auto+experts" and not any(module.experts for module in chosen):
+            return (), [_no_experts(modules, where)]
         if chosen:
             return chosen, []
         problem = Problem(
@@ -177,15 +218,34 @@ def _targets(
     return tuple(module for module in modules if module.name in wanted), problems
 
 
-def _check_vera_targets(chosen: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> None:
+def _no_experts(modules: Sequence[Module], where: str) -> Problem:
+    return Problem(
+        "no-experts",
+        f"`auto+experts` found no expert weights in a decoder block among {len(modules)} modules",
+        where,
+        "use `target_modules: auto`: it reaches every linear layer of the decoder blocks.",
+    )
+
+
+def _check_expert_targets(chosen: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> None:
     experts = [module.name for module in chosen if module.experts]
-    if lora.use_vera and experts:
-        raise ConfigError(
-            "vera-on-experts",
-            f"`use_vera` cannot adapt `{experts[0]}`: its shared factors are matrices, and experts are 3-D",
-            where=written.get("training.lora.target_modules", "training.lora.target_modules"),
-            help="name modules that leave the experts out, or remove `use_vera`.",
-        )
+    by_weight = [module.name for module in chosen if module.by_weight]
+    for kind, names, reason in (
+        ("vera", experts if lora.use_vera else [], "its shared factors are matrices, and experts are 3-D"),
+        ("dora", experts if lora.use_dora else [], "PEFT has no DoRA for 3-D experts"),
+        (
+            "dora",
+            by_weight if lora.use_dora else [],
+            "on this model type PEFT reaches it by its weight alone, and has no DoRA there",
+        ),
+    ):
+        if names:
+            raise ConfigError(
+                f"{kind}-on-experts",
+                f"`use_{kind}` cannot adapt `{names[0]}`: {reason}",
+                where=written.get("training.lora.target_modules", "training.lora.target_modules"),
+                help=f"name modules that leave it out, or remove `use_{kind}`.",
+            )
 
 
 def _reached(pattern: str, modules: Sequence[Module], where: str) -> list[str]:

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 @frozen(eq=False)
 class Piece:
-    """Factors that add scale * b a: `a` (rank, in_features), `b` (out_features, rank)."""
+    """Factors that add scale * b a: `a` (rank, in_features), `b` (out_features, rank); of experts, a stack of such."""
 
     a: Array
     b: Array
@@ -34,13 +34,14 @@ def difference(a: Array, b: Array, start: Start | None) -> Piece:
     """
     if start is None:
         return Piece(a, b)
-    return Piece(np.concatenate([a, a - start.a]), np.concatenate([b - start.b, start.b], axis=1))
+    return Piece(np.concatenate([a, a - start.a], axis=-2), np.concatenate([b - start.b, start.b], axis=-1))
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
     """One piece that adds what all of them add; its rank is the sum of theirs."""
     return Piece(
-        np.concatenate([piece.a for piece in pieces]), np.concatenate([piece.b for piece in pieces], axis=1)
+        np.concatenate([piece.a for piece in pieces], axis=-2),
+        np.concatenate([piece.b for piece in pieces], axis=-1),
     )
 
 
@@ -50,7 +51,7 @@ def saved_plan(plan: AdapterPlan, factors: Mapping[str, Mapping[str, Array]]) ->
     They differ after pissa, olora and merges. rsLoRA's rule would give the higher rank another scale, so that such
     an adapter is written with the plain one.
     """
-    ranks = {name: int(arrays["lora_A"].shape[0]) for name, arrays in factors.items()}
+    ranks = {name: int(arrays["lora_A"].shape[-2]) for name, arrays in factors.items()}
     if all(adapter.rank == ranks[adapter.name] for adapter in plan.modules):
         return plan
     modules = (

@@ -5,6 +5,7 @@ The steps are written once, over the few operations of `Algebra`, so that backen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,7 +47,7 @@ class Algebra(Protocol):
 
 @frozen(eq=False)
 class Start:
-    """Where a module's factors start, float32: `a` (rank, in_features), `b` (out_features, rank)."""
+    """Where a module's factors start, float32: `a` (rank, in_features), `b` (out_features, rank); experts' stacked."""
 
     a: Array
     b: Array
@@ -58,6 +59,12 @@ def weight_start(strategy: str, weight: Any, adapter: AdapterModule, algebra: Al
     The factors depend on the weight alone, not on a seed. The largest entry of each left vector is positive.
     """
     return (_pissa if strategy == "pissa" else _olora)(weight, adapter, algebra)
+
+
+def stacked_start(strategy: str, weights: Iterable[Any], adapter: AdapterModule, algebra: Algebra) -> Start:
+    """The start of a stack of experts, each from its own weight (out_features, in_features)."""
+    starts = [weight_start(strategy, weight, adapter, algebra) for weight in weights]
+    return Start(np.stack([start.a for start in starts]), np.stack([start.b for start in starts]))
 
 
 def top_directions(matrix: Any, rank: int, algebra: Algebra) -> Any:

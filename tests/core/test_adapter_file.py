@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attrs import evolve
+from safetensors.numpy import load_file
 
 from soup_xb.core.adapter_file import (
     adapter_folder,
     adapter_modules,
-    adapter_settings,
     fit_factors,
     read_adapter,
     write_adapter,
 )
+from soup_xb.core.adapter_settings import adapter_settings
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
@@ -146,3 +148,134 @@ def test_an_adapter_with_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not finite") as caught:
         read_adapter(tmp_path)
     assert NAMES[3] in str(caught.value)
+
+
+LINEARS = ["model.layers.0.q_proj", "model.layers.0.mlp.down_proj"]
+STACKS = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+
+
+def expert_plan(rank: int = 2, **ranks: int) -> AdapterPlan:
+    modules = [
+        AdapterModule(LINEARS[0], 6, 5, rank, 8, 8 / rank),
+        AdapterModule(LINEARS[1], 6, 5, rank, 8, 8 / rank, by_weight=True),
+    ]
+    for name in STACKS:
+        own = ranks.get(name.rpartition(".")[2], rank)
+        modules.append(AdapterModule(name, 6, 5, own, 8, 8 / own, experts=3))
+    return AdapterPlan(tuple(modules), 0.1, "random", use_rslora=False, use_dora=False, seed=0)
+
+
+def expert_factors(of: AdapterPlan) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return {
+        module.name: {
+            "lora_A": rng.normal(size=module.a_shape).astype(np.float32),
+            "lora_B": rng.normal(size=module.b_shape).astype(np.float32),
+        }
+        for module in of.modules
+    }
+
+
+@pytest.mark.parametrize("ranks", [{}, {"down_proj": 4}, {"gate_up_proj": 1, "down_proj": 3}])
+def test_factors_of_experts_are_read_as_they_were_written(tmp_path: Path, ranks: dict[str, int]) -> None:
+    made = expert_plan(**ranks)
+    values = expert_factors(made)
+    write_adapter(tmp_path, made, values, "b", LINEARS)
+    saved = read_adapter(tmp_path)
+    assert saved.factors.keys() == values.keys()
+    for name, arrays in values.items():
+        for factor, array in arrays.items():
+            np.testing.assert_array_equal(saved.factors[name][factor], array)
+    assert sorted(adapter_modules(saved, tmp_path), key=lambda module: module.name) == sorted(
+        made.modules, key=lambda module: module.name
+    )
+
+
+def test_experts_are_flat_in_the_file_under_nested_names(tmp_path: Path) -> None:
+    made = expert_plan(down_proj=4)
+    values = expert_factors(made)
+    write_adapter(tmp_path, made, values, "b", LINEARS)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1.mlp.experts"
+    a, b = values[STACKS[1]]["lora_A"], values[STACKS[1]]["lora_B"]
+    flat_a, flat_b = tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
+    assert (flat_a.shape, flat_b.shape) == ((3 * 4, 5), (6, 4 * 3))
+    for expert in range(3):
+        for direction in range(4):
+            np.testing.assert_array_equal(flat_a[expert * 4 + direction], a[expert, direction])
+            np.testing.assert_array_equal(flat_b[:, direction * 3 + expert], b[expert, :, direction])
+    assert f"{prefix}.base_layer.lora_A.weight" in tensors
+
+
+def test_settings_name_expert_weights_whole_and_share_their_rank() -> None:
+    settings = adapter_settings(expert_plan(rank=2, gate_up_proj=4, down_proj=4), "b", LINEARS)
+    assert settings["target_modules"] == ["q_proj"]
+    # PEFT takes the second linear's name for the experts' on some model types.
+    assert settings["target_parameters"] == [f"{LINEARS[1]}.weight", *STACKS]
+    assert settings["r"] == 4
+    assert settings["rank_pattern"] == {
+        r"model\.layers\.0\.q_proj": 2,
+        r"model\.layers\.0\.mlp\.down_proj\.weight": 2,
+    }
+    # With a dropout PEFT would not load it.
+    assert settings["lora_dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["down_proj", "gate_up_proj"],
+        ["experts.down_proj", "mlp.experts.gate_up_proj"],
+        list(reversed(STACKS)),
+    ],
+)
+def test_expert_adapters_of_peft_are_read_however_it_names_them(tmp_path: Path, targets: list[str]) -> None:
+    made = expert_plan()
+    made = evolve(made, modules=(made.modules[0], *made.modules[2:]))
+    values = expert_factors(made)
+    write_adapter(tmp_path, made, values, "b", LINEARS)
+    edit_settings(tmp_path, target_parameters=targets)
+    saved = read_adapter(tmp_path)
+    for name, arrays in values.items():
+        np.testing.assert_array_equal(saved.factors[name]["lora_B"], arrays["lora_B"])
+
+
+def edit_settings(folder: Path, **changes: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"target_parameters": None}, "2 adapters for 0"),
+        ({"target_parameters": STACKS[:1]}, "2 adapters for 1"),
+        ({"r": 5}, "no stacks of rank 5"),
+        ({"r": "2"}, "must be a positive integer, got '2'"),
+        ({"r": True}, "must be a positive integer, got True"),
+        ({"rank_pattern": []}, None),
+        ({"rank_pattern": ["a"]}, "`rank_pattern` must be an object"),
+    ],
+)
+def test_settings_that_do_not_explain_the_experts_are_damage(
+    tmp_path: Path, changes: dict[str, object], match: str | None
+) -> None:
+    made = expert_plan()
+    made = evolve(made, modules=made.modules[2:])
+    write_adapter(tmp_path, made, expert_factors(made), "b", LINEARS)
+    edit_settings(tmp_path, **changes)
+    if match is None:
+        assert read_adapter(tmp_path).factors.keys() == set(STACKS)
+        return
+    with pytest.raises(ModelError, match=match) as caught:
+        read_adapter(tmp_path)
+    assert caught.value.problems[0].code == "damaged-adapter"
+
+
+def test_expert_factors_for_another_scale_keep_their_product(tmp_path: Path) -> None:
+    made = expert_plan()
+    values = expert_factors(made)
+    write_adapter(tmp_path, made, values, "b", LINEARS)
+    target = evolve(made, modules=tuple(evolve(m, alpha=16, scale=8.0) for m in made.modules))
+    fitted = fit_factors(read_adapter(tmp_path), target, tmp_path)
+    np.testing.assert_allclose(fitted[STACKS[0]]["lora_B"] * 8, values[STACKS[0]]["lora_B"] * 4, rtol=1e-6)

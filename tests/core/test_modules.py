@@ -51,6 +51,7 @@ def test_auto_reaches_every_decoder_linear_and_not_the_head() -> None:
         ("model.layers.3.block_sparse_moe.gate", False),
         ("model.layers.3.mlp.router", False),
         ("model.layers.3.mlp.router.proj", False),
+        ("model.layers.3.self_attn.indexer.wq_b", False),
         ("transformer.h.0.attn.c_attn", True),
         ("model.language_model.layers.0.self_attn.q_proj", True),
         ("model.vision_tower.encoder.layers.0.self_attn.q_proj", False),
@@ -154,3 +155,66 @@ def test_random_factors_depend_on_seed_and_name_alone() -> None:
     np.testing.assert_array_equal(factor, random_factor(adapter, seed=1))
     assert not np.array_equal(factor, random_factor(adapter, seed=2))
     assert not np.array_equal(factor, random_factor(other, seed=1))
+
+
+EXPERTS = [
+    Module("model.layers.0.self_attn.q_proj", 64, 64),
+    Module("model.layers.0.mlp.down_proj", 64, 128, by_weight=True),
+    Module("model.layers.1.mlp.experts.gate_up_proj", 96, 64, experts=4),
+    Module("model.layers.1.mlp.experts.down_proj", 64, 48, experts=4),
+    Module("model.vision_tower.layers.1.mlp.experts.down_proj", 64, 48, experts=4),
+]
+
+
+def expert_ranks(**lora: object) -> dict[str, int]:
+    resolution = resolve_adapters(EXPERTS, LoraConfig(**lora), {})  # type: ignore[arg-type]
+    return {adapter.name.removeprefix("model.layers."): adapter.rank for adapter in resolution.adapters}
+
+
+def test_auto_leaves_experts_out_and_auto_experts_adds_those_of_the_text_decoder() -> None:
+    dense = {"0.self_attn.q_proj", "0.mlp.down_proj"}
+    assert expert_ranks().keys() == dense
+    stacks = {"1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"}
+    assert expert_ranks(target_modules="auto+experts").keys() == dense | stacks
+
+
+def test_auto_experts_on_a_base_without_experts_is_refused() -> None:
+    assert "`auto+experts` found no expert weights" in problems(target_modules="auto+experts")["no-experts"]
+
+
+def test_one_rule_for_patterns_reaches_experts_too() -> None:
+    assert list(expert_ranks(target_modules=r"model\.layers.*experts\.down_proj")) == [
+        "1.mlp.experts.down_proj"
+    ]
+    assert list(expert_ranks(target_modules=("gate_up_proj",))) == ["1.mlp.experts.gate_up_proj"]
+    assert len(expert_ranks(target_modules="down_proj")) == 3
+    found = expert_ranks(target_modules="auto+experts", rank_pattern={r"experts\.down_proj": 2}, r=4)
+    assert found["1.mlp.experts.down_proj"] == 2
+    assert found["0.mlp.down_proj"] == found["1.mlp.experts.gate_up_proj"] == 4
+
+
+def test_experts_count_their_own_factors_and_their_own_group() -> None:
+    adapters = resolve_adapters(EXPERTS, LoraConfig(r=2, target_modules="auto+experts"), {}).adapters
+    stack = next(adapter for adapter in adapters if adapter.name.endswith("experts.down_proj"))
+    assert (stack.a_shape, stack.b_shape) == ((4, 2, 48), (4, 64, 2))
+    assert stack.parameters == 4 * 2 * (48 + 64)
+    assert random_factor(stack, seed=1).shape == stack.a_shape
+    assert len(np.unique(random_factor(stack, seed=1))) > 4 * 2 * 48 * 0.99
+    assert "experts.down_proj" in {group.name for group in group_adapters(adapters)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        ("gate_up_proj", "PEFT has no DoRA for 3-D experts"),
+        ("mlp.down_proj", "reaches it by its weight alone"),
+    ],
+)
+def test_dora_is_refused_where_peft_has_none(targets: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        expert_ranks(target_modules=targets, use_dora=True)
+
+
+def test_a_rank_above_the_smaller_side_of_an_expert_stops_pissa() -> None:
+    with pytest.raises(ConfigError, match="rank 50 is above 48"):
+        expert_ranks(target_modules=r"model\.layers.*experts\.down_proj", r=50, init_strategy="pissa")
