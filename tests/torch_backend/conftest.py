@@ -67,7 +67,12 @@ def tiny_gemma4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.15)
         for wrapper in wrappers[::3] + wrappers[1::3][:10]:
-            for bound, value in (("input_min", -0.5), ("input_max", 0.6), ("output_min", -0.3), ("output_max", 0.4)):
+            for bound, value in (
+                ("input_min", -0.5),
+                ("input_max", 0.6),
+                ("output_min", -0.3),
+                ("output_max", 0.4),
+            ):
                 getattr(wrapper, bound).fill_(value)
     folder = tmp_path_factory.mktemp("tower-base")
     model.save_pretrained(folder)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from soup_xb.backends.torch.base_kind import check_causal
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ConfigError, ModelError
@@ -61,7 +62,7 @@ def outline_base(path: Path) -> Any:
 
 
 def read_config(folder: BaseFolder) -> Any:
-    """The base's config as transformers reads it. Raises ModelError for a type that only the folder's code knows."""
+    """The base's config as transformers reads it. Raises ModelError for a type that is not trained here."""
     if folder.model_type not in transformers.CONFIG_MAPPING:
         wants = folder.config.get("auto_map")
         code = f", and its folder wants to run its own code ({', '.join(map(str, wants))})" if wants else ""
@@ -72,11 +73,13 @@ def read_config(folder: BaseFolder) -> Any:
             help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
         )
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder, error) from error
+    check_causal(folder, config)
+    return config
 
 
 def is_linear(module: torch.nn.Module) -> bool:

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
+from soup_xb.backends.torch.base_kind import text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.head import summed_loss
 from soup_xb.backends.torch.init import weight_starts
@@ -70,7 +71,7 @@ class TorchSession:
         # Everything that was changed for this session's sake, and is given back on close.
         self._patches = ExitStack()
         clippable = self._patches.enter_context(clippable_linears(model, str(settings.base)))
-        self._patch_notices: list[Problem] = [*clippable.notices]
+        self._patch_notices: list[Problem] = [*text_alone(model, settings.base), *clippable.notices]
         self._description = describe_model(model, clippable.wrappers)
         self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
@@ -78,7 +79,7 @@ class TorchSession:
             self._checkpoint_activations()
 
     def notices(self) -> tuple[Problem, ...]:
-        """The device and the precision with their reason, and what each patch did."""
+        """The device and the precision with their reason, what was opened, and what each patch did."""
         return (Problem("device", self._device.reason), *self._patch_notices)
 
     def describe(self) -> BaseDescription:
