@@ -20,7 +20,9 @@ from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedE
 from soup_xb.core.events import Event, Listener, Notice, SaveEvent
 from soup_xb.core.launch import is_first_process
 from soup_xb.core.loop import LoopResult
+from soup_xb.core.metrics import losses_until
 from soup_xb.core.plan import Plan
+from soup_xb.core.restart_watch import WINDOW
 from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
 from soup_xb.core.run_record import RunRecord, read_record
 from soup_xb.core.vera import shared_entries
@@ -108,6 +110,10 @@ class RunKeeper:
         for problem in point.notices:
             self.emit(Notice(problem))
         return point.step
+
+    def losses_until(self, step: int) -> tuple[float, ...]:
+        """The losses that a restart near `step` is judged by; empty on every process but the first."""
+        return () if self.folder is None else losses_until(self.folder.metrics, step, 2 * WINDOW)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step; the other processes wait until it is whole."""

@@ -72,7 +72,8 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         done = keeper.start()
         with failure_noted(keeper), stop_on_signals() as stop:
             _announce(run, keeper, done)
-            result = run_loop(run.plan, run.session, Hooks(keeper.emit, keeper.save, stop), done)
+            hooks = Hooks(keeper.emit, keeper.save, stop)
+            result = run_loop(run.plan, run.session, hooks, done, keeper.losses_until(done))
             _stop_if_asked(run, keeper, result)
             return _finish(run, keeper, result, options.prompts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from attrs import frozen
 
@@ -37,15 +37,18 @@ class LoopResult:
     stopped_by: int
 
 
-def run_loop(plan: Plan, session: Session, hooks: Hooks, done: int = 0) -> LoopResult:
+def run_loop(
+    plan: Plan, session: Session, hooks: Hooks, done: int = 0, losses: Sequence[float] = ()
+) -> LoopResult:
     """Train from step `done + 1` to the end of the plan, or until a signal.
 
-    Raises NonFiniteError before an update would spoil the adapter.
+    `losses` are those of the last steps that are done, which restarts are judged by. Raises NonFiniteError before an
+    update would spoil the adapter.
     """
     started = time.perf_counter()
     tokens, step, signal = 0, done, 0
     last_loss = math.nan
-    watch = RestartWatch(plan.restart_steps)
+    watch = RestartWatch(plan.restart_steps, losses)
     while step < plan.total_steps and not signal:
         step += 1
         event = _train_step(plan, session, step, last_loss)

@@ -107,6 +107,16 @@ def last_step(path: Path) -> StepEvent | None:
     return None
 
 
+def losses_until(path: Path, step: int, count: int) -> tuple[float, ...]:
+    """The losses of `count` steps in a row that end with `step`, or of as many of them as the file has."""
+    found = {event.step: event.loss for event in read_events(path) if isinstance(event, StepEvent)}
+    losses: list[float] = []
+    while step in found and len(losses) < count:
+        losses.append(found[step])
+        step -= 1
+    return tuple(reversed(losses))
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         return

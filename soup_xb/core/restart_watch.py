@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from attrs import define, field
 
@@ -12,23 +13,30 @@ WINDOW = 20
 TOLERANCE = 0.05
 
 
+def _window(losses: Iterable[float]) -> deque[float]:
+    return deque(losses, maxlen=2 * WINDOW)
+
+
 @define
 class RestartWatch:
-    """Compares the mean loss of the 20 steps after each restart with that of the 20 before it."""
+    """Compares the mean loss of the 20 steps after each restart with that of the 20 before it.
+
+    `losses` are those of the steps just before the first one that it will be told, for a run that goes on.
+    """
 
     restart_steps: tuple[int, ...]
-    _losses: deque[float] = field(factory=lambda: deque(maxlen=2 * WINDOW), init=False)
+    losses: deque[float] = field(default=(), converter=_window)
 
     def after(self, step: int, loss: float) -> Problem | None:
         """Take the loss of a step. Returns the warning when it stays more than 5% higher after a restart.
 
-        A run that was resumed in between has not seen the steps before, and stays silent.
+        Silent where it does not know all 40 losses.
         """
-        self._losses.append(loss)
+        self.losses.append(loss)
         restart = step - WINDOW
-        if restart not in self.restart_steps or len(self._losses) < 2 * WINDOW:
+        if restart not in self.restart_steps or len(self.losses) < 2 * WINDOW:
             return None
-        losses = list(self._losses)
+        losses = list(self.losses)
         before, after = sum(losses[:WINDOW]) / WINDOW, sum(losses[WINDOW:]) / WINDOW
         if after <= before * (1 + TOLERANCE):
             return None

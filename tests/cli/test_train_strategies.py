@@ -158,6 +158,24 @@ def test_a_run_resumed_in_the_middle_leaves_the_same_adapter(
             assert array.tobytes() == np.asarray(again[name][factor]).tobytes()
 
 
+def test_a_resume_beside_a_restart_does_not_lose_its_warning(
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    steps = {"max_steps": 45, "relora_steps": 25, "relora_prune_ratio": 0.99, "save_steps": 10}
+    file = config(lr=0.02, scheduler="constant", **steps)
+    assert soupx("train", file).code == 0
+    told = warnings(tmp_path / "out", "restart-hurts")
+    assert [warning["step"] for warning in told] == [45]
+    for done in (20, 30):
+        checkpoint = tmp_path / "out" / "checkpoints" / f"step-{done:08}"
+        assert soupx("train", file, "--resume-from", checkpoint).code == 0
+        assert warnings(tmp_path / "out", "restart-hurts") == told
+
+
+def warnings(folder: Path, code: str) -> list[dict[str, Any]]:
+    return [event for event in events(folder, "notice") if event["code"] == code and event["warning"]]
+
+
 def test_a_merge_with_dora_is_refused(soupx: Soupx, config: Callable[..., Path]) -> None:
     done = soupx("check", config({"use_dora": True}, relora_steps=3, relora_mode="merge"))
     assert done.code == 2

@@ -68,6 +68,16 @@ def test_a_loss_that_recovers_is_not_told(after: float) -> None:
     assert not any(watch.after(step, 2.0 if step <= 30 else after) for step in range(1, 80))
 
 
-def test_a_run_resumed_shortly_before_a_restart_has_nothing_to_compare() -> None:
+@pytest.mark.parametrize("done", [11, 25, 30, 49])
+def test_a_run_that_goes_on_near_a_restart_compares_with_the_losses_before(done: int) -> None:
+    def loss(step: int) -> float:
+        return 2.0 if step <= 30 else 2.2
+
+    watch = RestartWatch((30,), [loss(step) for step in range(1, done + 1)])
+    told = [step for step in range(done + 1, 80) if watch.after(step, loss(step))]
+    assert told == [50]
+
+
+def test_a_restart_whose_losses_before_are_lost_is_not_judged() -> None:
     watch = RestartWatch((30,))
     assert not any(watch.after(step, 2.0 if step <= 30 else 9.0) for step in range(25, 80))

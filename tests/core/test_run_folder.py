@@ -15,7 +15,7 @@ from attrs import evolve
 from soup_xb.core.checkpoint import CheckpointFacts, read_checkpoint, write_checkpoint
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem, ResourceError
 from soup_xb.core.events import EvalEvent, Notice, RestartEvent, SaveEvent, StepEvent
-from soup_xb.core.metrics import last_step, read_events
+from soup_xb.core.metrics import last_step, losses_until, read_events
 from soup_xb.core.run_folder import RunFolder, RunRecord, open_run_folder, read_record
 
 RECORD = RunRecord(
@@ -349,3 +349,13 @@ def test_the_last_step_is_found_behind_other_events(tmp_path: Path) -> None:
         folder.record_event(EVENTS[3])
     assert last_step(tmp_path / "metrics.jsonl") == step(1199)
     assert last_step(tmp_path / "nothing") is None
+
+
+def test_the_last_losses_end_with_the_step_and_stop_at_a_gap(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        for number in (1, 2, 4, 5, 6, 7):
+            folder.record_event(step(number, float(number)))
+        metrics = folder.metrics
+    assert losses_until(metrics, 6, 2) == (5.0, 6.0)
+    assert losses_until(metrics, 6, 40) == (4.0, 5.0, 6.0)
+    assert losses_until(metrics, 9, 40) == ()
