@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from soup_xb.core.base_folder import BaseFolder
+from soup_xb.core.config import AUTOMATIC
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.loaded_config import LoadedConfig
 from soup_xb.core.patterns import matching_names
 from soup_xb.core.support import feature_refusal
 
-_DECODER_ALONE = ("auto", "all-linear", "auto+experts")
 _NAME = re.compile(r"(?<![a-z0-9])gemma[-_ ]?4(?![a-z0-9])", re.IGNORECASE)
 # More than any of its towers has; a pattern may name a layer by its number.
 _MOST_LAYERS = 64
@@ -58,10 +58,11 @@ def check_towers(loaded: LoadedConfig, base: BaseFolder, backend: str) -> None:
     targets = loaded.config.training.lora.target_modules
     where = loaded.where("training.lora.target_modules")
     refusal = feature_refusal("training.lora.target_modules=Gemma 4 towers", backend, where)
-    if refusal is None or targets in _DECODER_ALONE or not is_gemma4(loaded.config.base, base.model_type):
+    if refusal is None or targets in AUTOMATIC or not is_gemma4(loaded.config.base, base.model_type):
         return
     names = list(_tower_names(base.config))
-    if any(matching_names(pattern, names) for pattern in ((targets,) if isinstance(targets, str) else targets)):
+    patterns = (targets,) if isinstance(targets, str) else targets
+    if any(matching_names(pattern, names, where) for pattern in patterns):
         raise ConfigError.of([refusal])
 
 
