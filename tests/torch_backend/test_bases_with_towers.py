@@ -72,6 +72,12 @@ def mllama() -> Any:
     )
 
 
+def gemma3_that_looks_ahead() -> Any:
+    config = gemma3()
+    config.text_config.use_bidirectional_attention = True
+    return config
+
+
 def saved(config: Any, folder: Path, tokenizer: Path) -> Path:
     """The whole model, as its makers would publish it."""
     torch.manual_seed(0)
@@ -116,7 +122,13 @@ def test_text_trains_and_the_saved_adapter_fits_what_stock_peft_opens(
 
 
 @pytest.mark.parametrize(
-    ("config", "code"), [(qwen2_5_vl, "not-causal"), (llava, "not-causal"), (mllama, "text-part-alone")]
+    ("config", "code"),
+    [
+        (qwen2_5_vl, "not-causal"),
+        (llava, "not-causal"),
+        (gemma3_that_looks_ahead, "not-causal"),
+        (mllama, "text-part-alone"),
+    ],
 )
 def test_what_cannot_be_trained_on_text_is_refused_before_its_weights_are_read(
     tmp_path: Path, config: Callable[[], Any], code: str

@@ -107,6 +107,18 @@ def test_a_run_tells_what_text_does_not_train_and_saves_an_adapter_for_stock_pef
     assert again.code == 0, again.err
 
 
+def test_the_adapter_of_auto_leaves_the_wrappers_alone_in_stock_peft(
+    soupx: Soupx, config: Config, tiny_gemma4: Path, tmp_path: Path
+) -> None:
+    done = soupx("train", config())
+    assert done.code == 0, done.err
+    assert "no-gradient" not in done.err
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gemma4, dtype=torch.float32)
+    stock = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter")
+    adapted = [name for name, _ in stock.named_parameters() if "lora_B" in name]
+    assert adapted and all(".language_model.layers." in name for name in adapted)
+
+
 def test_a_merged_model_keeps_towers_and_clamps(
     soupx: Soupx, config: Config, tiny_gemma4: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ _INSTEAD = (
 
 
 def check_causal(folder: BaseFolder, config: Any) -> None:
-    """Raise ModelError for a base that AutoModelForCausalLM does not open, or whose text part cannot be saved."""
+    """Raise ModelError for a base that is not opened, whose text part cannot be saved, or that looks ahead."""
     where = str(folder.path / "config.json")
     if type(config) not in _CAUSAL:
         written = folder.config.get("architectures")
@@ -31,6 +31,12 @@ def check_causal(folder: BaseFolder, config: Any) -> None:
     if opened is not type(config) and opened not in _CAUSAL:
         message = f"of `{folder.model_type}` only the text part opens, and transformers cannot open it again by itself"
         raise ModelError("text-part-alone", message, where=where, help=_INSTEAD)
+    ways = getattr(config.get_text_config(), "use_bidirectional_attention", None)
+    if ways in (True, "all"):
+        message = (
+            f"`{folder.model_type}` attends to later tokens too, so that it would see what it is to predict"
+        )
+        raise ModelError("not-causal", message, where=where, help=_INSTEAD)
 
 
 def text_alone(model: Any, base: Path) -> tuple[Problem, ...]:
