@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from soup_xb.core.errors import ModelError
 def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) -> None:
     """Write the full model, weight + scale * B A, as safetensors in the base's dtype.
 
-    Raises ModelError for a quantized base, whose rounded weights the sum does not fit into.
+    An adapted output head that shares its weight with the embedding gets one of its own. Raises ModelError for a
+    quantized base, whose rounded weights the sum does not fit into, and for any other weight that modules share.
     """
     if getattr(model, "is_quantized", False):
         raise ModelError(
@@ -32,7 +36,40 @@ def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) ->
         state[name] = tensor
     for name in adapters.layers:
         state[f"{name}.weight"] = _merged_weight(adapters, name)
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    with _own_head(model, adapters):
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+
+
+@contextmanager
+def _own_head(model: Any, adapters: Adapters | VeraAdapters) -> Iterator[None]:
+    """Inside, the config says that head and embedding are two weights, where an adapter on the head parts them."""
+    shared = _sharing(model, adapters)
+    head = model.get_output_embeddings()
+    for name in shared:
+        if adapters.layers[name] is not head:
+            raise ModelError(
+                "merge-shared-weight",
+                f"`{name}` shares its weight with another module, which a merged weight would change too",
+                help="use the adapter beside the base, or train without this module in `target_modules`.",
+            )
+    configs = [model.config, model.config.get_text_config()] if shared else []
+    tied = [config.tie_word_embeddings for config in configs]
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        yield
+    finally:
+        for config, value in zip(configs, tied, strict=True):
+            config.tie_word_embeddings = value
+
+
+def _sharing(model: Any, adapters: Adapters | VeraAdapters) -> list[str]:
+    """The adapted modules whose weight is another module's too."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    weights = {
+        name: getattr(layer.get_base_layer(), "weight", None) for name, layer in adapters.layers.items()
+    }
+    return [name for name, weight in weights.items() if uses[id(weight)] > 1]
 
 
 def _merged_weight(adapters: Adapters | VeraAdapters, name: str) -> torch.Tensor:

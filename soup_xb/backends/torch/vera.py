@@ -133,6 +133,8 @@ def _inject(model: Any, plan: AdapterPlan) -> None:
         init_weights=True,
     )
     with warnings.catch_warnings():
-        # PEFT switches fan_in_fan_out by itself where a model mixes both kinds of layer, and warns of it.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # PEFT switches fan_in_fan_out by itself where a model mixes both kinds of layer, and warns of it, and of a head
+        # that shares its weight, which a merge here parts from the embedding.
+        for message in ("fan_in_fan_out", "Model has `tie_word_embeddings=True`"):
+            warnings.filterwarnings("ignore", message=message)
         VeraModel(model, config, ADAPTER)
