@@ -13,6 +13,7 @@ from soup_xb import __version__
 from soup_xb.core import staging
 from soup_xb.core.adapter_file import Factors, read_adapter, write_adapter
 from soup_xb.core.config_file import dump_config
+from soup_xb.core.coverage_text import coverage_rows
 from soup_xb.core.durable import disk_errors, write_text
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.events import EvalEvent, Event, StepEvent
@@ -101,6 +102,7 @@ def save_report(run: Opened, folder: RunFolder, record: RunRecord, samples: Sequ
         modules=_module_rows(run),
         settings=dump_config(run.loaded.config),
         samples=samples,
+        coverage=coverage_rows(run.coverage, run.session.backend),
     )
     write_report(folder, facts)
 

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from soup_xb.backends import choose_backend, open_session
 from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.config import Config
 from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.coverage import Coverage, cover
+from soup_xb.core.coverage_text import coverage_notices
 from soup_xb.core.errors import ConfigError, Problem, StoppedError
 from soup_xb.core.events import Listener, Notice, StartEvent
 from soup_xb.core.gemma4 import check_towers
@@ -52,6 +54,7 @@ class Opened:
     session: Session
     tokenizer: ChatTokenizer
     plan: Plan
+    coverage: Coverage
     notices: tuple[Problem, ...]
 
 
@@ -91,10 +94,10 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     dataset = load_dataset(config.data, tokenizer, config.training.seed)
     session = open_session(name, session_settings(config, base.path, weights))
     try:
-        resolution = resolve_for(loaded, session)
+        resolution, coverage = resolve_for(loaded, session)
         plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
         notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *dataset.notices)
-        yield Opened(loaded, base, session, tokenizer, plan, notices)
+        yield Opened(loaded, base, session, tokenizer, plan, coverage, notices)
     finally:
         session.close()
 
@@ -125,10 +128,13 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
     )
 
 
-def resolve_for(loaded: LoadedConfig, session: Session) -> Resolution:
-    """The adapted modules, with the file's lines in every message."""
+def resolve_for(loaded: LoadedConfig, session: Session) -> tuple[Resolution, Coverage]:
+    """The adapted modules and what of the base they cover, with the file's lines in every message."""
     written = {key: loaded.where(key) for key in loaded.written}
-    return resolve_adapters(session.describe().modules, loaded.config.training.lora, written)
+    base, lora = session.describe(), loaded.config.training.lora
+    resolution = resolve_adapters(base.modules, lora, written)
+    coverage = cover(base, resolution.adapters, lora, written)
+    return evolve(resolution, warnings=(*resolution.warnings, *coverage.warnings)), coverage
 
 
 def _announce(run: Opened, keeper: RunKeeper, done: int) -> None:
@@ -144,6 +150,8 @@ def _announce(run: Opened, keeper: RunKeeper, done: int) -> None:
         f"{parameters:,} trained parameters"
     )
     keeper.emit(Notice(Problem("plan", text)))
+    for problem in coverage_notices(run.coverage, run.session.backend):
+        keeper.emit(Notice(problem))
 
 
 def _attach(run: Opened) -> None:

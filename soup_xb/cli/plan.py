@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from soup_xb.cli.options import config_options, json_option, load
+
+if TYPE_CHECKING:
+    from soup_xb.core.coverage_text import CoverageRow
 
 
 @click.command()
@@ -26,6 +30,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     """Show modules, ranks, steps, learning rates and memory of FILE (default: soup.yaml)."""
     loaded = load(file, named, backend, overrides)
     from soup_xb.backends import choose_backend
+    from soup_xb.core.coverage_text import coverage_rows
     from soup_xb.core.memory import estimate_memory
     from soup_xb.core.plan_summary import plan_summary
     from soup_xb.core.support import refusals
@@ -36,8 +41,6 @@ def command(  # noqa: PLR0913 - one parameter an option
     with open_run(loaded, chosen, weights=False) as run:
         for problem in (*loaded.warnings, *run.plan.warnings):
             click.echo(problem.render("warning"), err=True)
-        for problem in run.session.notices()[1:]:
-            click.echo(f"note: {problem.message}", err=True)
         training = loaded.config.training
         longest = max(row.length for row in run.plan.rows)
         memory = estimate_memory(
@@ -47,7 +50,8 @@ def command(  # noqa: PLR0913 - one parameter an option
             run.session.precision,
             longest * (training.batch_size // processes),
         )
-        summary = plan_summary(run.plan, memory, processes)
+        summary = plan_summary(run.plan, run.coverage, memory, processes)
+        covered = coverage_rows(run.coverage, chosen[0])
         summary["backend"] = {
             "name": chosen[0],
             "reason": chosen[1],
@@ -59,10 +63,10 @@ def command(  # noqa: PLR0913 - one parameter an option
     if as_json:
         click.echo(json.dumps(summary, indent=2))
         return
-    _show(summary)
+    _show(summary, covered)
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any], covered: Sequence[CoverageRow]) -> None:
     from soup_xb.core.plan_summary import step_list
     from soup_xb.core.units import bytes_text
 
@@ -88,6 +92,13 @@ def _show(summary: dict[str, Any]) -> None:
             f"{row['parameters']:14,}"
         )
     click.echo(f"{'total':20} {'':6} {'':5} {'':6} {'':7} {summary['trained_parameters']:14,}")
+    click.echo("\nreached")
+    for one in covered:
+        for text in (
+            f"{one.label}: {one.texts[0]}",
+            *(f"  {text}" for text in (*one.texts[1:], one.help) if text),
+        ):
+            click.echo(f"  {text}")
     click.echo(
         f"\nmemory     about {bytes_text(memory['total'])} a process: base {bytes_text(memory['base'])}, adapter and "
         f"optimizer {bytes_text(memory['adapter_and_optimizer'])}, activations {bytes_text(memory['activations'])}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from soup_xb.core.coverage import Coverage
+from soup_xb.core.coverage_text import coverage_json
 from soup_xb.core.memory import MemoryEstimate
 from soup_xb.core.modules import group_adapters
 from soup_xb.core.plan import Plan
@@ -11,7 +13,7 @@ from soup_xb.core.plan import Plan
 CURVE_POINTS = 9
 
 
-def plan_summary(plan: Plan, memory: MemoryEstimate, processes: int) -> dict[str, Any]:
+def plan_summary(plan: Plan, coverage: Coverage, memory: MemoryEstimate, processes: int) -> dict[str, Any]:
     """The plan as JSON-ready values; steps count from 1, sizes are bytes for one process."""
     training = plan.config.training
     rates = plan.learning_rates
@@ -46,6 +48,7 @@ def plan_summary(plan: Plan, memory: MemoryEstimate, processes: int) -> dict[str
             }
             for group in group_adapters(plan.adapters.modules)
         ],
+        "coverage": coverage_json(coverage),
         "trained_parameters": sum(adapter.parameters for adapter in plan.adapters.modules),
         "memory_bytes": {
             "base": memory.base,

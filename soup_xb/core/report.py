@@ -11,6 +11,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from soup_xb.core.coverage_text import CoverageRow
 from soup_xb.core.durable import disk_errors, write_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, StepEvent
@@ -54,13 +55,14 @@ class Sample:
 
 @frozen
 class ReportFacts:
-    """Everything on the page; `settings` is the resolved YAML."""
+    """Everything on the page; `settings` is the resolved YAML, `coverage` what of the base is adapted."""
 
     record: RunRecord
     events: Sequence[Event]
     modules: Sequence[ModuleRow]
     settings: str
     samples: Sequence[Sample] = ()
+    coverage: Sequence[CoverageRow] = ()
 
 
 @frozen

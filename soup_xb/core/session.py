@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.errors import Problem
@@ -46,7 +46,11 @@ class SessionSettings:
 
 @frozen
 class BaseDescription:
-    """The base's structure: `modules` that can carry an adapter, in the model's order, and its sizes."""
+    """The base's structure: `modules` that can carry an adapter, in the model's order, and its sizes.
+
+    `other_weights` names the matrices that no adapter can sit on (many routers), `layer_settings` are the keys of
+    its config that say how layers differ.
+    """
 
     model_type: str
     modules: tuple[Module, ...]
@@ -55,6 +59,8 @@ class BaseDescription:
     hidden_size: int
     intermediate_size: int
     vocabulary_size: int
+    other_weights: tuple[str, ...] = ()
+    layer_settings: Mapping[str, Any] = field(factory=dict)
 
 
 @frozen

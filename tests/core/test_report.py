@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from soup_xb.core.coverage_text import CoverageRow
 from soup_xb.core.errors import Problem
 from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, StepEvent
 from soup_xb.core.report import ModuleRow, ReportFacts, Sample, figures, report_html, write_report
@@ -131,6 +132,7 @@ def test_text_of_files_and_models_is_escaped_everywhere() -> None:
             modules=[ModuleRow(EVIL, 1, 1, 1.0, 1.0, 1)],
             settings=EVIL,
             samples=[Sample(EVIL, EVIL, EVIL)],
+            coverage=[CoverageRow(EVIL, (EVIL,), EVIL)],
         )
     )
     assert "<script" not in html
@@ -156,6 +158,17 @@ def test_a_run_without_steps_or_with_lost_losses_still_has_a_page() -> None:
     assert "<svg" not in report_html(facts(events=lost))
     half = [*lost, StepEvent(3, 1.0, 0.0, 1.0, 9, 10, 0.1), EvalEvent(3, math.inf, math.inf, 1, 0.1)]
     assert "<svg" in report_html(facts(events=half))
+
+
+def test_the_module_table_tells_what_is_adapted_and_what_is_not() -> None:
+    rows = [
+        CoverageRow("auto", ("q_proj in layers 0-3 (4)",)),
+        CoverageRow("experts", ("not adapted",), "a `cure`"),
+    ]
+    page = Page(report_html(facts(coverage=rows)))
+    for words in ("auto", "q_proj in layers 0-3 (4)", "experts", "not adapted", "a cure"):
+        assert words in page.text
+    assert "target or part" not in report_html(facts())
 
 
 def test_a_repeated_notice_is_shown_once() -> None:

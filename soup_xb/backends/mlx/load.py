@@ -86,14 +86,17 @@ def describe_model(
     model: Any, folder: BaseFolder, reading: Reading
 ) -> tuple[BaseDescription, dict[str, str]]:
     """The structure of a plain model, and where its modules are."""
-    modules, places, parameters = [], {}, 0
+    modules, others, places, parameters = [], [], {}, 0
     for name, module in walk(model):
         if isinstance(module, nn.Linear):
             out_features, in_features = module.weight.shape
             modules.append(Module(name, out_features, in_features))
             places[name] = name
         own = module.parameters() if not module.children() else {}
-        parameters += sum(array.size for array in own.values() if isinstance(array, mx.array))
+        arrays = [array for array in own.values() if isinstance(array, mx.array)]
+        parameters += sum(array.size for array in arrays)
+        if not isinstance(module, nn.Linear) and any(array.ndim > 1 for array in arrays):
+            others.append(name)
     arguments = reading.arguments
     description = BaseDescription(
         model_type=folder.model_type,
@@ -103,6 +106,8 @@ def describe_model(
         hidden_size=arguments["hidden_size"],
         intermediate_size=arguments["intermediate_size"],
         vocabulary_size=arguments["vocab_size"],
+        other_weights=tuple(others),
+        layer_settings=reading.layer_settings,
     )
     return description, places
 

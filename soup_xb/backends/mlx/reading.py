@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
 from soup_xb.core.base_folder import BaseFolder
 from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.support import feature_refusal
 
 _SIZES = (
@@ -107,6 +108,7 @@ class Reading:
     longest: int
     longest_because: str
     tied: bool
+    layer_settings: dict[str, Any]
 
     def build(self) -> Any:
         """The model with random weights that are not computed until asked for."""
@@ -136,6 +138,7 @@ def read_base(folder: BaseFolder) -> Reading:
         longest=longest,
         longest_because=because,
         tied=bool(config.tie_word_embeddings),
+        layer_settings=layer_settings(config.to_dict()),
     )
 
 

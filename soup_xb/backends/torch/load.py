@@ -15,6 +15,7 @@ from soup_xb.backends.torch.base_kind import check_causal
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.modules import Module
 from soup_xb.core.session import BaseDescription, SessionSettings
 
@@ -102,7 +103,15 @@ def describe_model(model: Any, wrappers: Mapping[str, str]) -> BaseDescription:
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary_size=config.vocab_size,
+        other_weights=_other_weights(model, {module.name for module in modules}),
+        layer_settings=layer_settings(config.to_dict()),
     )
+
+
+def _other_weights(model: Any, listed: set[str]) -> tuple[str, ...]:
+    """The parameters of two dimensions or more that no adapter can sit on, biases aside."""
+    names = (name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() > 1)
+    return tuple(name for name in names if name not in listed and not name.endswith("bias"))
 
 
 def _sides(module: Any) -> tuple[int, int]:
