@@ -107,12 +107,19 @@ def own_template(tokenizer: Any, base: Path) -> str | None:
                 help="give the one to use as `data.chat_template`.",
             )
         template = template["default"]
+    if template is not None and not isinstance(template, str):
+        raise ModelError("bad-chat-template", "the chat template must be text", where=str(base))
     return template or None
 
 
 def check_template(template: ChatTemplate) -> None:
     """Raise ModelError for a template that is too large or is not Jinja, or that runs away."""
-    size = len(template.text.encode())
+    try:
+        size = len(template.text.encode())
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            "bad-chat-template", "the chat template holds half of a surrogate pair", where=template.where
+        ) from error
     if size > LARGEST_TEMPLATE:
         raise ModelError(
             "chat-template-too-large",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,6 +16,7 @@ from soup_xb.core.data import read_rows
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.example_file import ExampleReader
 from soup_xb.core.examples import ChatExample, Row, TokenRow
+from soup_xb.core.packing import pack, packing_notice, split_long
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.core.schedule import floor_share
@@ -22,7 +24,7 @@ from soup_xb.encoding import BATCH
 from soup_xb.hub_dataset import hub_rows
 from soup_xb.tokenizer import ChatTokenizer, Tokenized
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # Places named in a notice; the count says how many more there are.
 _NAMED = 3
 
@@ -50,22 +52,32 @@ class TokenFile:
     notices: tuple[Problem, ...]
 
 
-def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int) -> Dataset:
-    """The rows of a config's `data` section.
+def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft") -> Dataset:
+    """The rows of a config's `data` section, packed where the task or `data.packing` says so.
 
     Rows held out by `val_split` depend on their number and `seed` alone. Raises DataError for a file or row
     that cannot be used, and where no row of a file has anything to learn; ModelError for conversations on a
     base without a chat template.
     """
-    train = [_tokenize(_reader(entry, data), tokenizer, data.max_length) for entry in data.train]
-    held_out = [_tokenize(_reader(entry, data), tokenizer, data.max_length) for entry in data.eval]
+    # Documents are cut into pieces and nothing of them is left out; rows of a task with answers are cut short.
+    longest = sys.maxsize if task == "pretrain" else data.max_length
+    train = [_tokenize(_reader(entry, data, task), tokenizer, longest) for entry in data.train]
+    held_out = [_tokenize(_reader(entry, data, task), tokenizer, longest) for entry in data.eval]
     rows = tuple(row for file in train for row in file.rows)
     evaluation = tuple(row for file in held_out for row in file.rows)
     if data.val_split > 0:
         rows, evaluation = split_rows(rows, data.val_split, seed)
     notices = dict.fromkeys(notice for file in (*train, *held_out) for notice in file.notices)
     formats = ", ".join(dict.fromkeys(file.format for file in train))
+    if task == "pretrain" or data.packing:
+        documents = len(rows)
+        rows, evaluation = _packed(rows, data.max_length), _packed(evaluation, data.max_length)
+        notices[packing_notice(documents, rows, data.max_length)] = None
     return Dataset(rows, evaluation, formats, tuple(notices))
+
+
+def _packed(rows: Sequence[TokenRow], length: int) -> tuple[TokenRow, ...]:
+    return pack([piece for row in rows for piece in split_long(row, length)], length)
 
 
 def load_file(
@@ -103,13 +115,13 @@ def split_rows(
     return train, tuple(rows[index] for index in sorted(held_out))
 
 
-def _reader(entry: str, data: DataConfig) -> ExampleReader:
+def _reader(entry: str, data: DataConfig, task: str) -> ExampleReader:
     path = Path(entry).expanduser()
-    if path.exists() or is_local_path(entry) or not _HUB_ID.fullmatch(entry):
+    if is_local_path(entry) or not _HUB_ID.fullmatch(entry) or path.exists():
         rows: Iterator[Row] = read_rows(path)
     else:
         rows = hub_rows(entry, data.subset, data.split)
-    return ExampleReader(rows, data.format, entry)
+    return ExampleReader(rows, "text" if task == "pretrain" else data.format, entry)
 
 
 def _tokenize(reader: ExampleReader, tokenizer: ChatTokenizer, max_length: int) -> TokenFile:

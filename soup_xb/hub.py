@@ -7,7 +7,7 @@ from pathlib import Path
 
 from soup_xb.core.errors import ModelError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # What a base needs and nothing that can run: no pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -19,10 +19,13 @@ def resolve_base(name: str) -> Path:
     a folder that is not there and for a hub id that is neither cached nor reachable.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not _HUB_ID.fullmatch(name) or folder.exists():
+    try:
+        if folder.is_dir():
+            return folder
         what = "is not a folder" if folder.exists() else "no such folder, and not a hub id"
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+    if not _HUB_ID.fullmatch(name) or not what.startswith("no such"):
         raise ModelError(
             "base-not-found",
             f"`{name}`: {what}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from soup_xb.chat_template import (
 )
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.examples import ChatExample, Example, Message, Source, TokenRow
+from soup_xb.core.foreign import foreign_errors
+from soup_xb.core.weight_files import read_object
 from soup_xb.encoding import Array, Encoder
 from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
 
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
 _CUT_AWAY = "everything to learn lies beyond max_length"
 
@@ -210,17 +214,16 @@ def open_tokenizer(base: Path, chat_template: str | None = None) -> ChatTokenize
 
 
 def _load(base: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
-    try:
+    # The tokenizer's reader reads config.json as well, and would take the blame for it.
+    if (base / CONFIG).is_file() and read_object(base / CONFIG, "base-config").get(
+        "model_type"
+    ) in CONFIG_MAPPING:
+        with foreign_errors(partial(_unreadable_config, base / CONFIG)):
+            AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+    with foreign_errors(partial(_unusable, base)):
         tokenizer = AutoTokenizer.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        # The tokenizers library raises bare exceptions for files that it cannot read.
-        if type(error) is not Exception and not isinstance(
-            error, (OSError, ValueError, TypeError, LookupError, ImportError, AttributeError)
-        ):
-            raise
-        raise _unusable(base, error) from error
     if not tokenizer.is_fast:
         raise ModelError(
             "slow-tokenizer",
@@ -231,8 +234,17 @@ def _load(base: Path) -> Any:
     return tokenizer
 
 
-def _unusable(base: Path, error: Exception) -> ModelError:
-    if "trust_remote_code" in str(error):
+def _unreadable_config(file: Path, reason: str) -> ModelError:
+    return ModelError(
+        "base-config",
+        f"transformers cannot read it: {reason}",
+        where=str(file),
+        help="download the file again; a type that is newer than transformers needs a newer transformers.",
+    )
+
+
+def _unusable(base: Path, reason: str) -> ModelError:
+    if "custom code" in reason or "trust_remote_code" in reason:
         return ModelError(
             "remote-code",
             "the base's tokenizer wants to run its own code",
@@ -246,10 +258,9 @@ def _unusable(base: Path, error: Exception) -> ModelError:
             where=str(base),
             help="download the base's tokenizer files as well.",
         )
-    words = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ModelError(
         "broken-tokenizer",
-        f"the tokenizer cannot be read: {words}",
+        f"the tokenizer cannot be read: {reason}",
         where=str(base),
         help="download the base's tokenizer files again.",
     )

@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from soup_xb.core.fields import Key
+from soup_xb.core.legible import holds_token, masked, printable
 from soup_xb.core.suggest import did_you_mean
 
 MOST_PATTERNS = 256
 LONGEST_PATTERN = 1000
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|xox[bp]-|AKIA)[\w-]{8,}")
 
 
 class KeyRefused(ValueError):  # noqa: N818 - a refusal is what the house calls it
@@ -57,9 +57,8 @@ def shown(value: Any) -> str:
 
 def safe_text(text: str) -> str:
     """Text from a file, fit for a terminal: short, printable, access tokens replaced."""
-    text = _TOKEN.sub("…", text[:200])
-    text = text if len(text) <= 60 else text[:59] + "…"
-    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
+    text = masked(text[:200])
+    return printable(text if len(text) <= 60 else text[:59] + "…")
 
 
 def _integer(key: Key, raw: Any) -> int:
@@ -104,6 +103,13 @@ def _text(key: Key, raw: Any) -> str:
     )
     if stray is not None:
         raise KeyRefused("control-character", f"holds the character U+{ord(stray):04X}", "delete it.")
+    # Every run writes its config into several files that are made to be shared.
+    if holds_token(raw):
+        raise KeyRefused(
+            "access-token",
+            "holds what looks like an access token",
+            "take it out; log in with `hf auth login`.",
+        )
     return raw
 
 

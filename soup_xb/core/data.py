@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -31,16 +32,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     at once for a file that cannot be read at all, and while iterating for a row that is damaged, with its
     line; a file without a single row is an error too.
     """
-    if path.is_dir():
-        raise DataError("data-is-folder", "is a folder", where=str(path), help="name a file in it.")
-    if not path.exists():
-        raise DataError(
-            "data-missing",
-            "no such file",
-            where=str(path),
-            help=did_you_mean(path.name, _neighbours(path))
-            or "a relative path starts at the current directory.",
-        )
+    _refuse_what_is_no_file(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -52,6 +44,24 @@ def read_rows(path: Path) -> Iterator[Row]:
     return _guarded(path, reader)
 
 
+def _refuse_what_is_no_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        near = did_you_mean(path.name, _neighbours(path))
+        help = near or "a relative path starts at the current directory."
+        raise DataError("data-missing", "no such file", where=str(path), help=help) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if stat.S_ISDIR(mode):
+        raise DataError("data-is-folder", "is a folder", where=str(path), help="name a file in it.")
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return DataError("data-unreadable", f"cannot be read: {reason}", where=str(path))
+
+
 def _guarded(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
     empty = True
     try:
@@ -59,8 +69,7 @@ def _guarded(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Ro
             empty = False
             yield row
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError("data-unreadable", f"cannot be read: {reason}", where=str(path)) from error
+        raise _unreadable(path, error) from error
     if empty:
         raise DataError("data-empty", "holds no rows", where=str(path), help="each row is one example.")
 

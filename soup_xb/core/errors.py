@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, TypeVar
 
-from attrs import frozen
+from attrs import field, frozen
+
+from soup_xb.core.legible import legible
 
 Error = TypeVar("Error", bound="SoupError")
 
@@ -15,13 +17,13 @@ class Problem:
     """One thing that is wrong (or worth a warning), ready to be shown.
 
     `code` is a word that says what it is, `where` a place such as `soup.yaml:7: training.lr`,
-    `help` the way out.
+    `help` the way out. Texts quote files, so they are made legible: one line, printable, without access tokens.
     """
 
     code: str
-    message: str
-    where: str = ""
-    help: str = ""
+    message: str = field(converter=legible)
+    where: str = field(default="", converter=legible)
+    help: str = field(default="", converter=legible)
 
     def render(self, severity: str = "error") -> str:
         """The problem as text.

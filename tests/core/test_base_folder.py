@@ -24,7 +24,7 @@ def base(tmp_path: Path) -> Path:
 
 def shard(base: Path, names: dict[str, str]) -> None:
     (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
 def half(file: Path) -> None:
