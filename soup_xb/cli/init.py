@@ -45,7 +45,7 @@ def command(name: str | None, output: Path, with_data: bool, force: bool, templa
         from soup_xb.core.templates_edit import sample_path
 
         files[sample_path(text, name)] = load_sample(name, templates_dir)
-    _write(files, force)
+    write_files(files, force)
     _write_schema(output.parent / SCHEMA)
     for path in files:
         click.echo(f"wrote {path}", err=True)
@@ -77,8 +77,8 @@ def _next(output: Path, with_data: bool, rows: str) -> str:
     return train if with_data else f"put your rows where `data.train` says, then {train}"
 
 
-def _write(files: Mapping[Path, str], force: bool) -> None:
-    """Write all files or, where one of them is there already, none."""
+def write_files(files: Mapping[Path, str], force: bool) -> None:
+    """Write all files or, where one of them is there already and `force` is off, none. Raises ConfigError."""
     standing = [path for path in files if os.path.lexists(path)]
     for path in standing:
         if path.is_dir():

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "Answer a prompt with a trained adapter or a base.",
     "init": "Write a first config from a template.",
     "merge": "Fold an adapter into its base and write the whole model.",
+    "migrate": "Turn a config of axolotl, LLaMA-Factory or Soup into a soup.yaml.",
     "parity": "Run the first steps on both engines and compare the numbers.",
     "plan": "Show modules, steps and learning rates of a run, without loading weights.",
     "runs": "List output folders.",

@@ -1,7 +1,7 @@
 """YAML text -> a tree of plain values with line numbers, with nothing in it that could surprise.
 
 One document; no tags, anchors, aliases, directives or duplicate keys; scalars by YAML 1.2 (`no` is text,
-`012` is 12, `2e-4` and `1_000` are numbers).
+`012` is 12, `2e-4` and `1_000` are numbers). Aliases are allowed where another tool's file is read.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ class Node:
         return self.value
 
 
-def read_yaml(text: str, source: str) -> tuple[Node | None, list[Problem]]:
+def read_yaml(text: str, source: str, aliases: bool = False) -> tuple[Node | None, list[Problem]]:
     """The tree of `text` (None where the text holds no value at all), and a problem for each duplicate key.
 
+    With `aliases` the tree has the anchored value in the place of each alias, whose values count again.
     Raises ConfigError that names `source` and line for everything that is not plain YAML.
     """
     _refuse_unwanted_text(text, source)
     try:
-        reader = _TreeReader(text, source)
+        reader = _TreeReader(text, source, aliases)
         return reader.read(), reader.duplicates
     except MarkedYAMLError as error:
         raise ConfigError.of([syntax_problem(error, source)]) from error
@@ -83,11 +84,13 @@ def _refuse_unwanted_text(text: str, source: str) -> None:
 class _TreeReader:
     """Builds the tree from the event stream, so that depth and size are known before anything recurses."""
 
-    def __init__(self, text: str, source: str) -> None:
+    def __init__(self, text: str, source: str, aliases: bool) -> None:
         yaml = YAML(typ="safe", pure=True)
         self._events: Iterator[Any] = iter(yaml.parse(text))
         self._yaml = yaml
         self._source = source
+        self._aliases = aliases
+        self._anchored: dict[str, Node] = {}
         self._count = 0
         self.duplicates: list[Problem] = []
 
@@ -111,12 +114,34 @@ class _TreeReader:
 
     def _node(self, event: Any, depth: int) -> Node:
         self._check(event, depth)
+        if isinstance(event, yaml_events.AliasEvent):
+            return self._aliased(event, depth)
         line = event.start_mark.line + 1
         if isinstance(event, yaml_events.ScalarEvent):
-            return Node(self._scalar(event), line)
-        if isinstance(event, yaml_events.SequenceStartEvent):
-            return Node(self._entries(depth), line)
-        return self._mapping(line, depth)
+            node = Node(self._scalar(event), line)
+        elif isinstance(event, yaml_events.SequenceStartEvent):
+            node = Node(self._entries(depth), line)
+        else:
+            node = self._mapping(line, depth)
+        # Known only once it is whole, so that no value can hold itself.
+        if event.anchor:
+            self._anchored[event.anchor] = node
+        return node
+
+    def _aliased(self, event: Any, depth: int) -> Node:
+        node = self._anchored.get(event.anchor)
+        if node is None:
+            message = f"the alias `*{_short(event.anchor)}` stands for nothing"
+            raise self._refused(event, "yaml-alias", message, "an anchor, `&name`, comes before its aliases.")
+        self._count_again(event, node, depth)
+        return node
+
+    def _count_again(self, event: Any, node: Node, depth: int) -> None:
+        """Hold a value that stands in another place to the same limits as if it were written there."""
+        below = node.value.values() if isinstance(node.value, dict) else node.value
+        for entry in below if isinstance(node.value, (dict, list)) else ():
+            self._limit(event, depth + 1)
+            self._count_again(event, entry, depth + 1)
 
     def _entries(self, depth: int) -> list[Node]:
         entries = []
@@ -141,8 +166,10 @@ class _TreeReader:
         return Node(values, line, lines)
 
     def _check(self, event: Any, depth: int) -> None:
-        self._count += 1
-        if isinstance(event, yaml_events.AliasEvent) or getattr(event, "anchor", None):
+        self._limit(event, depth)
+        if not self._aliases and (
+            isinstance(event, yaml_events.AliasEvent) or getattr(event, "anchor", None)
+        ):
             sign = "*" if isinstance(event, yaml_events.AliasEvent) else "&"
             message = (
                 f"an {'alias' if sign == '*' else 'anchor'} (`{sign}{_short(event.anchor)}`) is not allowed"
@@ -153,6 +180,9 @@ class _TreeReader:
         if getattr(event, "tag", None):
             message = f"a tag (`{_short(str(event.tag))}`) is not allowed"
             raise self._refused(event, "yaml-tag", message, "delete it; quote a text that begins with `!`.")
+
+    def _limit(self, event: Any, depth: int) -> None:
+        self._count += 1
         if depth > DEEPEST:
             message = f"nested more than {DEEPEST} deep"
             raise self._refused(event, "yaml-too-deep", message, "a config is at most four deep.")

@@ -1,0 +1,159 @@
+"""The account of a migration: each key of the source is taken once, and ends as carried over or as left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from soup_xb.core.config import KEYS, TASKS
+from soup_xb.core.config_values import KeyRefused, read_value, safe_text, shown
+from soup_xb.core.errors import ConfigError
+from soup_xb.migrate.source import Entry
+
+Convert = Callable[[Any], Any]
+Reasons = Iterable[tuple[str, str]]
+
+
+class NotCarriedError(ValueError):
+    """A value that has no counterpart; the text says why."""
+
+
+class NoSuchTaskError(NotCarriedError):
+    """A task that cannot be trained for: without it the config would be another one."""
+
+
+@frozen
+class Carried:
+    """A key that became ours. `to` is empty where soup-xb always does what the value asks for."""
+
+    key: str
+    line: int
+    to: str
+    value: Any
+    note: str = ""
+
+
+@frozen
+class Added:
+    """A key that the source does not write, and whose default differs between the tools."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@frozen
+class Left:
+    """A key that is not carried over, and why."""
+
+    key: str
+    line: int
+    reason: str
+
+
+class Account:
+    """The config in the making, and what became of each key."""
+
+    def __init__(self, tool: str, source: str, entries: Mapping[str, Entry]) -> None:
+        self.tool = tool
+        self.source = source
+        self.values: dict[str, Any] = {}
+        self.carried: list[Carried] = []
+        self.added: list[Added] = []
+        self.left: list[Left] = []
+        self._open = dict(entries)
+
+    def peek(self, key: str) -> Any:
+        """The value of a key that is not taken yet, None where there is none."""
+        entry = self._open.get(key)
+        return None if entry is None else entry.value
+
+    def matching(self, pattern: str) -> list[str]:
+        """The keys not taken yet whose name matches a regular expression whole."""
+        return [key for key in self._open if re.fullmatch(pattern, key)]
+
+    def carry(self, key: str, to: str, convert: Convert = lambda value: value, note: str = "") -> bool:
+        """Make a key ours. A value that `convert` or our own key refuses is left, with the reason.
+
+        Raises ConfigError for a task that is none of ours.
+        """
+        entry = self._take(key)
+        if entry is None:
+            return False
+        try:
+            value = convert(entry.value)
+            read_value(KEYS[to], value)
+        except NoSuchTaskError as error:
+            where = f"{self.source}:{entry.line}: {safe_text(entry.key)}"
+            help = f"the tasks here are {', '.join(TASKS)}."
+            raise ConfigError("migrate-task", str(error), where=where, help=help) from error
+        except NotCarriedError as error:
+            return self._leave(entry, str(error))
+        except KeyRefused as refused:
+            return self._leave(entry, f"`{to}` {refused.message}")
+        if to in self.values and self.values[to] != value:
+            return self._leave(entry, f"another key has set `{to}` to {shown(self.values[to])}")
+        self.values[to] = value
+        self.carried.append(Carried(entry.key, entry.line, to, value, note))
+        return True
+
+    def collect(self, key: str, to: str, convert: Convert, note: str = "") -> None:
+        """Make a key one or more entries of a list of ours; `convert` gives a list."""
+        entry = self._take(key)
+        if entry is None:
+            return
+        try:
+            found = convert(entry.value)
+            read_value(KEYS[to], found)
+        except (NotCarriedError, KeyRefused) as error:
+            self._leave(entry, str(error))
+            return
+        self.values[to] = [*self.values.get(to, []), *found]
+        self.carried.append(Carried(entry.key, entry.line, to, found, note))
+
+    def same(self, key: str, note: str) -> None:
+        """A key whose value is what always happens here."""
+        entry = self._take(key)
+        if entry is not None:
+            self.carried.append(Carried(entry.key, entry.line, "", entry.value, note))
+
+    def leave(self, key: str, reason: str) -> None:
+        """A key that is not carried over."""
+        entry = self._take(key)
+        if entry is not None:
+            self._leave(entry, reason)
+
+    def add(self, key: str, value: Any, reason: str) -> None:
+        """A key of ours that keeps what the tool does by default; nothing where it is set already."""
+        if key not in self.values:
+            self.values[key] = value
+            self.added.append(Added(key, value, reason))
+
+    def withdraw(self, to: str, reason: str) -> None:
+        """Take a key of ours back: what it came from is left instead."""
+        self.values.pop(to, None)
+        for done in [carried for carried in self.carried if carried.to == to]:
+            self.carried.remove(done)
+            self.left.append(Left(done.key, done.line, reason))
+        self.added = [added for added in self.added if added.key != to]
+
+    def leave_rest(self, reasons: Reasons) -> None:
+        """Leave every key that was not taken, with the reason whose pattern matches first."""
+        for entry in list(self._open.values()):
+            name = re.sub(r"^(training|data)\.(lora\.)?", "", entry.key)
+            named = (reason for pattern, reason in reasons if re.fullmatch(pattern, name))
+            self.leave(entry.key, next(named, f"soupx migrate does not know this key of {self.tool}"))
+
+    def _take(self, key: str) -> Entry | None:
+        entry = self._open.pop(key, None)
+        if entry is not None and entry.value in (None, "", [], {}):
+            self._leave(entry, "has no value")
+            return None
+        return entry
+
+    def _leave(self, entry: Entry, reason: str) -> bool:
+        self.left.append(Left(entry.key, entry.line, reason))
+        return False

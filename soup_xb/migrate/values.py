@@ -1,0 +1,176 @@
+"""Values as other tools write them: YAML 1.1 booleans, numbers in quotes, lists with commas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from soup_xb.core.config_values import shown
+from soup_xb.migrate.account import Convert, NoSuchTaskError, NotCarriedError
+
+_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+
+
+def boolean(value: Any) -> bool:
+    """True or false; for other tools' readers `yes`, `no`, `on` and `off` are booleans too.
+
+    >>> boolean("no"), boolean(True)
+    (False, True)
+    """
+    if isinstance(value, str) and value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    if isinstance(value, bool):
+        return value
+    raise NotCarriedError(f"is neither true nor false: {shown(value)}")
+
+
+def is_on(value: Any) -> bool:
+    """Whether a value stands for true; anything else than a boolean counts as false."""
+    return value is True or (isinstance(value, str) and _WORDS.get(value.lower(), False))
+
+
+def number(value: Any) -> float:
+    """A finite number, which other tools also take as text (`"2e-4"`)."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise NotCarriedError(f"is no number: {shown(value)}")
+    return found
+
+
+def whole(value: Any) -> int:
+    """A whole number, `3.0` included.
+
+    >>> whole("3.0"), whole(8)
+    (3, 8)
+    """
+    found = number(value)
+    if found != int(found):
+        raise NotCarriedError(f"is no whole number: {shown(value)}")
+    return int(found)
+
+
+def above_zero(value: Any) -> int:
+    """A whole number that is not a way to say `off`: other tools write 0 or -1 for that."""
+    found = whole(value)
+    if found < 1:
+        raise NotCarriedError(f"{found} stands for off, as without the key")
+    return found
+
+
+def passes(value: Any) -> int:
+    """Passes over the rows; a part of one counts as a whole one here."""
+    return max(1, math.ceil(number(value)))
+
+
+def passes_note(value: Any) -> str:
+    """What to say of passes that are not whole."""
+    part = isinstance(value, float) and math.isfinite(value) and value != int(value)
+    return "a part of a pass counts as a whole one; `training.max_steps` ends sooner" if part else ""
+
+
+def share(value: Any) -> float:
+    """A share of the rows, below one; other tools take a number of rows as well."""
+    found = number(value)
+    if found >= 1:
+        raise NotCarriedError(
+            f"{found:g} is a number of rows; `data.val_split` is a share of them, such as 0.1"
+        )
+    return found
+
+
+def steps(value: Any) -> int:
+    """A cadence in steps; other tools take a share of the run as well."""
+    found = number(value)
+    if 0 < found < 1:
+        raise NotCarriedError(f"{found:g} is a share of the run; write a number of steps")
+    return above_zero(value)
+
+
+def names(value: Any) -> list[str]:
+    """Module names, as a list or with commas between them."""
+    found = value.split(",") if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise NotCarriedError(f"is no list of names: {shown(value)}")
+    return [name.strip() for name in found if name.strip()]
+
+
+def one_of(table: Mapping[str, Any], otherwise: str) -> Convert:
+    """A converter that looks a word up; a word that is not there is left, for the reason `otherwise`."""
+
+    def convert(value: Any) -> Any:
+        word = str(value).lower()
+        if word not in table:
+            raise NotCarriedError(f"{shown(value)}: {otherwise}")
+        return table[word]
+
+    return convert
+
+
+def task_of(table: Mapping[str, str]) -> Convert:
+    """A converter of task names; one that is not there ends the migration."""
+
+    def convert(value: Any) -> str:
+        if str(value).lower() not in table:
+            raise NoSuchTaskError(f"{shown(value)} has no counterpart here")
+        return table[str(value).lower()]
+
+    return convert
+
+
+def always(value: Any) -> Convert:
+    """A converter that gives the same value whatever is written, for a key that was looked at before."""
+    return lambda _: value
+
+
+def when_on(value: Any) -> Convert:
+    """A converter of a switch that, when on, means `value`."""
+
+    def convert(raw: Any) -> Any:
+        if not boolean(raw):
+            raise NotCarriedError("it is off, as without the key")
+        return value
+
+    return convert
+
+
+def checkpointing(value: Any) -> bool:
+    """Whether activations are recomputed; a word names a way of doing it."""
+    return True if value in ("offload", "unsloth", "full", "auto", "medium", "selective") else boolean(value)
+
+
+def lora_start(value: Any) -> str:
+    """Where the factors start, from what PEFT calls `init_lora_weights`."""
+    word = str(value).lower()
+    if word in ("true", "default"):
+        return "random"
+    # PEFT's `pissa_niter_N` comes near; the start here is exact within rounding.
+    if word in ("pissa", "olora") or word.startswith("pissa_niter_"):
+        return word.partition("_")[0]
+    raise NotCarriedError(OTHER_START)
+
+
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw"),
+    "sgd": "sgd",
+}
+OTHER_OPTIMIZER = "adamw is used; the optimizers here are adamw and sgd"
+FULL_STATE = "its state is held in full precision here, which takes more memory and no accuracy"
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
+OTHER_START = "the starts here are random, pissa and olora"
+OTHER_SCHEDULE = "the schedules here are linear, cosine and constant; cosine is used"
+
+
+def optimizer_note(value: Any) -> str:
+    """What to say of an optimizer that saves memory elsewhere."""
+    return FULL_STATE if isinstance(value, str) and ("8bit" in value or "paged" in value) else ""
