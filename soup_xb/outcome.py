@@ -60,7 +60,7 @@ def save_adapter(run: Opened, folder: RunFolder) -> None:
     Raises ModelError when what is on the disk is not what was trained.
     """
     factors = run.session.factors()
-    names = reachable_names(run.session.describe().modules)
+    names = reachable_names([module for module in run.session.describe().modules if not module.experts])
     with disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         staged = staging.start(folder.adapter)
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
@@ -124,7 +124,7 @@ def _prove(staged: Path, factors: Factors) -> None:
 
 
 def _largest_rank(factors: Factors) -> int:
-    return max(int(arrays["lora_A"].shape[0]) for arrays in factors.values())
+    return max(int(arrays["lora_A"].shape[-2]) for arrays in factors.values())
 
 
 def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:

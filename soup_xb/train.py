@@ -139,7 +139,8 @@ def resolve_for(loaded: LoadedConfig, session: Session) -> tuple[Resolution, Cov
 
 def _announce(run: Opened, keeper: RunKeeper, done: int) -> None:
     keeper.tell(StartEvent(done, run.plan.total_steps))
-    for problem in run.notices:
+    since_opened = (notice for notice in run.session.notices() if notice not in run.notices)
+    for problem in (*run.notices, *since_opened):
         keeper.emit(Notice(problem))
     for problem in (*run.loaded.warnings, *run.plan.warnings):
         keeper.emit(Notice(problem, warning=True))

@@ -13,7 +13,7 @@ from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modu
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ModelError
 from soup_xb.core.examples import Message
-from soup_xb.core.modules import Module
+from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.session import (
     AdapterPlan,
     GenerationSettings,
@@ -88,13 +88,9 @@ def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
     plan = plan_of(saved, folder)
     for module in plan.modules:
         found = known.get(module.name)
-        shape = (module.out_features, module.in_features)
-        if found is None or (found.out_features, found.in_features) != shape:
-            has = (
-                "has no such module"
-                if found is None
-                else f"is {(found.out_features, found.in_features)} there"
-            )
+        shape = _shape(module)
+        if found is None or _shape(found) != shape:
+            has = "has no such module" if found is None else f"is {_shape(found)} there"
             raise ModelError(
                 "adapter-of-another-base",
                 f"`{module.name}` is {shape} in the adapter for "
@@ -104,6 +100,11 @@ def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
             )
     session.attach(plan)
     session.load_factors(saved.factors)
+
+
+def _shape(module: Module | AdapterModule) -> tuple[int, ...]:
+    sides = (module.out_features, module.in_features)
+    return (module.experts, *sides) if module.experts else sides
 
 
 def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:

@@ -42,7 +42,10 @@ def estimate_memory(
     and their gradient in float32 on all positions; rows that train on fewer need less.
     """
     width = _WEIGHT_BYTES[precision]
-    linear = sum(module.out_features * module.in_features for module in description.modules)
+    # Experts keep their format: only linear layers are quantized.
+    linear = sum(
+        module.out_features * module.in_features for module in description.modules if not module.experts
+    )
     plain = description.parameters - linear if training.quantization != "none" else description.parameters
     quantized = description.parameters - plain
     base = plain * width + quantized * _QUANTIZED_BYTES.get(training.quantization, 0.0)

@@ -41,9 +41,18 @@ def to_mlx_lm(saved: SavedAdapter, folder: Path) -> MlxLmAdapter:
     """A saved adapter (read from `folder`) in mlx-lm's form.
 
     Ranks are padded with zeros to the largest; B takes what its own scale has over the common one. The keys
-    are whole module names, so that mlx-lm adapts these modules and no other.
+    are whole module names, so that mlx-lm adapts these modules and no other. Raises ModelError for factors of experts.
     """
     modules = adapter_modules(saved, folder)
+    experts = [module.name for module in modules if module.experts]
+    if experts:
+        raise ModelError(
+            "experts-not-exported",
+            f"`{experts[0]}` and {len(experts) - 1} more adapted weights are 3-D stacks of experts, which mlx-lm keeps "
+            "in other modules",
+            where=str(folder),
+            help="write the whole model with `soupx merge`, and convert that with `mlx_lm.convert`.",
+        )
     rank = max(module.rank for module in modules)
     scale = modules[0].scale
     tensors: dict[str, Array] = {}

@@ -146,7 +146,6 @@ _LORA = (
     Row(
         "training.lora.target_modules=auto+experts",
         "experts",
-        torch=_later("use `target_modules: auto`, which leaves the experts out."),
         mlx=No(
             "3-D expert weights are adapted by a wrapper of PEFT's that mlx-lm does not have",
             "use `target_modules: auto`, which leaves the experts out.",

@@ -80,13 +80,13 @@ REFUSED = [
     ("task=pretrain", "pretrain"),
     ("task=vision", "vision"),
     ("data.packing=true", "packing"),
-    ("training.lora.target_modules=auto+experts", "experts"),
 ]
 
 
 REFUSED_ON_MLX = [
     ("training.relora_steps=5", "relora"),
     ("training.lora.use_vera=true", "vera"),
+    ("training.lora.target_modules=auto+experts", "experts"),
 ]
 
 

@@ -81,6 +81,68 @@ def tiny_gemma4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+# A config takes those of the sizes that its type knows.
+_SIZES = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 16,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "index_topk": 8, "index_n_heads": 2, "index_head_dim": 8,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8,
+}  # fmt: skip
+_EXPERTS = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "zero_expert_num"), 2
+    ),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"), 1),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 24
+    ),
+    **dict.fromkeys(("shared_intermediate_size", "moe_shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("intermediate_size_mlp", "ffn_hidden_size"), 48),
+    "moe_layer_start_index": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_experts("mixtral")`: a base of that type with four small experts a layer; changes of its config follow."""
+    import torch
+    import transformers
+
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, **changes: Any) -> Path:
+        key = f"{model_type} {changes}"
+        if key not in made:
+            kind = type(transformers.CONFIG_MAPPING[model_type]().get_text_config())
+            known, aliases = set(kind().to_dict()), getattr(kind, "attribute_map", {})
+            sizes = {name: size for name, size in (_SIZES | _EXPERTS).items() if name in known | set(aliases)}
+            sizes = {
+                name: size
+                for name, size in sizes.items()
+                if aliases.get(name, name) not in sizes.keys() - {name}
+            }
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(kind(**(sizes | changes)))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(0.0, 0.15)
+            folder = tmp_path_factory.mktemp(model_type)
+            model.save_pretrained(folder)
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(tiny_llama / file, folder / file)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
 @pytest.fixture
 def attached(tiny_llama: Path) -> Iterator[Attached]:
     """`attached(lora={…}, base=…, **training)` gives a session and its plan; closed after the test."""

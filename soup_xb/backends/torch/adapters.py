@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
+from soup_xb.backends.torch.expert_layers import add_piece, base_weight, is_stored_transposed
 from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
+from soup_xb.backends.torch.injection import inject
 from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.errors import ModelError
 from soup_xb.core.factors import random_factor
@@ -39,10 +38,7 @@ class Adapters:
         self.starts = dict(starts)
         # What merges left behind, in their order: it is in the base's weights, and not the base's.
         self.pieces: dict[str, list[Piece]] = {adapter.name: [] for adapter in plan.modules}
-        _inject(model, plan)
-        self.layers: dict[str, Any] = {
-            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-        }
+        self.layers: dict[str, Any] = inject(model, plan, ADAPTER)
         check_reach(model, plan, self.layers)
         for adapter in plan.modules:
             self._start(adapter)
@@ -56,7 +52,7 @@ class Adapters:
         }
 
     def factors(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-        """The adapter as a plain LoRA on the untouched base, float32, in PEFT's shapes: A (rank, in), B (out, rank)."""
+        """The adapter as a plain LoRA on the untouched base, float32: A (rank, in), B (out, rank), experts stacked."""
         plain = self.trained()
         for name, arrays in plain.items():
             piece = joined([self.live_piece(name), *self.pieces[name]])
@@ -121,13 +117,12 @@ class Adapters:
         layer = self.layers[name]
         place = _pair(layer)[0].device
         product = torch.from_numpy(piece.b).to(place) @ torch.from_numpy(piece.a).to(place)
-        base = layer.get_base_layer()
-        return layer.scaling[ADAPTER] * (product.T if isinstance(base, Conv1D) else product)
+        transposed = isinstance(layer.get_base_layer(), Conv1D) or is_stored_transposed(layer)
+        return layer.scaling[ADAPTER] * (product.mT if transposed else product)
 
     def fold(self, name: str, piece: Piece) -> None:
-        """Add a piece to the base's weight, in float32, rounded once to the weight's own format, and remember it."""
-        weight = self.layers[name].get_base_layer().weight
-        weight.data.copy_((weight.data.float() + self.delta(name, piece)).to(weight.dtype))
+        """Add a piece to the base's own weight, and remember it."""
+        add_piece(base_weight(self.layers[name]).data, piece, partial(self.delta, name))
         self.pieces[name].append(piece)
 
     def begin(self, name: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], start: Start | None) -> None:
@@ -137,8 +132,8 @@ class Adapters:
             for tensor, array in zip(_pair(layer), (a, b), strict=True):
                 tensor.copy_(torch.from_numpy(array))
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        down.start = None if start is None else torch.from_numpy(start.a).to(down.weight.device)
-        up.start = None if start is None else torch.from_numpy(start.b).to(up.weight.device)
+        down.start = None if start is None else torch.from_numpy(start.a).to(down.trained.device)
+        up.start = None if start is None else torch.from_numpy(start.b).to(up.trained.device)
         self.starts.pop(name, None)
         if start is not None:
             self.starts[name] = start
@@ -149,8 +144,8 @@ class Adapters:
             for name, pieces in self.pieces.items():
                 down, up = self.layers[name].lora_A[ADAPTER], self.layers[name].lora_B[ADAPTER]
                 merged = joined(pieces)
-                down.instead = torch.from_numpy(merged.a).to(down.weight.device)
-                up.instead = torch.from_numpy(-merged.b).to(up.weight.device)
+                down.instead = torch.from_numpy(merged.a).to(down.trained.device)
+                up.instead = torch.from_numpy(-merged.b).to(up.trained.device)
             yield
         finally:
             for layer in self.layers.values():
@@ -159,17 +154,19 @@ class Adapters:
     def _start(self, adapter: AdapterModule) -> None:
         layer = self.layers[adapter.name]
         layer.scaling[ADAPTER] = adapter.scale
-        place = layer.get_base_layer().weight.device
-        layer.lora_A[ADAPTER] = DownFactor(layer.lora_A[ADAPTER], place)
-        layer.lora_B[ADAPTER] = UpFactor(layer.lora_B[ADAPTER], place)
+        if adapter.experts:
+            layer.take_over(adapter, ADAPTER)
+        else:
+            place = base_weight(layer).device
+            layer.lora_A[ADAPTER] = DownFactor(adapter.a_shape, place)
+            layer.lora_B[ADAPTER] = UpFactor(adapter.b_shape, place)
         start = self.starts.get(adapter.name)
-        if start is not None and self.plan.dropout > 0:
+        if start is not None and self.plan.dropout > 0 and not adapter.experts:
             layer.lora_dropout[ADAPTER] = DropoutBeside(self.plan.dropout)
         for parameter in _factors(layer).values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        zeros = np.zeros((adapter.out_features, adapter.rank), np.float32)
-        first = start or Start(random_factor(adapter, self.plan.seed), zeros)
+        first = start or Start(random_factor(adapter, self.plan.seed), np.zeros(adapter.b_shape, np.float32))
         self.begin(adapter.name, first.a, first.b, start)
 
 
@@ -186,31 +183,8 @@ def check_reach(model: Any, plan: AdapterPlan, layers: Mapping[str, Any]) -> Non
         )
 
 
-def _inject(model: Any, plan: AdapterPlan) -> None:
-    ranks = {adapter.name: adapter.rank for adapter in plan.modules}
-    config = LoraConfig(
-        r=plan.modules[0].rank,
-        lora_alpha=plan.modules[0].alpha,
-        lora_dropout=plan.dropout,
-        target_modules=list(ranks),
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != plan.modules[0].rank},
-        use_rslora=plan.use_rslora,
-        use_dora=plan.use_dora,
-        bias="none",
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
-        init_lora_weights=True,
-    )
-    with warnings.catch_warnings():
-        # PEFT switches fan_in_fan_out by itself where a model mixes both kinds of layer, and warns of it, and of a head
-        # that shares its weight, which a merge here parts from the embedding.
-        for message in ("fan_in_fan_out", "Model has `tie_word_embeddings=True`"):
-            warnings.filterwarnings("ignore", message=message)
-        # Factors on the meta device are not initialized in vain; DoRA's magnitudes are computed from theirs.
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=not plan.use_dora)
-
-
 def _pair(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return layer.lora_A[ADAPTER].trained, layer.lora_B[ADAPTER].trained
 
 
 def _factors(layer: Any) -> dict[str, torch.nn.Parameter]:

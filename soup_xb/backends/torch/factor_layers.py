@@ -7,8 +7,6 @@ format, quantized ones too. Written as (B - B0) A + B0 (A - A0) it is exactly ze
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as functional
 
@@ -19,14 +17,17 @@ class DownFactor(torch.nn.Linear):
     start: torch.Tensor | None
     instead: torch.Tensor | None
 
-    def __init__(self, linear: Any, place: torch.device) -> None:
-        """Take over a plain layer's shape; the weight, float32, is set later."""
-        super().__init__(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=torch.float32
-        )
+    def __init__(self, shape: tuple[int, ...], place: torch.device) -> None:
+        """Make room for a weight of that shape, float32, which is set later."""
+        super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=torch.float32)
         self.to_empty(device=place)
         self.register_buffer("start", None, persistent=False)
         self.register_buffer("instead", None, persistent=False)
+
+    @property
+    def trained(self) -> torch.nn.Parameter:
+        """A itself."""
+        return self.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, rank), or twice the rank with a start.
@@ -51,14 +52,17 @@ class UpFactor(torch.nn.Linear):
     start: torch.Tensor | None
     instead: torch.Tensor | None
 
-    def __init__(self, linear: Any, place: torch.device) -> None:
-        """Take over a plain layer's shape; the weight, float32, is set later."""
-        super().__init__(
-            linear.in_features, linear.out_features, bias=False, device="meta", dtype=torch.float32
-        )
+    def __init__(self, shape: tuple[int, ...], place: torch.device) -> None:
+        """Make room for a weight of that shape, float32, which is set later."""
+        super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=torch.float32)
         self.to_empty(device=place)
         self.register_buffer("start", None, persistent=False)
         self.register_buffer("instead", None, persistent=False)
+
+    @property
+    def trained(self) -> torch.nn.Parameter:
+        """B itself."""
+        return self.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What `DownFactor` gave -> (…, out_features)."""

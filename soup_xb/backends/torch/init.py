@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers.pytorch_utils import Conv1D
 
+from soup_xb.backends.torch.expert_layers import expert_matrices
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
-from soup_xb.core.starts import Start, weight_start
+from soup_xb.core.starts import Start, stacked_start, weight_start
 
 # Each holds a float32 copy of the weight that it works on.
 _MOST_WORKERS = 8
@@ -63,11 +65,14 @@ def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[s
     # eigh and thin QR hardly gain from threads inside, so the modules are spread over them. bitsandbytes moves a
     # layer's state about while it dequantizes, which only one thread may do.
     threads = torch.get_num_threads()
+    algebra = TorchAlgebra(torch.device("cpu") if model.device.type == "mps" else model.device)
     workers = 1 if getattr(model, "is_quantized", False) else min(threads, _MOST_WORKERS, len(mine) or 1)
 
     def start(adapter: AdapterModule) -> Start:
-        weight = _weight(model.get_submodule(adapter.name), adapter)
-        return weight_start(plan.init_strategy, weight, adapter, TorchAlgebra(weight.device))
+        weights = _weights(model, adapter)
+        if adapter.experts:
+            return stacked_start(plan.init_strategy, weights, adapter, algebra)
+        return weight_start(plan.init_strategy, next(weights), adapter, algebra)
 
     # The number of threads is a setting of each thread.
     with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(threads // workers)) as pool:
@@ -75,12 +80,27 @@ def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[s
     return _shared(starts, plan, processes, model.device) if processes.many else starts
 
 
-def _weight(module: Any, adapter: AdapterModule) -> torch.Tensor:
-    with torch.no_grad():
-        weight = dequantize_module_weight(module).detach().float()
+def _weights(model: Any, adapter: AdapterModule) -> Iterator[torch.Tensor]:
+    """The weight of a module, float32 (out_features, in_features), or that of each of its experts."""
+    if adapter.experts:
+        path, _, leaf = adapter.name.rpartition(".")
+        matrices = expert_matrices(model.get_submodule(path), leaf)
+    else:
+        matrices = iter([_matrix(model.get_submodule(adapter.name))])
+    for matrix in matrices:
         # Metal has neither QR nor eigh.
-        weight = weight.cpu() if weight.device.type == "mps" else weight
-        weight = weight.T if isinstance(module, Conv1D) else weight
+        weight = matrix.float().cpu() if matrix.device.type == "mps" else matrix.float()
+        _check(weight, adapter)
+        yield weight
+
+
+def _matrix(module: Any) -> torch.Tensor:
+    with torch.no_grad():
+        weight: torch.Tensor = dequantize_module_weight(module).detach()
+        return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _check(weight: torch.Tensor, adapter: AdapterModule) -> None:
     if tuple(weight.shape) != (adapter.out_features, adapter.in_features):
         raise ModelError(
             "no-matrix",
@@ -96,7 +116,6 @@ def _weight(module: Any, adapter: AdapterModule) -> torch.Tensor:
             f"the weight of `{adapter.name}` has values that are not finite",
             help="the base is damaged: download it again.",
         )
-    return weight
 
 
 def _check_format(model: Any, plan: AdapterPlan) -> None:
@@ -118,8 +137,8 @@ def _shared(
     for adapter in plan.modules:
         start = starts.get(adapter.name)
         for array, shape in (
-            (start and start.a, (adapter.rank, adapter.in_features)),
-            (start and start.b, (adapter.out_features, adapter.rank)),
+            (start and start.a, adapter.a_shape),
+            (start and start.b, adapter.b_shape),
         ):
             mine = torch.zeros(shape) if array is None else torch.from_numpy(array)
             tensors.append(mine.to(device))

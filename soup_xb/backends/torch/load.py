@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.base_kind import check_causal
 from soup_xb.backends.torch.device import Device, memory_guard
+from soup_xb.backends.torch.expert_layers import expert_weights
+from soup_xb.backends.torch.injection import names_of_experts
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.layer_settings import layer_settings
@@ -90,10 +92,14 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 def describe_model(model: Any, wrappers: Mapping[str, str]) -> BaseDescription:
     """The structure of a model without adapters; `wrappers` names what stands around some of its linears."""
-    modules = []
+    modules: list[Module] = []
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    taken = names_of_experts(model, {name.rpartition(".")[2] for name in linears})
     for name, module in model.named_modules():
         if is_linear(module):
-            modules.append(Module(name, *_sides(module), reached_as=wrappers.get(name, "")))
+            sides, last = _sides(module), name.rpartition(".")[2]
+            modules.append(Module(name, *sides, reached_as=wrappers.get(name, ""), by_weight=last in taken))
+        modules += expert_weights(name, module)
     config = model.config.get_text_config()
     return BaseDescription(
         model_type=model.config.model_type,

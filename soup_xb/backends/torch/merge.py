@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from soup_xb.backends.torch.adapters import ADAPTER, Adapters
+from soup_xb.backends.torch.expert_layers import add_piece, base_weight
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.errors import ModelError
 
@@ -30,12 +33,13 @@ def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) ->
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if ".base_layer." in name:
-            name = name.replace(".base_layer.", ".")
+            name = re.sub(r"(\.base_layer)+\.", ".", name)
         elif ".lora_" in name or ".vera_" in name:
             continue
         state[name] = tensor
-    for name in adapters.layers:
-        state[f"{name}.weight"] = _merged_weight(adapters, name)
+    for adapter in adapters.plan.modules:
+        name = adapter.name if adapter.experts else f"{adapter.name}.weight"
+        state[name] = _merged_weight(adapters, adapter.name)
     with _own_head(model, adapters):
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
 
@@ -74,9 +78,11 @@ def _sharing(model: Any, adapters: Adapters | VeraAdapters) -> list[str]:
 
 def _merged_weight(adapters: Adapters | VeraAdapters, name: str) -> torch.Tensor:
     layer = adapters.layers[name]
-    weight = layer.get_base_layer().weight.detach()
+    weight = base_weight(layer).detach()
     if not adapters.plan.use_dora:
-        return (weight.float() + adapters.delta(name, adapters.live_piece(name))).to(weight.dtype)
+        merged = weight.clone()
+        add_piece(merged, adapters.live_piece(name), partial(adapters.delta, name))
+        return merged
     # DoRA rescales whole rows; PEFT's own merge knows how, and is undone at once.
     keep = weight.clone()
     layer.merge(safe_merge=True, adapter_names=[ADAPTER])

@@ -43,7 +43,8 @@ def check_mergeable(model: Any, plan: AdapterPlan) -> None:
     planned = {adapter.name for adapter in plan.modules}
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        module = name.rpartition(".")[0]
+        # An expert weight is planned by its own name, a linear layer's by the layer's.
+        module = name if name in planned else name.rpartition(".")[0]
         other = owners.setdefault(id(parameter), module)
         if other != module and {other, module} & planned:
             raise _unmergeable(
@@ -73,7 +74,7 @@ def _prune(adapters: Adapters, ratio: float) -> RestartResult:
 def _merge(adapters: Adapters, step: int) -> RestartResult:
     for adapter in adapters.plan.modules:
         adapters.fold(adapter.name, adapters.live_piece(adapter.name))
-        zeros = np.zeros((adapter.out_features, adapter.rank), np.float32)
+        zeros = np.zeros(adapter.b_shape, np.float32)
         adapters.begin(adapter.name, random_factor(adapter, adapters.plan.seed, step), zeros, None)
     factors = sum(adapter.parameters for adapter in adapters.plan.modules)
     return RestartResult(factors, 0)
