@@ -55,7 +55,7 @@ class SavedAdapter:
         """
         if not self.is_vera:
             return self
-        settings = plain_settings(self.settings, self.factors)
+        settings = plain_settings(self.settings, self.factors, modules)
         return SavedAdapter(plain_factors(self.factors, modules, folder / WEIGHTS), settings)
 
 

@@ -112,11 +112,20 @@ def plain_factors(
     return plain
 
 
-def plain_settings(settings: Mapping[str, Any], factors: Factors) -> dict[str, Any]:
+def plain_settings(
+    settings: Mapping[str, Any], factors: Factors, modules: Sequence[Module | AdapterModule]
+) -> dict[str, Any]:
     """What `adapter_config.json` says of the plain form: alpha is the rank, so that the scale is 1."""
     rank = int(factors[SHARED]["vera_A"].shape[0])
-    base = settings.get("base_model_name_or_path")
-    return {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": settings.get("base_model_name_or_path"),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_parameters": [
+            f"{module.name}.weight" for module in modules if module.by_weight and module.name in factors
+        ],
+    }
 
 
 def _apart(what: str, file: Path) -> ModelError:

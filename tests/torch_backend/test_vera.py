@@ -434,6 +434,24 @@ def test_experts_are_refused_by_their_name() -> None:
     assert caught.value.problems[0].code == "vera-on-experts"
 
 
+def test_the_dense_layers_of_a_model_of_experts_are_adapted_and_exported(
+    attached: Attached, tiny_experts: Callable[..., Path], tmp_path: Path
+) -> None:
+    # PEFT takes the names of its dense layers for those of experts, in a plain LoRA and not in VeRA.
+    base = tiny_experts("deepseek_v3", head_dim=4, num_key_value_heads=4)
+    session, plan = attached(VERA, base=base)
+    adapted = [adapter for adapter in plan.adapters.modules if adapter.name.startswith("model.layers.0.mlp")]
+    assert len(adapted) == 3 and all(adapter.by_weight for adapter in adapted)
+    train(session, plan)
+    live = session.logits(TOKENS)
+    names = [module.name for module in session.describe().modules if not module.experts]
+    write_adapter(tmp_path / "vera", plan.adapters, session.factors(), str(base), names)
+    export_adapter(tmp_path / "vera", tmp_path / "plain", "peft")
+    for folder in ("vera", "plain"):
+        np.testing.assert_allclose(stock_peft_logits(base, tmp_path / folder), live, atol=1e-4)
+    np.testing.assert_allclose(opened_logits("torch", base, tmp_path / "plain"), live, atol=1e-4)
+
+
 def damaged(change: Callable[[dict[str, Any]], None], source: Path, folder: Path) -> Path:
     shutil.copytree(source, folder)
     file = folder / "adapter_model.safetensors"
