@@ -96,7 +96,7 @@ def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
                 f"`{module.name}` is {shape} in the adapter for "
                 f"`{saved.settings.get('base_model_name_or_path')}` and the base {has}",
                 where=str(folder),
-                help="name the adapter's own base with --base.",
+                help=_way_out(module.name, session.backend),
             )
     session.attach(plan)
     session.load_factors(saved.factors)
@@ -105,6 +105,13 @@ def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
 def _shape(module: Module | AdapterModule) -> tuple[int, ...]:
     sides = (module.out_features, module.in_features)
     return (module.experts, *sides) if module.experts else sides
+
+
+def _way_out(name: str, backend: str) -> str:
+    own = "name the adapter's own base with --base."
+    if backend != "mlx" or not name.endswith("lm_head"):
+        return own
+    return f"{own} Where the base ties its head to the embedding, MLX has no head to adapt: use `--backend torch`."
 
 
 def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:

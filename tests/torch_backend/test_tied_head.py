@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from soup_xb.core.adapter_file import write_adapter
 from soup_xb.core.errors import ModelError
 from soup_xb.core.events import StepEvent
 from soup_xb.core.loop import Hooks, run_loop
@@ -84,6 +85,18 @@ def test_either_engine_reads_the_merged_model(
     tokens = plan.rows[0].tokens[None]
     with open_trained(TrainedOptions(backend, base=str(tmp_path))) as opened:
         np.testing.assert_allclose(opened.session.logits(tokens), session.logits(tokens), atol=1e-4)
+
+
+def test_mlx_says_that_it_has_no_tied_head(attached: Attached, tiny_llama: Path, tmp_path: Path) -> None:
+    session, plan = attached(HEAD)
+    names = [module.name for module in session.describe().modules]
+    write_adapter(tmp_path, plan.adapters, session.factors(), str(tiny_llama), names)
+    with open_trained(TrainedOptions("torch", tmp_path)) as opened:
+        assert opened.has_adapter
+    with pytest.raises(ModelError) as caught, open_trained(TrainedOptions("mlx", tmp_path)):
+        raise AssertionError("opened")
+    (problem,) = caught.value.problems
+    assert problem.code == "adapter-of-another-base" and "`--backend torch`" in problem.help
 
 
 def test_a_head_that_is_not_adapted_stays_tied(attached: Attached, tmp_path: Path) -> None:
