@@ -119,12 +119,12 @@ def part_help(part: Part, backend: str) -> str:
     """How to adapt what of the part is not; empty for routers, which stay as they are."""
     if part.name == ROUTERS or not part.left:
         return ""
-    if not part.adaptable:
-        return "no adapter can sit on them: their weights have a form of their own."
     # Experts that are linear layers of their own are adapted as any other.
     stacked = part.experts and not any(".*." in kind for reach in part.left for kind in reach.kinds)
-    if stacked and backend == "mlx":
+    if backend == "mlx" and (stacked or not part.adaptable):
         return "expert weights cannot be adapted on the mlx backend; run with --backend torch."
+    if not part.adaptable:
+        return "no adapter can sit on them: their weights have a form of their own."
     return f"`target_modules: auto{'+experts' if stacked else ''}` adapts them too."
 
 

@@ -75,7 +75,7 @@ def layer_rules(settings: Mapping[str, Any], layers: int) -> list[LayerRule]:
 
 
 def layer_reason(holds: frozenset[int], rules: Sequence[LayerRule]) -> str:
-    """The keys, up to three, by which `holds` are the layers that hold a kind of module; empty if none do.
+    """The keys, up to three, that set the layers `holds` apart from the others; empty where none do.
 
     >>> rules = layer_rules({"first_k_dense_replace": 1, "layer_types": ["linear", "full"] * 2}, layers=4)
     >>> layer_reason(frozenset({0}), rules), layer_reason(frozenset({1, 3}), rules)
@@ -86,14 +86,14 @@ def layer_reason(holds: frozenset[int], rules: Sequence[LayerRule]) -> str:
     for count in (1, 2, 3):
         for chosen in combinations(rules[:_MOST_RULES], count):
             cells = list(zip(*(rule.labels for rule in chosen), strict=True))
-            inside = {cells[layer] for layer in holds if layer < len(cells)}
-            if inside and inside.isdisjoint(cell for layer, cell in enumerate(cells) if layer not in holds):
+            inside = {cells[layer] for layer in holds}
+            if inside.isdisjoint(cell for layer, cell in enumerate(cells) if layer not in holds):
                 return ", ".join(_told(rule, holds) for rule in chosen)
     return ""
 
 
 def _told(rule: LayerRule, holds: frozenset[int]) -> str:
-    labels = {rule.labels[layer] for layer in holds if layer < len(rule.labels)}
+    labels = {rule.labels[layer] for layer in holds}
     if len(labels) == 1 and isinstance(label := next(iter(labels)), str):
         return f"{rule.text}: {label}"
     return rule.text

@@ -362,7 +362,7 @@ def test_both_backends_describe_the_same_base(opener: Opener) -> None:
     theirs = {module for module in first.modules if module.name != "lm_head"}
     assert theirs == set(second.modules)
     fields = ("model_type", "parameters", "layers", "hidden_size", "intermediate_size", "vocabulary_size")
-    for field in fields:
+    for field in (*fields, "other_weights", "layer_settings"):
         assert getattr(first, field) == getattr(second, field), field
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,6 +120,7 @@ def test_a_pattern_of_one_digit_that_misses_the_later_layers_is_warned_about(dig
     (problem,) = covered.warnings
     assert f"`{digit}+` is any number" in problem.help
     assert problem.where == "soup.yaml:7"
+    assert coverage_notices(coverage(DENSE, target_modules=pattern), "torch") == []
     ranked = coverage(DENSE, rank_pattern={pattern: 8})
     assert [problem.where for problem in ranked.warnings] == ["soup.yaml:9"]
 
@@ -231,6 +233,22 @@ def test_an_mlp_beside_the_experts_of_its_layer_is_a_shared_one() -> None:
     }
 
 
+def test_a_shared_mlp_beside_the_expert_block_and_a_gate_of_the_attention_are_told_from_it() -> None:
+    names = (
+        "self_attn.q_proj",
+        "self_attn.gate",
+        "shared_mlp.input_linear",
+        "block_sparse_moe.experts.down_proj",
+    )
+    covered = coverage(base(3, lambda _: names, lambda _: ("block_sparse_moe.router",)))
+    assert {part.name: part.count for part in covered.parts} == {
+        "experts": 3,
+        "shared experts": 3,
+        "routers": 3,
+    }
+    assert told(covered)["left out"] == "gate in layers 0-2 (3)"
+
+
 def test_experts_in_a_form_that_no_adapter_can_sit_on_are_told() -> None:
     odd = base(3, lambda _: ("self_attention.kv_proj", "mlp.router.layer"), lambda _: ("mlp.input_linear",))
     assert told(coverage(odd))["experts"] == (
@@ -250,12 +268,23 @@ def test_what_auto_leaves_out_besides_is_told() -> None:
 
 
 def test_a_tower_s_layers_are_told_apart_from_the_decoder_s() -> None:
-    tower = [Module(f"model.vision_tower.layers.{layer}.self_attn.q_proj", 64, 32) for layer in range(2)]
-    described = BaseDescription("tiny", (*tower, *DENSE.modules), 1, 30, 32, 64, 100)
-    assert told(coverage(described, target_modules=("q_proj", "lm_head"))) == {
-        "q_proj": "model.vision_tower.layers: layers 0-1 (2) | layers 0-29 (30)",
-        "lm_head": "lm_head (1)",
-    }
+    stack = "model.vision_tower.layers"
+    tower = [Module(f"{stack}.{layer}.{kind}", 64, 32) for layer in range(99) for kind in (*ATTENTION, *MLP)]
+    described = evolve(MIXED, modules=(*tower, *MIXED.modules))
+    covered = coverage(described, target_modules=("q_proj", "lm_head"))
+    assert told(covered)["q_proj"] == f"{stack}: layers 0-98 (99) | layers 0-5 (6)"
+    assert told(covered)["lm_head"] == "lm_head (1)"
+    assert [part.count for part in covered.parts] == [part.count for part in coverage(MIXED).parts]
+
+
+def test_a_target_that_reaches_a_wrapper_tells_the_linear_inside() -> None:
+    inside = [
+        Module(f"model.layers.{layer}.{kind}.linear", 64, 32, reached_as=f"model.layers.{layer}.{kind}")
+        for layer in range(2)
+        for kind in ATTENTION
+    ]
+    covered = coverage(evolve(DENSE, modules=tuple(inside)), target_modules="q_proj")
+    assert told(covered)["q_proj"] == "q_proj.linear in layers 0-1 (2)"
 
 
 def test_the_json_form_has_whole_names_and_every_layer() -> None:

@@ -15,6 +15,7 @@ import transformers
 from soup_xb.backends.mlx.reading import FAMILIES
 from soup_xb.backends.mlx.session import MlxSession, open_session
 from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.session import OptimizerSettings, SessionSettings
 
 SIZES = {
@@ -128,6 +129,16 @@ def test_logits_agree_with_transformers(save: Saver, case: str) -> None:
     session = opened(folder)
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(session.logits(tokens), expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("case", ["smollm3", "gemma3"])
+def test_the_keys_that_tell_layers_apart_are_those_of_transformers(save: Saver, case: str) -> None:
+    kind, changes = CASES[case]
+    folder = save(kind, **changes)
+    base = opened(folder, weights=False).describe()
+    assert base.layer_settings == layer_settings(transformers.AutoConfig.from_pretrained(folder).to_dict())
+    assert "layer_types" in base.layer_settings
+    assert base.other_weights == ("model.embed_tokens",)
 
 
 @pytest.mark.parametrize("case", ["llama tied", "llama untied", "granite", "gemma2", "gemma3"])
