@@ -41,6 +41,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     with open_run(loaded, chosen, weights=False) as run:
         for problem in (*loaded.warnings, *run.plan.warnings):
             click.echo(problem.render("warning"), err=True)
+        for problem in run.session.notices()[1:]:
+            click.echo(f"note: {problem.message}", err=True)
         training = loaded.config.training
         longest = max(row.length for row in run.plan.rows)
         memory = estimate_memory(
