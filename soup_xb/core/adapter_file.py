@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.adapter_settings import adapter_settings, pattern_values, short_names
-from soup_xb.core.errors import ModelError
+from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.expert_file import by_weight_names, file_factors, named_factors
+from soup_xb.core.foreign_settings import check_peft_settings, damaged, read_settings
 from soup_xb.core.modules import AdapterModule, Module, adapter_scale
 from soup_xb.core.pieces import saved_plan
 from soup_xb.core.session import AdapterPlan
@@ -90,6 +90,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     from safetensors.numpy import load_file
 
     settings = _read_settings(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise _no_weights(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -101,6 +103,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise ModelError(
             "damaged-adapter", f"cannot be read: {error}", where=str(folder / WEIGHTS), help=cure
         ) from error
+    if not tensors:
+        raise damaged(folder / WEIGHTS, "holds no factors")
     factors: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
         name, factor = _split_key(key, settings["peft_type"], folder / WEIGHTS)
@@ -120,7 +124,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         return SavedAdapter(named_factors(factors, settings), settings)
     except ValueError as error:
-        raise _damaged(folder / WEIGHTS, str(error)) from error
+        raise damaged(folder / WEIGHTS, str(error)) from error
+    except ConfigError as error:
+        raise damaged(folder / SETTINGS, error.problems[0].message) from error
 
 
 def adapter_folder(path: Path) -> Path:
@@ -157,24 +163,23 @@ def fit_factors(saved: SavedAdapter, plan: AdapterPlan, folder: Path) -> dict[st
 def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, ...]:
     """The modules of a saved adapter with their ranks and scales, from its shapes and settings.
 
-    Raises ModelError for factors that do not belong together and for settings that are no numbers.
+    Raises ModelError for factors that do not belong together, and for a pattern that is none or runs away.
     """
     alphas = saved.settings.get("alpha_pattern") or {}
     rslora = saved.settings.get("use_rslora") is True
-    if not isinstance(alphas, dict):
-        raise _damaged(folder / SETTINGS, "`alpha_pattern` must be an object")
     by_weight = by_weight_names(saved.factors, saved.settings)
     names = [f"{name}.weight" if name in by_weight else name for name in saved.factors]
-    values = pattern_values(alphas, names)
+    try:
+        values = pattern_values(alphas, names)
+    except ConfigError as error:
+        raise damaged(folder / SETTINGS, error.problems[0].message) from error
     modules = []
     for name, (module, arrays) in zip(names, saved.factors.items(), strict=True):
         sizes = _sizes(arrays)
         if sizes is None:
-            raise _damaged(folder / WEIGHTS, f"the factors of `{module}` do not belong together")
+            raise damaged(folder / WEIGHTS, f"the factors of `{module}` do not belong together")
         out, width, rank, experts = sizes
         alpha = values.get(name, saved.settings.get("lora_alpha", 8))
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise _damaged(folder / SETTINGS, f"alpha of `{module}` must be a number, got {alpha!r}")
         scale = adapter_scale(alpha, rank, rslora)
         modules.append(
             AdapterModule(module, out, width, rank, alpha, scale, experts, by_weight=module in by_weight)
@@ -187,13 +192,9 @@ def _sizes(arrays: Mapping[str, Array]) -> tuple[int, int, int, int] | None:
     a, b = arrays.get("lora_A"), arrays.get("lora_B")
     if a is None or b is None or a.ndim not in (2, 3) or a.ndim != b.ndim:
         return None
-    if a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
+    if a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2] or not a.size or not b.size:
         return None
     return b.shape[-2], a.shape[-1], a.shape[-2], a.shape[0] if a.ndim == 3 else 0
-
-
-def _damaged(file: Path, message: str) -> ModelError:
-    return ModelError("damaged-adapter", message, where=str(file), help="write the adapter again.")
 
 
 def check_factors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Array]) -> None:
@@ -224,13 +225,22 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             where=str(folder),
             help="name a folder that holds adapter_config.json, or a run's output folder.",
         )
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError("damaged-adapter", f"is not JSON: {error}", where=str(file)) from error
-    if not isinstance(settings, dict) or settings.get("peft_type") not in ("LORA", "VERA"):
+    settings = read_settings(file)
+    if settings.get("peft_type") not in ("LORA", "VERA"):
         raise ModelError("foreign-adapter", "is not a LoRA or VeRA adapter in PEFT's layout", where=str(file))
+    check_peft_settings(settings, file)
     return settings
+
+
+def _no_weights(folder: Path) -> ModelError:
+    if (folder / "adapter_model.bin").is_file():
+        return ModelError(
+            "foreign-weights",
+            "`adapter_model.bin` is a pickle, which can run code when it is read",
+            where=str(folder),
+            help="where you trust its author, load it with PEFT and `save_pretrained` it: that writes safetensors.",
+        )
+    return damaged(folder, f"there is no {WEIGHTS}")
 
 
 def _key(name: str, factor: str) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from soup_xb.core.errors import ConfigError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.patterns import matching_names
 from soup_xb.core.session import AdapterPlan
+
+# Several thousand patterns over as many names take a few seconds; what takes longer was made to.
+SECONDS_FOR_ALL = 20.0
 
 
 def adapter_settings(plan: AdapterPlan, base: str, names: Sequence[str]) -> dict[str, Any]:
@@ -61,9 +66,17 @@ def short_names(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def pattern_values(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The value of the first pattern that matches, for the names that one matches."""
+    """The value of the first pattern that matches, for the names that one matches.
+
+    Raises ConfigError for a pattern that is none, and where all of them together take too long.
+    """
     values: dict[str, Any] = {}
+    deadline = time.monotonic() + SECONDS_FOR_ALL
     for pattern, value in patterns.items():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                "runaway-pattern", f"{len(patterns)} patterns take more than {SECONDS_FOR_ALL:g} s"
+            )
         for name in matching_names(pattern, names):
             values.setdefault(name, value)
     return values

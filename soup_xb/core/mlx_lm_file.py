@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from attrs import frozen
 
 from soup_xb.core.adapter_file import Factors, SavedAdapter, adapter_modules
 from soup_xb.core.errors import ModelError
+from soup_xb.core.foreign_settings import check_number, damaged, read_settings
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 
@@ -101,14 +101,15 @@ def read_mlx_lm(folder: Path) -> tuple[AdapterPlan, Factors]:
     settings, tensors = _read_settings(folder / SETTINGS), _read_tensors(folder / WEIGHTS)
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise _damaged(folder / SETTINGS, f"`lora_parameters.scale` must be a number, got {scale!r}")
+    scale = check_number(scale, "`lora_parameters.scale`", folder / SETTINGS)
+    if not tensors:
+        raise damaged(folder / WEIGHTS, "holds no factors")
     factors: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
         name, _, leaf = key.rpartition(".")
         ours = dict(_FACTORS).get(leaf)
         if ours is None:
-            raise _damaged(folder / WEIGHTS, f"`{key}` is not a factor of a linear layer")
+            raise damaged(folder / WEIGHTS, f"`{key}` is not a factor of a linear layer")
         factors.setdefault(name, {})[ours] = (
             array.astype(np.float32) if leaf == "m" else array.T.astype(np.float32)
         )
@@ -119,19 +120,21 @@ def read_mlx_lm(folder: Path) -> tuple[AdapterPlan, Factors]:
 
 def _module(name: str, arrays: Mapping[str, Array], scale: float, folder: Path) -> AdapterModule:
     a, b = arrays.get("lora_A"), arrays.get("lora_B")
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise _damaged(folder / WEIGHTS, f"the factors of `{name}` do not belong together")
+    if (
+        a is None
+        or b is None
+        or a.ndim != 2
+        or b.ndim != 2
+        or a.shape[0] != b.shape[1]
+        or not a.size * b.size
+    ):
+        raise damaged(folder / WEIGHTS, f"the factors of `{name}` do not belong together")
     rank = int(a.shape[0])
     return AdapterModule(name, int(b.shape[0]), int(a.shape[1]), rank, scale * rank, scale)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(file, f"cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise _damaged(file, "must be an object")
+    settings = read_settings(file)
     if settings.get("fine_tune_type", "lora") not in ("lora", "dora"):
         raise ModelError(
             "foreign-adapter",
@@ -149,11 +152,5 @@ def _read_tensors(file: Path) -> dict[str, Array]:
     try:
         tensors: dict[str, Array] = load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, f"cannot be read: {error}") from error
+        raise damaged(file, f"cannot be read: {error}") from error
     return tensors
-
-
-def _damaged(file: Path, message: str) -> ModelError:
-    return ModelError(
-        "damaged-adapter", message, where=str(file), help="write the adapter again with mlx-lm."
-    )
