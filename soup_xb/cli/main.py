@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from soup_xb import __version__
-from soup_xb.core.errors import Problem, SoupError
+from soup_xb.core.errors import Problem, ResourceError, SoupError
+from soup_xb.core.legible import masked
 
 # Name -> what it does. A command lives in the module of its name, in the variable `command`, and is imported
 # only when it runs: `soupx --help` stays instant.
@@ -67,12 +68,17 @@ class LazyGroup(click.Group):
 
 
 @click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="soupx")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(context: click.Context, debug: bool) -> None:
     """Fine-tune a language model with LoRA from one YAML file, on PyTorch or on Apple MLX."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def run() -> None:
@@ -100,6 +106,12 @@ def _guarded(debug: bool) -> int:
         # The reader of our output went away (`soupx runs | head`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # No bug: a disk, a permission or a path that the system does not take.
+        _show_traceback(debug)
+        reason, file = error.strerror or str(error), str(error.filename or "")
+        click.echo(Problem("system-refused", f"the system refuses: {reason}", where=file).render(), err=True)
+        return ResourceError.exit_code
     except Exception as error:  # noqa: BLE001 - the very edge: a bug becomes exit 1 and a request to report it
         _show_traceback(debug)
         problem = Problem(
@@ -113,4 +125,4 @@ def _guarded(debug: bool) -> int:
 
 def _show_traceback(debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        click.echo(masked(traceback.format_exc()), err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from soup_xb.backends.mlx.quantization import (
     quantize_decoder,
     stored_quantization,
 )
-from soup_xb.backends.mlx.reading import Reading, read_base
+from soup_xb.backends.mlx.reading import Reading, read_base, unreadable_config
 from soup_xb.backends.mlx.rope import check_rope
 from soup_xb.backends.mlx.tree import walk
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ModelError, Problem
+from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.modules import Module
 from soup_xb.core.session import BaseDescription, SessionSettings
+from soup_xb.core.weight_files import weight_files
 
 
 @frozen(eq=False)
@@ -48,7 +50,8 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     folder = inspect_base(settings.base)
     check_quantization(folder, settings.quantization)
     reading = read_base(folder)
-    model = reading.build()
+    with foreign_errors(partial(unreadable_config, folder)):
+        model = reading.build()
     description, places = describe_model(model, folder, reading)
     notices = []
     with memory_guard("loading the base"):
@@ -77,7 +80,8 @@ def outline_base(path: Path) -> Opened:
     """The base's modules without weights: MLX computes nothing that is not asked for."""
     folder = inspect_base(path, weights=False)
     reading = read_base(folder)
-    model = reading.build()
+    with foreign_errors(partial(unreadable_config, folder)):
+        model = reading.build()
     description, places = describe_model(model, folder, reading)
     return Opened(model, folder, reading, description, places)
 
@@ -112,14 +116,6 @@ def describe_model(
     return description, places
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a base that `inspect_base` has checked."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(path.glob("*.safetensors"))
-    return [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-
-
 def read_arrays(file: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file that `inspect_base` has checked; they are read when asked for."""
     arrays: Any = mx.load(str(file))
@@ -128,14 +124,24 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
 
 def _read_weights(folder: BaseFolder, reading: Reading, model: Any) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
-    for file in weight_files(folder.path):
-        weights.update(read_arrays(file))
-    if reading.tied:
-        weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
-    # Gemma 3's does nothing but tie the head, which `build` has done.
-    if hasattr(model, "sanitize") and reading.module != "gemma3_text":
-        weights = model.sanitize(weights)
+    with foreign_errors(partial(_unreadable, folder)):
+        for file in weight_files(folder.path):
+            weights.update(read_arrays(file))
+        if reading.tied:
+            weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
+        # Gemma 3's does nothing but tie the head, which `build` has done.
+        if hasattr(model, "sanitize") and reading.module != "gemma3_text":
+            weights = model.sanitize(weights)
     return weights
+
+
+def _unreadable(folder: BaseFolder, reason: str) -> ModelError:
+    return ModelError(
+        "damaged-weights",
+        f"mlx-lm cannot read the weights: {reason}",
+        where=str(folder.path),
+        help="download the base again, or run with --backend torch.",
+    )
 
 
 def _fill(model: Any, weights: dict[str, mx.array], folder: BaseFolder) -> None:

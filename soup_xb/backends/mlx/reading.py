@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import transformers
 from attrs import evolve, field, frozen
-from huggingface_hub.errors import StrictDataclassError
 
 from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
 from soup_xb.core.base_folder import BaseFolder
 from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.support import feature_refusal
 
@@ -129,7 +130,8 @@ def read_base(folder: BaseFolder) -> Reading:
     _check_fields(config, family, where)
     arguments = {name: getattr(config, name) for name in (*_SIZES, *family.reads) if hasattr(config, name)}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    ropes, longest, because = _translate_layers(config, family, arguments, head_dim, where)
+    with foreign_errors(partial(unreadable_config, folder)):
+        ropes, longest, because = _translate_layers(config, family, arguments, head_dim, where)
     return Reading(
         module=family.module,
         arguments=arguments,
@@ -161,16 +163,18 @@ def _parse(folder: BaseFolder) -> Any:
         for key, value in folder.config.items()
         if key not in ("quantization", "quantization_config", "auto_map")
     }
-    try:
+    with foreign_errors(partial(unreadable_config, folder)):
         return transformers.CONFIG_MAPPING[folder.model_type].from_dict(plain)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            "unreadable-base",
-            f"transformers cannot read the config: {lines[0]}",
-            where=str(folder.path / "config.json"),
-            help="download the base again.",
-        ) from error
+
+
+def unreadable_config(folder: BaseFolder, reason: str) -> ModelError:
+    """The error for a config that a library could not make a model of, with its words."""
+    return ModelError(
+        "unreadable-base",
+        f"transformers and mlx-lm cannot read the config: {reason}",
+        where=str(folder.path / "config.json"),
+        help="download the base again.",
+    )
 
 
 def _check_fields(config: Any, family: Family, where: str) -> None:

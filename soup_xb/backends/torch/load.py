@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from soup_xb.backends.torch.expert_layers import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
 from soup_xb.core.base_folder import BaseFolder, inspect_base
 from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.modules import Module
 from soup_xb.core.session import BaseDescription, SessionSettings
+
+# A config.json may name a kernel on the hub here, which is code that somebody else wrote; None is the library's own.
+_OWN_IMPLEMENTATIONS = {"attn_implementation": None, "experts_implementation": None}
 
 
 def load_base(settings: SessionSettings, device: Device) -> Any:
@@ -31,19 +36,18 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     config = read_config(folder)
     quantization = _quantization(settings.quantization, folder, device)
     with memory_guard("loading the base"):
-        try:
+        with foreign_errors(partial(_unreadable, folder)):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 settings.base,
                 config=config,
                 dtype=device.dtype,
                 trust_remote_code=False,
+                **_OWN_IMPLEMENTATIONS,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
                 **quantization,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(folder, error) from error
         _check_loading(folder, report)
         if not quantization and not folder.quantization:
             model.to(device.torch_device)
@@ -57,30 +61,27 @@ def outline_base(path: Path) -> Any:
     """The base's modules on the meta device: names and shapes without memory."""
     folder = inspect_base(path, weights=False)
     config = read_config(folder)
-    with torch.device("meta"):
-        try:
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            raise _unreadable(folder, error) from error
+    with torch.device("meta"), foreign_errors(partial(_unreadable, folder)):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, **_OWN_IMPLEMENTATIONS
+        )
 
 
 def read_config(folder: BaseFolder) -> Any:
     """The base's config as transformers reads it. Raises ModelError for a type that is not trained here."""
     if folder.model_type not in transformers.CONFIG_MAPPING:
         wants = folder.config.get("auto_map")
-        code = f", and its folder wants to run its own code ({', '.join(map(str, wants))})" if wants else ""
+        code = f", and its folder wants to run its own code ({', '.join(wants)})" if wants else ""
         raise ModelError(
             "remote-code" if wants else "unknown-model-type",
             f"transformers {transformers.__version__} does not know `{folder.model_type}`{code}",
             where=str(folder.path / "config.json"),
             help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
         )
-    try:
+    with foreign_errors(partial(_unreadable, folder)):
         config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from error
     check_causal(folder, config)
     return config
 
@@ -186,11 +187,17 @@ def _check_loading(folder: BaseFolder, report: Any) -> None:
         )
 
 
-def _unreadable(folder: BaseFolder, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+def _unreadable(folder: BaseFolder, reason: str) -> ModelError:
+    if "ignore_mismatched_sizes" in reason:
+        return ModelError(
+            "incomplete-weights",
+            "the weights have other shapes than config.json says",
+            where=str(folder.path),
+            help="download the base again: config and weights do not belong together.",
+        )
     return ModelError(
         "unreadable-base",
-        f"transformers cannot open it: {lines[0]}",
+        f"transformers cannot open it: {reason}",
         where=str(folder.path),
         help="check that the folder is a causal language model that this transformers version knows.",
     )
