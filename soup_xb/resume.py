@@ -119,12 +119,13 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 def data_fingerprint(rows: Sequence[TokenRow]) -> str:
-    """sha256 of every token and every trained mark, in order."""
+    """sha256 of every token, every trained mark and every document's beginning, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.length.to_bytes(8, "little"))
         digest.update(row.tokens.tobytes())
         digest.update(np.packbits(row.trained).tobytes())
+        digest.update(np.array(row.documents, dtype="<i8").tobytes())
     return digest.hexdigest()
 
 

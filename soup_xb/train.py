@@ -21,6 +21,7 @@ from soup_xb.core.gemma4 import check_towers
 from soup_xb.core.launch import launched_processes
 from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.modules import Resolution, resolve_adapters
+from soup_xb.core.packing import check_apart
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import Session, SessionSettings
@@ -71,6 +72,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         keeper = RunKeeper(run, options, folder, listeners)
         if keeper.is_complete():
             return Outcome(keeper.record, output, already_complete=True)
+        check_apart(run.session, run.plan.rows, run.plan.pad_id)
         _attach(run)
         done = keeper.start()
         with failure_noted(keeper), stop_on_signals() as stop:
@@ -91,7 +93,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     base = inspect_base(resolve_base(config.base), weights=weights)
     check_towers(loaded, base, name)
     tokenizer = open_tokenizer(base.path, config.data.chat_template)
-    dataset = load_dataset(config.data, tokenizer, config.training.seed)
+    dataset = load_dataset(config.data, tokenizer, config.training.seed, config.task)
     session = open_session(name, session_settings(config, base.path, weights))
     try:
         resolution, coverage = resolve_for(loaded, session)

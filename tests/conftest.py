@@ -43,7 +43,7 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_model(folder: Path, config: Any, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, config: Any, seed: int = 0) -> Path:
     """A causal model with random weights of a size that matters, its tokenizer beside it."""
     import torch
     import transformers
@@ -57,6 +57,12 @@ def save_model(folder: Path, config: Any, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[..., Path]:
+    """`save_model(folder, config)` writes a causal model of that config, and gives the folder back."""
+    return save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +83,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return save_model(tmp_path_factory.mktemp("tiny-llama"), config)
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"), config)
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,15 @@ class MicroBatch:
 
     `tokens` is int32 (rows, length), padded on the right. `positions` is int64 (n,): the places in the flattened
     (rows * length) grid whose hidden state predicts a target; `targets` is int64 (n,), the token ids predicted
-    there. `lengths` is int64 (rows,), the real tokens of each row.
+    there. `lengths` is int64 (rows,), the real tokens of each row. `position_ids` is int32 (rows, length), the place of
+    each token in its document, where a row holds several documents; None where no row does.
     """
 
     tokens: Array
     positions: Array
     targets: Array
     lengths: Array
+    position_ids: Array | None = None
 
     @property
     def target_tokens(self) -> int:
@@ -90,4 +92,16 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> MicroBatch:
         positions=np.concatenate([empty, *positions]),
         targets=np.concatenate([empty, *targets]).astype(np.int64),
         lengths=np.array([row.length for row in rows], dtype=np.int64),
+        position_ids=_position_ids(rows, length),
     )
+
+
+def _position_ids(rows: Sequence[TokenRow], length: int) -> Array | None:
+    if all(len(row.documents) == 1 for row in rows):
+        return None
+    ids = np.empty((len(rows), length), dtype=np.int32)
+    for index, row in enumerate(rows):
+        ids[index, : row.length] = row.position_ids
+        # Padding is a document of its own.
+        ids[index, row.length :] = np.arange(length - row.length)
+    return ids

@@ -71,7 +71,10 @@ class DataConfig:
     subset: str | None = words(None, "Subset (configuration name) of a hub dataset.")
     val_split: float = number(0.0, "Share of the training rows held out for evaluation.", _SHARE)
     max_length: int = integer(2048, "Longest row in tokens; what is longer is cut.", 2, 1_048_576)
-    packing: bool = switch(False, "Put several short rows into one sequence.")
+    packing: bool = switch(
+        False,
+        "Put several rows into one sequence of `max_length`, kept apart in attention; `pretrain` always does.",
+    )
     chat_template: str | None = words(None, "Jinja chat template for a base that has none: text or a file.")
 
 
@@ -138,7 +141,7 @@ class Config:
     """A whole `soup.yaml`, immutable, every default filled in."""
 
     base: str = words(NOTHING, "The model to fine-tune: a hub id or a local folder.")
-    task: str = choice("sft", TASKS, "What to train for; `sft` is supervised fine-tuning.")
+    task: str = choice("sft", TASKS, "What to train for: `sft` learns answers, `pretrain` plain text.")
     backend: str = choice(
         "auto",
         ("auto", "torch", "mlx"),

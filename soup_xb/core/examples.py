@@ -71,11 +71,13 @@ class TokenRow:
 
     `tokens` is int32 (length,); `trained` is bool (length,): True where the token is a target, that is, where
     the model learns to predict it. The first token is never a target, since nothing comes before it.
+    `documents` is where the documents in it begin; there is more than one after packing.
     """
 
     tokens: np.ndarray[Any, Any] = field(converter=_token_ids)
     trained: np.ndarray[Any, Any] = field(converter=_marks)
     source: Source
+    documents: tuple[int, ...] = (0,)
 
     @property
     def length(self) -> int:
@@ -86,3 +88,10 @@ class TokenRow:
     def target_tokens(self) -> int:
         """Number of targets."""
         return int(self.trained[1:].sum())
+
+    @property
+    def position_ids(self) -> np.ndarray[Any, Any]:
+        """The place of each token in its own document, int32 (length,)."""
+        starts = np.array(self.documents)
+        lengths = np.diff(starts, append=self.length)
+        return np.arange(self.length, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)

@@ -60,6 +60,13 @@ def _one_held_out_set(loaded: LoadedConfig) -> Iterator[Problem]:
         yield excluded(loaded, ("data.val_split", f"{data.val_split:g}"), "data.eval", reason)
 
 
+def _pretraining_reads_text(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    if loaded.config.task == "pretrain" and data.format not in ("auto", "text"):
+        reason = "pretraining learns plain text, every token of it"
+        yield excluded(loaded, ("data.format", f"`{data.format}`"), "task", reason)
+
+
 def _evaluation_has_rows(loaded: LoadedConfig) -> Iterator[Problem]:
     data = loaded.config.data
     if loaded.config.training.eval_steps is not None and not data.eval and data.val_split == 0:
@@ -143,6 +150,7 @@ def _template_is_used(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 RULES = (
+    Rule(_pretraining_reads_text, ("task", "data.format")),
     Rule(_rewarm_fits, ("training.relora_steps", "training.relora_rewarm_steps", "training.relora_mode")),
     Rule(
         _merge_needs_an_open_base,

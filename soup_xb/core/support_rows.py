@@ -73,8 +73,7 @@ _WORKED_ANSWERS = "train on worked answers: chat rows with `task: sft`."
 _TEXT_ROWS = "`task: sft` on text rows is what this version trains."
 
 _TASKS = (
-    *_works("task", "task=sft"),
-    _task("pretrain", "use `task: sft` with `data.format: text`, which trains on every token of a row."),
+    *_works("task", "task=sft", "task=pretrain"),
     *(_task(name, _CHOSEN_ANSWERS) for name in ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")),
     *(_task(name, _WORKED_ANSWERS) for name in ("ppo", "grpo", "rlhf")),
     *(_task(name, _TEXT_ROWS) for name in ("embedding", "vision", "audio")),
@@ -113,8 +112,7 @@ _DATA = (
     ),
     *_choices("data.format", "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"),
     _unbuilt("data.format=preference", "preference", _CHOSEN_ANSWERS),
-    _unbuilt("data.packing", "packing", "remove it; rows of like length share a batch anyway."),
-    *_works("data.chat_template"),
+    *_works("data.packing", "data.chat_template"),
 )
 
 # A loss scaler would skip the updates whose gradient overflows: not the run that the file describes.

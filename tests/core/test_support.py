@@ -77,9 +77,8 @@ def test_the_defaults_are_refused_by_neither_backend() -> None:
 
 REFUSED = [
     ("task=dpo", "dpo"),
-    ("task=pretrain", "pretrain"),
     ("task=vision", "vision"),
-    ("data.packing=true", "packing"),
+    ("task=embedding", "embedding"),
 ]
 
 
@@ -115,12 +114,12 @@ def test_preference_rows_are_refused_with_a_preference_task() -> None:
 
 
 def test_all_refusals_come_at_once_with_their_lines() -> None:
-    loaded = load("  packing: true\ntask: dpo\ntraining:\n  lora: {use_vera: true}\n")
+    loaded = load("  format: preference\ntask: dpo\ntraining:\n  lora: {use_vera: true}\n")
     with pytest.raises(ConfigError) as caught:
         check_supported(loaded, "mlx")
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
         ("mlx-no-dpo", "soup.yaml:5: task"),
-        ("mlx-no-packing", "soup.yaml:4: data.packing"),
+        ("mlx-no-preference", "soup.yaml:4: data.format"),
         ("mlx-no-vera", "soup.yaml:7: training.lora.use_vera"),
     ]
 

@@ -132,6 +132,7 @@ def test_a_qlora_file_keeps_its_numbers(accounted: Accounted, values: Values) ->
         "data.format": "auto",
         "data.val_split": 0.05,
         "data.max_length": 4096,
+        "data.packing": True,
         "training": values(done)["training"],
         "training.epochs": 4,
         "training.lr": 2e-4,
@@ -160,7 +161,6 @@ def test_what_means_something_else_here_is_told(accounted: Accounted) -> None:
     assert "all processes" in notes["micro_batch_size"]
     assert "cut here" in notes["sequence_len"]
     assert "different ways" in reasons["datasets[0].type"]
-    assert "not available" in reasons["sample_packing"]
     assert "in steps" in reasons["evals_per_epoch"]
     assert "metrics.jsonl" in reasons["wandb_project"]
     assert reasons["wandb_entity"] == reasons["lora_model_dir"] == "has no value"

@@ -157,7 +157,7 @@ def test_a_pissa_start_and_a_folder_of_datasets(accounted: Accounted, values: Va
     assert (found["training.scheduler"], found["training.lr"]) == ("linear", 5e-5)
     assert (found["training.batch_size"], found["training.gradient_checkpointing"]) == (8, False)
     reasons = {left.key: left.reason for left in done.left}
-    assert {"pissa_iter", "packing", "fp16", "num_train_epochs"} <= reasons.keys()
+    assert {"pissa_iter", "fp16", "num_train_epochs"} <= reasons.keys()
     assert "gradients overflow" in reasons["fp16"]
     notes = {carried.key: carried.note for carried in done.carried}
     assert "plain LoRA" in notes["pissa_convert"]

@@ -119,7 +119,7 @@ def test_what_soup_does_by_default_is_written_out(accounted: Accounted, values: 
         ("  load_in_8bit: true", "training.quantization", "8bit"),
         ("  optimizer: muon", "training.optimizer", None),
         ("  scheduler: polynomial", "training.scheduler", None),
-        ("  packing: true", "data.packing", None),
+        ("  packing: true", "data.packing", True),
         ("  relora_prune_ratio: 0.5", "training.relora_prune_ratio", None),
         ("  lora: {init_strategy: loftq}", "training.lora.init_strategy", None),
         ("  lora: {use_olora: true}", "training.lora.init_strategy", "olora"),

@@ -13,17 +13,22 @@ from soup_xb.core.batches import MicroBatch
 
 @frozen(eq=False)
 class Grid:
-    """A micro-batch as arrays on the grid; `weights` (n,) is 0 where a place only fills it."""
+    """A micro-batch as arrays on the grid; `weights` (n,) is 0 where a place only fills it.
+
+    `documents` is int32 (rows, length), the number of each token's document, where a row holds several.
+    """
 
     tokens: mx.array
     positions: mx.array
     targets: mx.array
     weights: mx.array
+    documents: mx.array | None = None
 
     @property
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """All of them, in the order in which a loss takes them."""
-        return self.tokens, self.positions, self.targets, self.weights
+    def arrays(self) -> tuple[mx.array, ...]:
+        """All of them, in the order in which `Grid` takes them."""
+        arrays = (self.tokens, self.positions, self.targets, self.weights)
+        return arrays if self.documents is None else (*arrays, self.documents)
 
 
 def grid_size(count: int, least: int = 16, steps: int = 4) -> int:
@@ -44,7 +49,9 @@ def grid_size(count: int, least: int = 16, steps: int = 4) -> int:
 def exact_grid(batch: MicroBatch) -> Grid:
     """The micro-batch as it is; without targets one place of weight 0 stands in for them."""
     weights = np.ones(batch.target_tokens, dtype=np.float32)
-    return _grid(batch.tokens, batch.positions, batch.targets, weights)
+    return _grid(
+        batch.tokens, batch.positions, batch.targets, weights, _documents(batch, batch.tokens.shape[1])
+    )
 
 
 def padded_grid(batch: MicroBatch) -> Grid:
@@ -61,10 +68,19 @@ def padded_grid(batch: MicroBatch) -> Grid:
     targets = np.concatenate([batch.targets, np.repeat(batch.targets[first], missing)])
     weights = np.zeros(positions.size, dtype=np.float32)
     weights[: batch.target_tokens] = 1.0
-    return _grid(tokens, positions, targets, weights)
+    return _grid(tokens, positions, targets, weights, _documents(batch, wide))
 
 
-def _grid(tokens: Any, positions: Any, targets: Any, weights: Any) -> Grid:
+def _documents(batch: MicroBatch, wide: int) -> Any:
+    """The number of each token's document; what fills the grid belongs to none of them."""
+    if batch.position_ids is None:
+        return None
+    documents = np.zeros((batch.tokens.shape[0], wide), dtype=np.int32)
+    documents[:, : batch.tokens.shape[1]] = np.cumsum(batch.position_ids == 0, axis=1)
+    return documents
+
+
+def _grid(tokens: Any, positions: Any, targets: Any, weights: Any, documents: Any) -> Grid:
     if not positions.size:
         positions = targets = np.zeros(1, dtype=np.int64)
         weights = np.zeros(1, dtype=np.float32)
@@ -73,4 +89,5 @@ def _grid(tokens: Any, positions: Any, targets: Any, weights: Any) -> Grid:
         mx.array(positions.astype(np.int32)),
         mx.array(targets.astype(np.int32)),
         mx.array(weights),
+        None if documents is None else mx.array(documents),
     )

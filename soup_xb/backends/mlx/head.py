@@ -9,6 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from soup_xb.backends.mlx.documents import documents_apart
+from soup_xb.backends.mlx.grid import Grid
+
 _BLOCK = 256
 
 
@@ -48,18 +51,16 @@ def head_on_positions(model: Any, positions: mx.array) -> Iterator[None]:
         setattr(owner, name, head)
 
 
-def summed_loss(
-    model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
-) -> mx.array:
-    """Weighted sum of the cross-entropies (nats) at `positions`, in float32.
+def summed_loss(model: Any, grid: Grid) -> mx.array:
+    """Weighted sum of the cross-entropies (nats) at the grid's positions, in float32.
 
-    `tokens` is (rows, length), padded on the right: causal attention keeps padding out of every real token's
-    sight, so no mask is needed. `weights` (n,) is 1 for a target and 0 for a place that only fills the grid.
+    Rows are padded on the right: causal attention keeps padding out of every real token's sight, so no mask is
+    needed, unless a row holds several documents.
     """
-    with head_on_positions(model, positions):
-        logits = model(tokens)[0].astype(mx.float32)
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return mx.sum((log_sum_exp(logits) - chosen) * weights)
+    with head_on_positions(model, grid.positions), documents_apart(model, grid.documents):
+        logits = model(grid.tokens)[0].astype(mx.float32)
+    chosen = mx.take_along_axis(logits, grid.targets[:, None], axis=-1)[:, 0]
+    return mx.sum((log_sum_exp(logits) - chosen) * grid.weights)
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:

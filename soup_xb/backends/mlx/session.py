@@ -115,7 +115,7 @@ class MlxSession:
         with self._with_adapter(adapter), memory_guard("evaluating"):
             for batch in micro_batches:
                 self._check_length(batch.tokens.shape[1])
-                total += float(np.array(summed_loss(self.model, *exact_grid(batch).arrays)))
+                total += float(np.array(summed_loss(self.model, exact_grid(batch))))
                 targets += batch.target_tokens
         return LossSum(self._processes.sum_exactly(total), round(self._processes.sum_exactly(targets)))
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from soup_xb.backends.mlx.adapters import Adapters, Arrays
-from soup_xb.backends.mlx.grid import exact_grid, padded_grid
+from soup_xb.backends.mlx.grid import Grid, exact_grid, padded_grid
 from soup_xb.backends.mlx.head import summed_loss
 from soup_xb.core.batches import MicroBatch
 
@@ -43,5 +43,5 @@ class Gradients:
     def _loss(self, values: Arrays, arrays: Any, share: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
         self.traced += 1
         self._adapters.place(values, key)
-        total = summed_loss(self._model, *arrays)
+        total = summed_loss(self._model, Grid(*arrays))
         return total * share, total

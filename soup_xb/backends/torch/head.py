@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
+from attrs import frozen
+
+from soup_xb.core.batches import MicroBatch
 
 
 @contextmanager
@@ -29,14 +33,34 @@ def head_on_positions(model: Any, positions: torch.Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def summed_loss(
-    model: Any, tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+@frozen(eq=False)
+class BatchTensors:
+    """A MicroBatch on the device; see soup_xb.core.batches."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor | None
+
+    @classmethod
+    def of(cls, batch: MicroBatch, place: torch.device) -> BatchTensors:
+        """Copies of the arrays, ids as int64."""
+        ids = batch.position_ids
+        return cls(
+            torch.from_numpy(batch.tokens.astype(np.int64)).to(place),
+            torch.from_numpy(batch.positions).to(place),
+            torch.from_numpy(batch.targets).to(place),
+            None if ids is None else torch.from_numpy(ids.astype(np.int64)).to(place),
+        )
+
+
+def summed_loss(model: Any, batch: BatchTensors) -> torch.Tensor:
     """Sum of the cross-entropies (nats) at `positions`, in float32.
 
-    `tokens` is (rows, length), padded on the right: causal attention keeps padding out of every real token's
-    sight, so no mask is needed.
+    Rows are padded on the right: causal attention keeps padding out of every real token's sight, so no mask is
+    needed. Position ids that restart tell transformers where a document ends, and attention does not cross it.
     """
-    with head_on_positions(model, positions):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+    with head_on_positions(model, batch.positions):
+        packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        logits = model(input_ids=batch.tokens, use_cache=False, **packed).logits
+    return functional.cross_entropy(logits[0].float(), batch.targets, reduction="sum")

@@ -17,7 +17,7 @@ from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
 from soup_xb.backends.torch.base_kind import text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
-from soup_xb.backends.torch.head import summed_loss
+from soup_xb.backends.torch.head import BatchTensors, summed_loss
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
@@ -112,7 +112,7 @@ class TorchSession:
         try:
             with memory_guard("training"):
                 for batch in micro_batches:
-                    loss = summed_loss(self.model, *self._tensors(batch))
+                    loss = summed_loss(self.model, BatchTensors.of(batch, self._device.torch_device))
                     (loss / step.target_tokens).backward()
                     total += loss.detach()
         finally:
@@ -131,7 +131,7 @@ class TorchSession:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device.torch_device)
         with torch.no_grad(), self._with_adapter(adapter), memory_guard("evaluating"):
             for batch in micro_batches:
-                totals[0] += summed_loss(self.model, *self._tensors(batch))
+                totals[0] += summed_loss(self.model, BatchTensors.of(batch, self._device.torch_device))
                 totals[1] += batch.target_tokens
         self._processes.sum_([totals])
         return LossSum(float(totals[0].item()), int(totals[1].item()))
@@ -214,14 +214,6 @@ class TorchSession:
         self._patches.close()
         self._processes.leave()
         self._optimizer = self._adapters = self.model = None
-
-    def _tensors(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        place = self._device.torch_device
-        return (
-            torch.from_numpy(batch.tokens.astype(np.int64)).to(place),
-            torch.from_numpy(batch.positions).to(place),
-            torch.from_numpy(batch.targets).to(place),
-        )
 
     def _with_adapter(self, adapter: bool) -> Any:
         if adapter or self._adapters is None:
