@@ -87,8 +87,13 @@ def read_config(folder: BaseFolder) -> Any:
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    """Whether an adapter can sit on the module: nn.Linear with its quantized forms, and GPT-2's Conv1D."""
-    return isinstance(module, torch.nn.Linear | Conv1D)
+    """Whether an adapter can sit on the module: nn.Linear with its quantized forms, and GPT-2's Conv1D.
+
+    A grouped linear (DeepSeek V4) is none: every group of its inputs has a matrix of its own.
+    """
+    return isinstance(module, torch.nn.Linear | Conv1D) and not type(module).__name__.endswith(
+        "GroupedLinear"
+    )
 
 
 def describe_model(model: Any, wrappers: Mapping[str, str]) -> BaseDescription:
@@ -117,7 +122,8 @@ def describe_model(model: Any, wrappers: Mapping[str, str]) -> BaseDescription:
 
 def _other_weights(model: Any, listed: set[str]) -> tuple[str, ...]:
     """The parameters of two dimensions or more that no adapter can sit on, biases aside."""
-    names = (name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() > 1)
+    matrices = [name for name, weight in model.named_parameters() if weight.dim() > 1 and name not in listed]
+    names = (name.removesuffix(".weight") for name in matrices)
     return tuple(name for name in names if name not in listed and not name.endswith("bias"))
 
 
