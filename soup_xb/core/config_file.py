@@ -18,6 +18,8 @@ from soup_xb.core.dependent_keys import counts
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.loaded_config import LoadedConfig, place
 from soup_xb.core.overrides import lay_over, read_overrides
+from soup_xb.core.support import refusals
+from soup_xb.core.support_rows import BACKENDS
 from soup_xb.core.unknown_keys import suggestion
 from soup_xb.core.yaml_file import LEAST, read_text
 from soup_xb.core.yaml_text import write_yaml
@@ -41,7 +43,8 @@ def load_config(path: Path = DEFAULT_PATH, overrides: Sequence[str] = ()) -> Loa
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     """The checked config of a YAML text; `source` names it in errors.
 
-    Raises ConfigError with every problem of the text and of the overrides.
+    Raises ConfigError with every problem of the text and of the overrides; where there is one, what the backend
+    refuses is among them.
     """
     root, problems = read_yaml(text, source)
     if root is None or root.value is None:
@@ -60,7 +63,9 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Loade
     problems += [*_fault_problems(reading.faults, source, lines), *contradictions(loaded, faulty)]
     problems += override_problems
     if problems:
-        raise ConfigError.of(_by_line(problems, source))
+        told = {problem.where for problem in problems}
+        refused = [problem for problem in _refused(loaded) if problem.where not in told]
+        raise ConfigError.of(_by_line([*problems, *refused], source))
     return _with_one_strategy(evolve(loaded, warnings=tuple(warnings(loaded))))
 
 
@@ -114,6 +119,16 @@ def _fault_problems(faults: Sequence[Fault], source: str, lines: Mapping[str, in
         if fault.refusal.code != "unknown-key":
             where = place(source, lines, fault.key)
             yield Problem(fault.refusal.code, fault.refusal.message, where, fault.refusal.help)
+
+
+def _refused(loaded: LoadedConfig) -> Iterator[Problem]:
+    """What the backend will refuse besides, so that all is told in one round; under `auto`, what every backend does."""
+    asked = loaded.config.backend
+    by_backend = {name: refusals(loaded, name) for name in (BACKENDS if asked == "auto" else (asked,))}
+    places = [{problem.where for problem in found} for found in by_backend.values()]
+    for problem in next(iter(by_backend.values())):
+        if all(problem.where in others for others in places):
+            yield problem
 
 
 def _by_line(problems: Sequence[Problem], source: str) -> list[Problem]:
