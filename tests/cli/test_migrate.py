@@ -25,7 +25,7 @@ micro_batch_size: 2
 num_epochs: 1
 learning_rate: 2e-4
 wandb_project: secret
-sample_packing: true
+fp16: true
 """
 
 
@@ -44,7 +44,7 @@ def test_the_config_goes_to_stdout_and_the_account_to_stderr(soupx: Soupx, tmp_p
     assert answer.err.startswith("theirs.yml: axolotl, ")
     assert "     9  micro_batch_size -> training.batch_size: 2   (" in answer.err
     assert "        training.weight_decay: 0.0   (axolotl's default)" in answer.err
-    assert "    13  sample_packing: not available: " in answer.err
+    assert "    13  fp16: not available: gradients overflow" in answer.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["soup.yaml", "theirs.yml"]
 
 

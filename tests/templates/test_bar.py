@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from soup_xb.core.config import TASKS
 from soup_xb.core.config_file import parse_config
@@ -125,4 +126,6 @@ def test_the_sample_rows_train_for_three_steps(
     assert done.code == 0, done.err
     record = json.loads((tmp_path / "output" / "run.json").read_text())
     assert (record["status"], record["steps"], record["backend"]) == ("finished", 3, backend)
-    assert (tmp_path / "output" / "adapter" / "adapter_model.safetensors").is_file()
+    adapted = load_file(tmp_path / "output" / "adapter" / "adapter_model.safetensors")
+    assert any(".experts." in name for name in adapted) == (template.name == "moe")
+    assert not [name for name in adapted if ".gate." in name], "the router is left as it is"
