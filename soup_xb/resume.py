@@ -197,10 +197,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS_FILE
     try:
         settings = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("damaged-checkpoint", f"cannot be read: {error}", where=str(file)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError("checkpoint-damaged", f"cannot be read: {error}", where=str(file)) from error
     if not isinstance(settings, dict):
-        raise CheckpointError("damaged-checkpoint", "must be an object", where=str(file))
+        raise CheckpointError("checkpoint-damaged", "must be an object", where=str(file))
     return settings
 
 

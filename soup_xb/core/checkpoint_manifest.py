@@ -172,8 +172,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _parse(content: dict[str, Any]) -> Manifest:
     files = content["files"]
-    if not isinstance(files, list) or len(files) > MAX_FILES:
-        raise ValueError(f"`files` must be a list of at most {MAX_FILES}")
+    if not isinstance(files, list) or not 0 < len(files) <= MAX_FILES:
+        raise ValueError(f"`files` must be a list of at least one and at most {MAX_FILES}")
     versions = content["versions"]
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
         raise TypeError("`versions` must map names to text")

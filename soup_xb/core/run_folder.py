@@ -122,6 +122,7 @@ def open_run_folder(path: Path, *, overwrite: bool = False, resume: bool = False
             _remove_run(path)
         elif not resume:
             _refuse_run(path)
+        _refuse_in_the_way(path)
     except BaseException:
         lock.release()
         raise
@@ -203,6 +204,26 @@ def _remove_run(path: Path) -> None:
                 checkpoint.remove_all(item)
             else:
                 staging.discard(item)
+
+
+def _refuse_in_the_way(path: Path) -> None:
+    """What a run would fail on only when it writes its results."""
+    with disk_errors(path):
+        for name, is_folder in (
+            (ADAPTER, True),
+            (CHECKPOINTS, True),
+            (REPORT, False),
+            (METRICS, False),
+            (RECORD, False),
+        ):
+            item = path / name
+            if item.exists() and item.is_dir() != is_folder:
+                raise ResourceError(
+                    "in-the-way",
+                    f"is in the way of the run's own {'folder' if is_folder else 'file'}",
+                    where=str(item),
+                    help="move it away, or choose another `output`.",
+                )
 
 
 def _refuse_foreign(item: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.starts import Start
-from soup_xb.core.state_file import grouped, read_tensors
+from soup_xb.core.state_file import check_pairs, grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 
@@ -39,6 +39,7 @@ def load_adapters(adapters: Adapters, folder: Path) -> None:
     }
     adapters.check(trained)
     for name, arrays in modules.items():
+        check_pairs(arrays, folder / FACTORS_FILE)
         if "piece0_A" in arrays:
             raise _foreign(folder, f"`{name}` holds merges of restarts", "go on with --backend torch.")
         if name in adapters.starts and "start_A" not in arrays:

@@ -14,7 +14,7 @@ from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.pieces import Piece
 from soup_xb.core.starts import Start
-from soup_xb.core.state_file import grouped, read_tensors
+from soup_xb.core.state_file import check_pairs, grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -48,6 +48,7 @@ def load_adapters(adapters: Adapters | VeraAdapters, folder: Path) -> None:
     }
     adapters.load(trained)
     for name in trained:
+        check_pairs(modules[name], folder / FACTORS_FILE)
         pieces = _pieces(modules[name])
         start = _start(modules[name])
         if start is None and not pieces and name in adapters.starts:

@@ -85,6 +85,14 @@ class Optimizer:
             )
         for name, state in states.items():
             parameter = self.parameters[name]
+            shapes = {key: value.shape for key, value in state.items()}
+            side = tuple(parameter.shape)
+            if shapes != {"step": (), "exp_avg": side, "exp_avg_sq": side}:
+                raise CheckpointError(
+                    "foreign-checkpoint",
+                    f"optimizer state does not fit the adapter, first `{name}`",
+                    where=str(file),
+                )
             self.optimizer.state[parameter] = {
                 key: torch.tensor(value, device=None if key == "step" else parameter.device)
                 for key, value in state.items()
