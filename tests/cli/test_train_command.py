@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,30 +100,6 @@ def test_a_run_repeats_itself(soupx: Soupx, config: Config, tmp_path: Path) -> N
     assert soupx("train", file, "--output", tmp_path / "again").code == 0
     first, second = adapter(tmp_path / "out"), adapter(tmp_path / "again")
     assert all(first[key].tobytes() == second[key].tobytes() for key in first)
-
-
-@pytest.mark.parametrize("stop", [3, 5])
-def test_a_signal_writes_a_checkpoint_and_the_resumed_run_is_the_uninterrupted_one(
-    soupx: Soupx, config: Config, tmp_path: Path, stop: int
-) -> None:
-    file = config(max_steps=60, gradient_accumulation_steps=2, lora={"r": 4, "dropout": 0.1})
-    assert soupx("train", file, "--output", tmp_path / "whole").code == 0
-    process = in_a_process("train", file)
-    out = tmp_path / "out"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not (out / "metrics.jsonl").exists() or len(steps(out)) < stop):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
-    assert "--resume" in errors
-    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    resumed = soupx("train", file, "--resume")
-    assert resumed.code == 0, resumed.err
-    whole, rest = adapter(tmp_path / "whole"), adapter(out)
-    assert all(whole[key].tobytes() == rest[key].tobytes() for key in whole)
-    losses = [(step["step"], step["loss"]) for step in steps(out)]
-    assert losses == [(step["step"], step["loss"]) for step in steps(tmp_path / "whole")]
 
 
 def test_resuming_a_finished_run_says_so(soupx: Soupx, config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -66,17 +67,28 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
 
 @pytest.fixture
 def in_a_process() -> Callable[..., subprocess.Popen[str]]:
-    """Start `soupx` in a process of its own, behind a launcher where one is given."""
+    """Start `soupx` in a process of its own, behind a launcher where one is given.
+
+    `file_size` is the soft and the hard limit that no file may outgrow.
+    """
 
     def start(
-        *words: object, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+        *words: object,
+        launcher: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        file_size: tuple[int, int] | None = None,
     ) -> subprocess.Popen[str]:
+        def starve() -> None:
+            if file_size is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, file_size)
+
         return subprocess.Popen(
             [sys.executable, *launcher, "-m", "soup_xb", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(environment or {})},
+            preexec_fn=starve,
         )
 
     return start

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +9,14 @@ from typing import Any
 import pytest
 
 # No file may grow beyond this many bytes: the factors fit into some of them, the optimizer's state into fewer.
-LIMITS = [1_000, pytest.param(20_000, marks=pytest.mark.torture), 60_000]
+LIMITS = [1_000, *(pytest.param(limit, marks=pytest.mark.torture) for limit in (20_000, 60_000))]
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("limit", LIMITS)
 def test_a_save_without_room_leaves_the_last_checkpoint_and_says_what_it_needs(
     config: Callable[..., Path],
-    soupx: Callable[..., Any],
+    in_a_process: Callable[..., Any],
     result: Callable[[Path], Any],
     tally: Callable[..., None],
     tmp_path: Path,
@@ -28,26 +25,22 @@ def test_a_save_without_room_leaves_the_last_checkpoint_and_says_what_it_needs(
 ) -> None:
     short, file = tmp_path / "short.yaml", config(backend, max_steps=6, scheduler="constant")
     short.write_text(file.read_text().replace('"max_steps": 6', '"max_steps": 3'))
-    whole = soupx("train", file, "--output", tmp_path / "whole")
-    assert whole.code == 0, whole.err
-    first = soupx("train", short)
-    assert first.code == 0, first.err
-    starved = subprocess.run(
-        [sys.executable, "-m", "soup_xb", "train", str(file), "--resume"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert starved.returncode == 7, starved.stderr
-    assert "error[disk-full]" in starved.stderr
-    assert str(tmp_path / "out") in starved.stderr
-    assert "Traceback" not in starved.stderr
-    names = [
-        path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.name.startswith("step")
-    ]
-    assert "step-00000003" in names
-    gone_on = soupx("train", file, "--resume")
-    assert gone_on.code == 0, gone_on.err
+
+    def train(*words: object, limit: int | None = None) -> tuple[int, str]:
+        limits = None if limit is None else (limit, limit)
+        process = in_a_process("train", *words, file_size=limits)
+        _, errors = process.communicate(timeout=300)
+        return process.returncode, errors
+
+    assert train(file, "--output", tmp_path / "whole")[0] == 0
+    assert train(short)[0] == 0
+    code, errors = train(file, "--resume", limit=limit)
+    assert code == 7, errors
+    assert "error[disk-full]" in errors
+    assert str(tmp_path / "out") in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "out" / "checkpoints" / "step-00000003").is_dir()
+    code, errors = train(file, "--resume")
+    assert code == 0, errors
     assert result(tmp_path / "out")[0] == result(tmp_path / "whole")[0]
     tally(f"full disk in a save, {backend}: exit 7, last checkpoint whole, resumed byte-equal")

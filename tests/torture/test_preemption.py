@@ -87,6 +87,7 @@ def test_a_signal_to_one_process_stops_all_after_the_step_and_nothing_is_lost(
     codes, errors = run.ended()
     # The launcher has an exit code of its own; `run.json` tells.
     assert codes == {1 if way == "torchrun" else 75}, errors
+    assert "go on with the same command and `--resume`" in errors
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "interrupted"
     # Steps of a few milliseconds go by between looking and the signal's arrival.
