@@ -10,6 +10,7 @@ from attrs import frozen
 
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.examples import Message
+from soup_xb.core.places import local_path
 from soup_xb.core.units import bytes_text
 from soup_xb.rendering import RENDERER, RunawayError
 
@@ -78,7 +79,7 @@ def read_template(given: str) -> str:
     """
     if "{{" in given or "{%" in given:
         return given
-    path = Path(given).expanduser()
+    path = local_path(given)
     try:
         # One byte more than allowed is enough to know; the caller checks the length.
         with path.open("rb") as file:

@@ -17,6 +17,7 @@ from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.example_file import ExampleReader
 from soup_xb.core.examples import ChatExample, Row, TokenRow
 from soup_xb.core.packing import pack, packing_notice, split_long
+from soup_xb.core.places import local_path
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.core.schedule import floor_share
@@ -116,7 +117,7 @@ def split_rows(
 
 
 def _reader(entry: str, data: DataConfig, task: str) -> ExampleReader:
-    path = Path(entry).expanduser()
+    path = local_path(entry)
     if is_local_path(entry) or not _HUB_ID.fullmatch(entry) or path.exists():
         rows: Iterator[Row] = read_rows(path)
     else:

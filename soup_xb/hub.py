@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from soup_xb.core.errors import ModelError
+from soup_xb.core.places import local_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # What a base needs and nothing that can run: no pickles, no code.
@@ -18,7 +19,7 @@ def resolve_base(name: str) -> Path:
     A hub id is taken from the hub's cache where it is whole, and downloaded otherwise. Raises ModelError for
     a folder that is not there and for a hub id that is neither cached nor reachable.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     try:
         if folder.is_dir():
             return folder

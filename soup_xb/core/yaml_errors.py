@@ -35,6 +35,11 @@ def syntax_problem(error: MarkedYAMLError, source: str) -> Problem:
         )
     elif "cannot start any token" in cause:
         help = "put the value in quotes."
+    elif "<document start>" in cause:
+        message, help = (
+            "something follows the end of the config",
+            "one mapping of keys is all that a config holds.",
+        )
     elif "<stream end>" in cause:
         message, help = "the text ends where a value is expected", "close every bracket and quote."
     elif cause.startswith("expected the node content"):

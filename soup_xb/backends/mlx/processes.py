@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 from attrs import frozen
 
+from soup_xb.core.errors import ConfigError
+
 
 @frozen
 class Processes:
@@ -50,8 +52,16 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Join the processes that mlx.launch started."""
+    """Join the processes that mlx.launch started. Raises ConfigError where they do not find each other."""
     if "MLX_RANK" not in os.environ:
         return Processes()
-    group = mx.distributed.init(strict=True)
+    try:
+        group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            "launch-failed",
+            f"the processes do not find each other: {error}",
+            where="environment",
+            help="launch with `mlx.launch -n N -m soup_xb train FILE`.",
+        ) from error
     return Processes(group.rank(), group.size())

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
+from soup_xb.core.errors import ConfigError
+
 
 @frozen
 class Processes:
@@ -49,14 +51,25 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Join the processes that a launcher started, over NCCL on CUDA and gloo elsewhere."""
+    """Join the processes that a launcher started, over NCCL on CUDA and gloo elsewhere.
+
+    Raises ConfigError where they do not find each other.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                "launch-failed",
+                f"the processes do not find each other: {str(error).splitlines()[0]}",
+                where="environment",
+                help="launch with `torchrun --nproc-per-node N -m soup_xb train FILE`.",
+            ) from error
     return Processes(dist.get_rank(), dist.get_world_size(), local)
 
 
