@@ -283,6 +283,7 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(
     soupx: Soupx, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     done = soupx("train", config(batch_size=3))
     assert done.code == 2
     assert "error[batch-not-divisible]" in done.err
