@@ -15,7 +15,7 @@ _NO_GPU = "no GPU: this computer's processor"
 # A micro-batch times the accumulation is what the template has, 8 rows a step, wherever memory is scarce.
 _MACHINES: Mapping[str, Mapping[str, Any]] = {
     "an Apple silicon Mac": {},
-    "a GPU with up to 12 GB": {
+    "a GPU with up to 12 GB (in 4 bits, which needs soup-xb[quantization])": {
         "training.quantization": "4bit",
         "training.batch_size": 1,
         "training.gradient_accumulation_steps": 8,
