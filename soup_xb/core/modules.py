@@ -13,6 +13,7 @@ from soup_xb.core.config import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.patterns import matching_names
 from soup_xb.core.suggest import close_names
+from soup_xb.core.target_checks import check_expert_targets, no_experts, ranks_above_side
 from soup_xb.core.towers import is_in_tower, without_gradient
 
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
@@ -127,7 +128,7 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
     chosen, problems = _targets(modules, lora, written.get("training.lora.target_modules", ""))
     if problems:
         raise ConfigError.of(problems)
-    _check_expert_targets(chosen, lora, written)
+    check_expert_targets(chosen, lora, written)
     ranks, rank_notes = _values(lora.rank_pattern, chosen, modules, "training.lora.rank_pattern", written)
     alphas, alpha_notes = _values(lora.alpha_pattern, chosen, modules, "training.lora.alpha_pattern", written)
     notes = [*rank_notes, *alpha_notes]
@@ -151,7 +152,7 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
                 by_weight=module.by_weight,
             )
         )
-    large = [] if lora.use_vera else _ranks_above_side(adapters, lora, written)
+    large = [] if lora.use_vera else ranks_above_side(adapters, lora, written)
     if lora.start != "random":
         errors += large
     targets = written.get("training.lora.target_modules", "")
@@ -198,7 +199,7 @@ def _targets(
     if targets in AUTOMATIC:
         chosen = automatic_targets(modules, str(targets))
         if targets == "auto+experts" and not any(module.experts for module in chosen):
-            return (), [_no_experts(modules, where)]
+            return (), [no_experts(modules, where)]
         if chosen:
             return chosen, []
         problem = Problem(
@@ -216,36 +217,6 @@ def _targets(
         if not reached:
             problems.append(_matches_nothing(pattern, modules, where))
     return tuple(module for module in modules if module.name in wanted), problems
-
-
-def _no_experts(modules: Sequence[Module], where: str) -> Problem:
-    return Problem(
-        "no-experts",
-        f"`auto+experts` found no expert weights in a decoder block among {len(modules)} modules",
-        where,
-        "use `target_modules: auto`: it reaches every linear layer of the decoder blocks.",
-    )
-
-
-def _check_expert_targets(chosen: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> None:
-    experts = [module.name for module in chosen if module.experts]
-    by_weight = [module.name for module in chosen if module.by_weight]
-    for kind, names, reason in (
-        ("vera", experts if lora.use_vera else [], "its shared factors are matrices, and experts are 3-D"),
-        ("dora", experts if lora.use_dora else [], "PEFT has no DoRA for 3-D experts"),
-        (
-            "dora",
-            by_weight if lora.use_dora else [],
-            "on this model type PEFT reaches it by its weight alone, and has no DoRA there",
-        ),
-    ):
-        if names:
-            raise ConfigError(
-                f"{kind}-on-experts",
-                f"`use_{kind}` cannot adapt `{names[0]}`: {reason}",
-                where=written.get("training.lora.target_modules", "training.lora.target_modules"),
-                help=f"name modules that leave it out, or remove `use_{kind}`.",
-            )
 
 
 def _reached(pattern: str, modules: Sequence[Module], where: str) -> list[str]:
@@ -304,26 +275,6 @@ def _matches_nothing(pattern: str, modules: Sequence[Module], where: str) -> Pro
         where,
         f"close names: {', '.join(close)}.",
     )
-
-
-def _ranks_above_side(
-    adapters: Sequence[AdapterModule], lora: LoraConfig, written: Mapping[str, str]
-) -> list[Problem]:
-    large = [adapter for adapter in adapters if adapter.rank > min(adapter.out_features, adapter.in_features)]
-    if not large:
-        return []
-    first = large[0]
-    side = min(first.out_features, first.in_features)
-    others = f" (and {len(large) - 1} more modules)" if len(large) > 1 else ""
-    return [
-        Problem(
-            "rank-above-side",
-            f"rank {first.rank} is above {side}, the smaller side of `{first.name}`{others}",
-            written.get("training.lora.r", "training.lora.r"),
-            f"a rank above {side} adds parameters and no freedom there"
-            + ("." if lora.start == "random" else f"; {lora.start} has no such directions."),
-        )
-    ]
 
 
 def _last_components(modules: Sequence[Module]) -> list[str]:

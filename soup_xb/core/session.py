@@ -71,9 +71,13 @@ class AdapterPlan:
     dropout: float
     init_strategy: str
     use_rslora: bool
-    use_dora: bool
     seed: int
     merges: bool = False
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the adapters train the magnitudes of their weights' rows too."""
+        return any(module.dora for module in self.modules)
 
     @property
     def use_vera(self) -> bool:
@@ -189,7 +193,8 @@ class Session(Protocol):
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base: module name -> {"lora_A": …, "lora_B": …}, float32.
 
-        With DoRA also "lora_magnitude_vector" (out_features,). VeRA's factors are its own: see core.vera.
+        Those of expert weights are stacks, the expert first. With DoRA also "lora_magnitude_vector" (out_features,).
+        VeRA's factors are its own: see core.vera.
         """
 
     def load_factors(self, factors: Mapping[str, Mapping[str, Array]]) -> None:

@@ -249,6 +249,7 @@ def test_a_surrogate_is_refused_before_anything_is_written() -> None:
         (lora("use_vera: true\nalpha_pattern: {q_proj: 8}"), ["contradiction"]),
         (lora("use_vera: true\nuse_dora: true\nuse_rslora: true"), ["contradiction"] * 2),
         (lora("use_vera: true\ntarget_modules: auto+experts"), ["contradiction"]),
+        (lora("use_dora: true\ntarget_modules: auto+experts"), ["contradiction"]),
         (training("warmup_steps: 5\nwarmup_ratio: 0.1"), ["key-without-effect"]),
         (training("relora_prune_ratio: 0.5\nrelora_mode: merge"), ["key-without-effect"] * 2),
         (training("relora_steps: 9\nrelora_prune_ratio: 0.5\nrelora_mode: merge"), ["key-without-effect"]),

@@ -57,6 +57,11 @@ def losses(events: list[Any]) -> list[float]:
     return [event.loss for event in events if isinstance(event, StepEvent)]
 
 
+def first_loss(metrics: Path) -> float:
+    events = map(json.loads, metrics.read_text().splitlines())
+    return next(event["loss"] for event in events if event["event"] == "step")
+
+
 def tokens_of(plan: Any) -> Any:
     return plan.rows[0].tokens[None]
 
@@ -353,13 +358,14 @@ def test_the_merged_model_gives_the_live_logits(
     np.testing.assert_allclose(logits(model, tokens), session.logits(tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe"])
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_experts_of_a_base_quantized_while_loading_keep_their_format_and_are_trained(
-    attached: Attached, tiny_experts: Bases, tmp_path: Path, quantization: str
+    attached: Attached, tiny_experts: Bases, tmp_path: Path, quantization: str, model_type: str
 ) -> None:
-    base = tiny_experts("mixtral")
+    base = tiny_experts(model_type)
     session, plan = attached({**ALL, "dropout": 0.1}, base=base, quantization=quantization, max_steps=3)
-    stack = session._adapters.layers["model.layers.0.mlp.experts.down_proj"].get_param()
+    stack = session._adapters.layers["model.layers.1.mlp.experts.down_proj"].get_param()
     assert stack.dtype in (torch.float32, torch.bfloat16)
     first, tokens = session._adapters.trained(), tokens_of(plan)
     true = session.logits(tokens, adapter=False)
@@ -460,3 +466,7 @@ def test_a_run_from_a_file_tells_of_the_strip_and_proves_its_adapter(
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["adapter"]["loss"] != found["base"]["loss"]
+    warm = soupx("train", file, "--output", tmp_path / "again", "--set", f"adapter={tmp_path / 'out'}")
+    assert warm.code == 0, warm.err
+    first, second = (first_loss(tmp_path / run / "metrics.jsonl") for run in ("out", "again"))
+    assert second < first
