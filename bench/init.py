@@ -88,7 +88,7 @@ def ours(base: Path, way: Measured, backend: str) -> None:
     lora = LoraConfig(r=RANK, alpha=ALPHA, init_strategy=way.strategy)
     modules = resolve_adapters(session.describe().modules, lora, {}).adapters
     started = time.perf_counter()
-    session.attach(AdapterPlan(modules, 0.0, way.strategy, False, False, 0))
+    session.attach(AdapterPlan(modules, 0.0, way.strategy, False, 0))
     way.seconds.append(time.perf_counter() - started)
     way.error = relative_error(before, session.logits(PROMPT))
     way.directions = {name: torch.from_numpy(start.b) for name, start in session._adapters.starts.items()}

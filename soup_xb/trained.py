@@ -121,7 +121,6 @@ def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:
         dropout=0.0,
         init_strategy="random",
         use_rslora=bool(saved.settings.get("use_rslora")),
-        use_dora=bool(saved.settings.get("use_dora")),
         seed=0,
     )
 

@@ -167,6 +167,7 @@ def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, .
     """
     alphas = saved.settings.get("alpha_pattern") or {}
     rslora = saved.settings.get("use_rslora") is True
+    dora = saved.settings.get("use_dora") is True
     by_weight = by_weight_names(saved.factors, saved.settings)
     names = [f"{name}.weight" if name in by_weight else name for name in saved.factors]
     try:
@@ -181,9 +182,8 @@ def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, .
         out, width, rank, experts = sizes
         alpha = values.get(name, saved.settings.get("lora_alpha", 8))
         scale = adapter_scale(alpha, rank, rslora)
-        modules.append(
-            AdapterModule(module, out, width, rank, alpha, scale, experts, by_weight=module in by_weight)
-        )
+        kind = {"by_weight": module in by_weight, "dora": dora}
+        modules.append(AdapterModule(module, out, width, rank, alpha, scale, experts, **kind))
     return tuple(modules)
 
 

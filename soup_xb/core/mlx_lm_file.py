@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from soup_xb.core.adapter_file import Factors, SavedAdapter, adapter_modules
 from soup_xb.core.errors import ModelError
@@ -113,9 +113,10 @@ def read_mlx_lm(folder: Path) -> tuple[AdapterPlan, Factors]:
         factors.setdefault(name, {})[ours] = (
             array.astype(np.float32) if leaf == "m" else array.T.astype(np.float32)
         )
-    modules = tuple(_module(name, arrays, float(scale), folder) for name, arrays in factors.items())
     dora = settings.get("fine_tune_type") == "dora"
-    return AdapterPlan(modules, 0.0, "random", use_rslora=False, use_dora=dora, seed=0), factors
+    modules = (_module(name, arrays, float(scale), folder) for name, arrays in factors.items())
+    modules = (evolve(module, dora=dora) for module in modules)
+    return AdapterPlan(tuple(modules), 0.0, "random", use_rslora=False, seed=0), factors
 
 
 def _module(name: str, arrays: Mapping[str, Array], scale: float, folder: Path) -> AdapterModule:

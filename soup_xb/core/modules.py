@@ -44,7 +44,7 @@ class AdapterModule:
 
     With `experts` above 0 every expert has its own pair: A is (experts, rank, in_features), B (experts,
     out_features, rank). With `vera` A and B are shared by all modules and frozen; two vectors, (rank,) and
-    (out_features,), are trained in their place.
+    (out_features,), are trained in their place. With `dora` magnitudes (out_features,) are trained beside A and B.
     """
 
     name: str
@@ -56,13 +56,15 @@ class AdapterModule:
     experts: int = 0
     vera: bool = False
     by_weight: bool = False
+    dora: bool = False
 
     @property
     def parameters(self) -> int:
-        """Trained entries: A and B together, or VeRA's vectors."""
+        """Trained entries: A and B together, with DoRA's magnitudes, or VeRA's vectors."""
         if self.vera:
             return self.rank + self.out_features
-        return max(1, self.experts) * self.rank * (self.in_features + self.out_features)
+        magnitudes = self.out_features if self.dora else 0
+        return max(1, self.experts) * self.rank * (self.in_features + self.out_features) + magnitudes
 
     @property
     def a_shape(self) -> tuple[int, ...]:
@@ -150,6 +152,7 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
                 experts=module.experts,
                 vera=lora.use_vera,
                 by_weight=module.by_weight,
+                dora=lora.use_dora,
             )
         )
     large = [] if lora.use_vera else ranks_above_side(adapters, lora, written)

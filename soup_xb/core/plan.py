@@ -131,7 +131,6 @@ def make_plan(
             dropout=training.lora.dropout,
             init_strategy=training.lora.start,
             use_rslora=training.lora.use_rslora,
-            use_dora=training.lora.use_dora,
             seed=training.seed,
             merges=training.relora_steps is not None and training.relora_mode == "merge",
         ),

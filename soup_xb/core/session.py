@@ -71,9 +71,13 @@ class AdapterPlan:
     dropout: float
     init_strategy: str
     use_rslora: bool
-    use_dora: bool
     seed: int
     merges: bool = False
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the adapters train the magnitudes of their weights' rows too."""
+        return any(module.dora for module in self.modules)
 
     @property
     def use_vera(self) -> bool:

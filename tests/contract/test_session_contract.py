@@ -77,6 +77,14 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @every_backend
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_the_plan_counts_what_is_trained(opener: Opener, backend: str, lora: LoraConfig) -> None:
+    session, plan = opener(backend, lora=lora)
+    trained = sum(array.size for arrays in session.factors().values() for array in arrays.values())
+    assert sum(adapter.parameters for adapter in plan.adapters.modules) == trained
+
+
+@every_backend
 def test_the_first_loss_is_that_of_a_plain_transformers_forward(
     opener: Opener, tiny_llama: Path, backend: str
 ) -> None:

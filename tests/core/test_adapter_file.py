@@ -30,7 +30,7 @@ def plan(names: list[str], rank: int = 4, alpha: int = 8, **ranks: int) -> Adapt
     for name in names:
         own = ranks.get(name.rpartition(".")[2], rank)
         modules.append(AdapterModule(name, 6, 5, own, alpha, alpha / own))
-    return AdapterPlan(tuple(modules), 0.0, "random", use_rslora=False, use_dora=False, seed=0)
+    return AdapterPlan(tuple(modules), 0.0, "random", use_rslora=False, seed=0)
 
 
 def factors(of: AdapterPlan) -> dict[str, dict[str, np.ndarray]]:
@@ -162,7 +162,7 @@ def expert_plan(rank: int = 2, **ranks: int) -> AdapterPlan:
     for name in STACKS:
         own = ranks.get(name.rpartition(".")[2], rank)
         modules.append(AdapterModule(name, 6, 5, own, 8, 8 / own, experts=3))
-    return AdapterPlan(tuple(modules), 0.1, "random", use_rslora=False, use_dora=False, seed=0)
+    return AdapterPlan(tuple(modules), 0.1, "random", use_rslora=False, seed=0)
 
 
 def expert_factors(of: AdapterPlan) -> dict[str, dict[str, np.ndarray]]:

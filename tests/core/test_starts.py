@@ -173,7 +173,7 @@ def test_the_plain_form_survives_sixteen_bits() -> None:
 def test_a_higher_rank_is_saved_with_the_same_scale(rslora: bool) -> None:
     scale = 32 / 3**0.5 if rslora else 32 / 3
     modules = (AdapterModule("q", 8, 8, 3, 32, scale), AdapterModule("v", 8, 8, 4, 8, 2.0))
-    plan = AdapterPlan(modules, 0.0, "pissa", rslora, False, 0)
+    plan = AdapterPlan(modules, 0.0, "pissa", rslora, 0)
     factors = {name: {"lora_A": np.zeros((rank, 8))} for name, rank in (("q", 6), ("v", 12))}
     saved = saved_plan(plan, factors)
     assert [adapter.rank for adapter in saved.modules] == [6, 12]

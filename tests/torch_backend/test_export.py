@@ -25,7 +25,9 @@ def save_random_adapter(base: Path, folder: Path, dora: bool = False) -> None:
     for index, module in enumerate(modules):
         rank, alpha = 2 + index % 3, 4 + index % 2
         adapters.append(
-            AdapterModule(module.name, module.out_features, module.in_features, rank, alpha, alpha / rank)
+            AdapterModule(
+                module.name, module.out_features, module.in_features, rank, alpha, alpha / rank, dora=dora
+            )
         )
         factors[module.name] = {
             "lora_A": rng.normal(size=(rank, module.in_features)).astype(np.float32) * 0.1,
@@ -34,7 +36,7 @@ def save_random_adapter(base: Path, folder: Path, dora: bool = False) -> None:
         if dora:
             magnitude = rng.uniform(0.5, 2.0, module.out_features).astype(np.float32)
             factors[module.name]["lora_magnitude_vector"] = magnitude
-    plan = AdapterPlan(tuple(adapters), 0.0, "random", use_rslora=False, use_dora=dora, seed=0)
+    plan = AdapterPlan(tuple(adapters), 0.0, "random", use_rslora=False, seed=0)
     write_adapter(folder, plan, factors, str(base), names(modules))
 
 
