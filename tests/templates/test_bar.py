@@ -85,7 +85,7 @@ def test_every_line_that_a_person_may_change_says_what_it_does(template: Templat
     text = "\n".join(lines)
     assert "Change `data.train` first" in text
     assert re.search(r"\d+ (to [\d,]+ )?rows", text), "how many rows"
-    assert re.search(r"# Memory to expect: about \d+ GB", text), "how much memory"
+    assert re.search(r"# Memory to expect with \S+: about \d+ GB", text), "how much memory"
 
 
 @every_template
