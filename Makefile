@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUFF := $(VENV)/bin/ruff
 # The examples in docstrings run too.
-TESTED := tests soup_xb/core soup_xb/demo --doctest-modules
+TESTED := tests soup_xb/core soup_xb/demo soup_xb/migrate --doctest-modules
 PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term:skip-covered
 
 .DELETE_ON_ERROR:
