@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from soup_xb.core.run_rules import is_local_path
@@ -21,7 +22,7 @@ def read_data(account: Account) -> None:
     """Take the keys about rows."""
     account.carry("sequence_len", "data.max_length", whole, "a longer row is cut here; axolotl drops it")
     account.add("data.max_length", 512, "axolotl's default")
-    pretraining = bool(account.matching(r"pretraining_dataset.*"))
+    pretraining = any(account.peek(key) for key in account.matching(r"pretraining_dataset.*"))
     account.collect("pretraining_dataset", "data.train", _paths)
     _datasets(account, "pretraining_dataset", "data.train")
     _datasets(account, "datasets", "data.train")
@@ -50,13 +51,14 @@ def read_data(account: Account) -> None:
 
 
 def _datasets(account: Account, name: str, to: str) -> None:
-    count = 0
-    while account.matching(rf"{name}\[{count}\].*"):
-        _dataset(account, f"{name}[{count}].", to)
-        count += 1
+    sources: dict[str, list[str]] = {}
+    for key in account.matching(rf"{name}\[\d+\]\..*"):
+        sources.setdefault(key[: key.index("].") + 2], []).append(key)
+    for prefix, keys in sources.items():
+        _dataset(account, prefix, to, keys)
 
 
-def _dataset(account: Account, prefix: str, to: str) -> None:
+def _dataset(account: Account, prefix: str, to: str, keys: list[str]) -> None:
     path, files = account.peek(f"{prefix}path"), account.peek(f"{prefix}data_files")
     if isinstance(path, str) and path.lower() in _BUILDERS and files:
         account.same(f"{prefix}path", "the ending of a file says how it is written")
@@ -74,11 +76,10 @@ def _dataset(account: Account, prefix: str, to: str) -> None:
         if hub and account.peek(f"{prefix}{key}") != "train":
             account.carry(f"{prefix}{key}", ours)
         account.same(f"{prefix}{key}", "the split `train` is read, or the whole file")
-    _turns(account, prefix)
-    for key in account.matching(rf"{_escaped(prefix)}(field|type|roles|drop|shards|preprocess).*"):
-        account.leave(key, _REWRITE)
-    for key in account.matching(rf"{_escaped(prefix)}.*"):
-        account.leave(key, "nothing here reads such a setting of a dataset")
+    _turns(account, prefix, keys)
+    for key in keys:
+        prompt = re.match(r"(field|type|roles|drop|shards|preprocess)", key.removeprefix(prefix))
+        account.leave(key, _REWRITE if prompt else "nothing here reads such a setting of a dataset")
 
 
 def _paths(value: Any) -> list[str]:
@@ -122,21 +123,16 @@ def _style(account: Account, prefix: str) -> None:
     account.carry(key, "data.format", always(found), _ALPACA if found == "alpaca" else "")
 
 
-def _turns(account: Account, prefix: str) -> None:
+def _turns(account: Account, prefix: str, keys: list[str]) -> None:
     """How the turns of a conversation are spelled, and which are trained on."""
     if account.peek(f"{prefix}field_messages") in ("messages", "conversations"):
         account.same(f"{prefix}field_messages", "the format says it")
-    mapping = {
-        key.rpartition(".")[2]: account.peek(key)
-        for key in account.matching(rf"{_escaped(prefix)}message_property_mappings\..*")
-    }
+    renamed = [key for key in keys if key.startswith(f"{prefix}message_property_mappings.")]
+    mapping = {key.rpartition(".")[2]: account.peek(key) for key in renamed}
     spelled = ("message_field_role", "message_field_content")
     pair = {"role": account.peek(f"{prefix}{spelled[0]}"), "content": account.peek(f"{prefix}{spelled[1]}")}
-    for keys, meaning in (
-        ([f"{prefix}message_property_mappings.{name}" for name in mapping], mapping),
-        ([f"{prefix}{name}" for name in spelled], pair),
-    ):
-        for key in keys:
+    for group, meaning in ((renamed, mapping), ([f"{prefix}{name}" for name in spelled], pair)):
+        for key in group:
             if meaning in _SAME_TURNS:
                 account.same(key, "turns may be spelled role and content, or from and value")
             account.leave(
@@ -155,7 +151,3 @@ def _turns(account: Account, prefix: str) -> None:
         account.leave(
             f"{prefix}{key}", "one template serves all files: `data.chat_template`, Jinja text or a file"
         )
-
-
-def _escaped(prefix: str) -> str:
-    return prefix.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -297,3 +298,23 @@ def test_a_task_that_is_none_of_ours_ends_the_migration() -> None:
 def test_a_dataset_that_cannot_be_read_here_is_told(accounted: Accounted, dataset: str, reason: str) -> None:
     text = f"base_model: tiny\ndatasets: [{dataset}]\nadapter: lora\n"
     assert any(reason in left.reason for left in accounted(text, ok=False).left)
+
+
+@pytest.mark.parametrize(
+    ("lines", "task"),
+    [
+        ("pretraining_dataset: rows.jsonl", "task: pretrain\n"),
+        ("pretraining_dataset: [{path: rows.jsonl, type: pretrain}]", "task: pretrain\n"),
+        ("pretraining_dataset:\ndatasets: [{path: rows.jsonl}]", ""),
+    ],
+)
+def test_documents_to_read_are_pretraining(accounted: Accounted, lines: str, task: str) -> None:
+    done = accounted(f"base_model: tiny\nadapter: lora\nmax_steps: 5\n{lines}\n")
+    assert ("task: pretrain\n" in done.text) == bool(task)
+    assert "train: rows.jsonl" in done.text
+
+
+def test_thousands_of_datasets_are_read_in_seconds(accounted: Accounted) -> None:
+    start = time.monotonic()
+    accounted("base_model: tiny\nadapter: lora\ndatasets:\n" + "  - path: rows.jsonl\n" * 3000)
+    assert time.monotonic() - start < 10
