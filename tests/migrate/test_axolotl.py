@@ -315,6 +315,6 @@ def test_documents_to_read_are_pretraining(accounted: Accounted, lines: str, tas
 
 
 def test_thousands_of_datasets_are_read_in_seconds(accounted: Accounted) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     accounted("base_model: tiny\nadapter: lora\ndatasets:\n" + "  - path: rows.jsonl\n" * 3000)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 5

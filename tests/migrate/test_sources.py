@@ -39,11 +39,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(text: str, code: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError) as refused:
         migrate(text, "theirs.yaml")
     assert refused.value.problems[0].code == code, refused.value
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_tool_can_be_named_where_the_keys_do_not_tell(accounted: Callable[..., Migration]) -> None:
