@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
 
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.processes import Processes
@@ -178,6 +184,7 @@ def test_starts_are_the_same_whichever_process_computes_them(
     alone = session._adapters.starts
     parts: list[list[torch.Tensor]] = []
     monkeypatch.setattr(Processes, "sum_", lambda self, tensors: parts.append(tensors))
+    monkeypatch.setattr(Processes, "largest", lambda self, value: value)
     model = transformers.AutoModelForCausalLM.from_pretrained(session.settings.base)
     for process in range(2):
         weight_starts(model, plan.adapters, Processes(process, 2))
@@ -210,3 +217,54 @@ def test_a_base_with_values_that_are_not_finite_is_named(attached: Attached, tin
         model.get_submodule(name).weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match=f"`{name}` has values that are not finite"):
         weight_starts(model, plan.adapters, Processes())
+
+
+def test_a_weight_that_is_no_matrix_of_its_sides_is_named(attached: Attached, tiny_llama: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    _, plan = attached({"init_strategy": "pissa"})
+    name = plan.adapters.modules[3].name
+    module = model.get_submodule(name)
+    module.weight = torch.nn.Parameter(module.weight.detach()[:-1])
+    with pytest.raises(ModelError, match=f"the weight of `{name}` is .*, not a matrix"):
+        weight_starts(model, plan.adapters, Processes())
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from soup_xb.core.errors import ModelError
+sys.path.insert(0, sys.argv[3])
+import conftest
+attached = next(conftest.attached.__wrapped__(Path(sys.argv[1])))
+place = Path(sys.argv[4])
+try:
+    attached({"init_strategy": sys.argv[2]})
+except ModelError as error:
+    import torch.distributed as dist
+    (place / f"result-{dist.get_rank()}.json").write_text(json.dumps([error.problems[0].code, str(error)]))
+"""
+
+
+def test_a_weight_that_is_not_finite_stops_both_processes(
+    attached: Attached, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Each looks at every second module: the first one does not wait for the share of the second."""
+    _, plan = attached()
+    name, base = plan.adapters.modules[3].name, tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    weights = load_file(base / "model.safetensors")
+    weights[f"{name}.weight"][0, 0] = np.inf
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "worker.py").write_text(WORKER, "utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+        str(tmp_path / "worker.py"), str(base), "pissa", str(Path(__file__).parent), str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("result-*.json"))]
+    assert len(results) == 2 and results[0] == results[1]
+    assert results[0][0] == "non-finite-base" and f"`{name}`" in results[0][1]

@@ -56,11 +56,12 @@ class TorchAlgebra:
 def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[str, Start]:
     """The start of each planned module by name, empty for the random strategy; equal on every process.
 
-    Each process does its share of the modules. Raises ModelError for weights that cannot be read as a matrix.
+    Each process does its share of the modules. Raises ModelError, on every process, for a weight that is no matrix or
+    not finite.
     """
     if plan.init_strategy == "random":
         return {}
-    _check_format(model, plan)
+    _check_weights(model, plan)
     mine = plan.modules[processes.process :: processes.processes]
     # eigh and thin QR hardly gain from threads inside, so the modules are spread over them. bitsandbytes moves a
     # layer's state about while it dequantizes, which only one thread may do.
@@ -68,16 +69,30 @@ def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[s
     algebra = TorchAlgebra(torch.device("cpu") if model.device.type == "mps" else model.device)
     workers = 1 if getattr(model, "is_quantized", False) else min(threads, _MOST_WORKERS, len(mine) or 1)
 
-    def start(adapter: AdapterModule) -> Start:
+    def start(adapter: AdapterModule) -> Start | None:
         weights = _weights(model, adapter)
-        if adapter.experts:
-            return stacked_start(plan.init_strategy, weights, adapter, algebra)
-        return weight_start(plan.init_strategy, next(weights), adapter, algebra)
+        try:
+            if adapter.experts:
+                return stacked_start(plan.init_strategy, weights, adapter, algebra)
+            return weight_start(plan.init_strategy, next(weights), adapter, algebra)
+        except _NotFiniteError:
+            return None
 
     # The number of threads is a setting of each thread.
     with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(threads // workers)) as pool:
-        starts = dict(zip((adapter.name for adapter in mine), pool.map(start, mine), strict=True))
+        found = list(pool.map(start, mine))
+    # A process that stopped alone would leave the others waiting for its share.
+    places = range(processes.process, len(plan.modules), processes.processes)
+    broken = [place + 1 for place, one in zip(places, found, strict=True) if one is None]
+    last = processes.largest(max(broken, default=0))
+    if last:
+        raise _not_finite(plan.modules[last - 1])
+    starts = {adapter.name: one for adapter, one in zip(mine, found, strict=True) if one is not None}
     return _shared(starts, plan, processes, model.device) if processes.many else starts
+
+
+class _NotFiniteError(Exception):
+    """A weight has values that are not finite."""
 
 
 def _weights(model: Any, adapter: AdapterModule) -> Iterator[torch.Tensor]:
@@ -86,39 +101,33 @@ def _weights(model: Any, adapter: AdapterModule) -> Iterator[torch.Tensor]:
         path, _, leaf = adapter.name.rpartition(".")
         matrices = expert_matrices(model.get_submodule(path), leaf)
     else:
-        matrices = iter([_matrix(model.get_submodule(adapter.name))])
+        matrices = iter([weight_matrix(model.get_submodule(adapter.name))])
     for matrix in matrices:
         # Metal has neither QR nor eigh.
         weight = matrix.float().cpu() if matrix.device.type == "mps" else matrix.float()
-        _check(weight, adapter)
+        # A sum is finite where every value is, and makes no second tensor as large as the weight.
+        if not math.isfinite(weight.sum().item()):
+            raise _NotFiniteError
         yield weight
 
 
-def _matrix(module: Any) -> torch.Tensor:
+def weight_matrix(module: Any) -> torch.Tensor:
+    """The weight (out_features, in_features) of a linear layer, plain or quantized, in the format that it gives."""
     with torch.no_grad():
         weight: torch.Tensor = dequantize_module_weight(module).detach()
         return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _check(weight: torch.Tensor, adapter: AdapterModule) -> None:
-    if tuple(weight.shape) != (adapter.out_features, adapter.in_features):
-        raise ModelError(
-            "no-matrix",
-            f"the weight of `{adapter.name}` is {tuple(weight.shape)}, not a matrix of "
-            f"{adapter.out_features} x {adapter.in_features}",
-            where="training.lora.init_strategy",
-            help="leave this module out of `target_modules`, or use `init_strategy: random`.",
-        )
-    # A sum is finite where every value is, and makes no second tensor as large as the weight.
-    if not math.isfinite(weight.sum().item()):
-        raise ModelError(
-            "non-finite-base",
-            f"the weight of `{adapter.name}` has values that are not finite",
-            help="the base is damaged: download it again.",
-        )
+def _not_finite(adapter: AdapterModule) -> ModelError:
+    return ModelError(
+        "non-finite-base",
+        f"the weight of `{adapter.name}` has values that are not finite",
+        help="the base is damaged: download it again.",
+    )
 
 
-def _check_format(model: Any, plan: AdapterPlan) -> None:
+def _check_weights(model: Any, plan: AdapterPlan) -> None:
+    """Raise ModelError for a format that cannot be read back, and for a weight that is no matrix of its sides."""
     method = str(getattr(getattr(model, "quantization_method", None), "value", ""))
     if getattr(model, "is_quantized", False) and not method.startswith("bitsandbytes"):
         raise ModelError(
@@ -127,6 +136,19 @@ def _check_format(model: Any, plan: AdapterPlan) -> None:
             where="training.lora.init_strategy",
             help=f"use `init_strategy: random`, or the plain base: {plan.init_strategy} starts from the weights.",
         )
+    for adapter in plan.modules:
+        module = None if method or adapter.experts else model.get_submodule(adapter.name)
+        sides = (adapter.out_features, adapter.in_features)
+        if module is not None and tuple(module.weight.shape) != (
+            sides[::-1] if isinstance(module, Conv1D) else sides
+        ):
+            raise ModelError(
+                "no-matrix",
+                f"the weight of `{adapter.name}` is {tuple(module.weight.shape)}, not a matrix of "
+                f"{adapter.out_features} x {adapter.in_features}",
+                where="training.lora.init_strategy",
+                help="leave this module out of `target_modules`, or use `init_strategy: random`.",
+            )
 
 
 def _shared(
