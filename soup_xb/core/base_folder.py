@@ -85,6 +85,18 @@ def inspect_base(path: Path, weights: bool = True) -> BaseFolder:
     return BaseFolder(path, config, parameters, size)
 
 
+def unknown_type(base: BaseFolder, transformers: str) -> ModelError:
+    """The error for a type that this version of transformers does not know; it names the code that the folder brings."""
+    wants = base.config.get("auto_map")
+    code = f", and its folder wants to run its own code ({', '.join(wants)})" if wants else ""
+    return ModelError(
+        "remote-code" if wants else "unknown-model-type",
+        f"transformers {transformers} does not know `{base.model_type}`{code}",
+        where=str(base.path / "config.json"),
+        help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
+    )
+
+
 def _check_sizes(file: Path, config: dict[str, Any]) -> None:
     """Some types keep a list with a size for each layer, or null; what is one number must be a plausible one."""
     for name, largest in _LARGEST.items():

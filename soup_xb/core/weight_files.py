@@ -38,6 +38,10 @@ def weight_files(path: Path) -> list[Path]:
     single, index = path / _SINGLE, path / _INDEX
     if single.is_file():
         return [single]
+    if single.exists() or single.is_symlink():
+        raise ModelError(
+            "damaged-weights", "is not a file", where=str(single), help="download the file again."
+        )
     if index.is_file():
         return _shards(index)
     there = sorted(path.iterdir())

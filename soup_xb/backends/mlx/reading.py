@@ -15,7 +15,7 @@ import transformers
 from attrs import evolve, field, frozen
 
 from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
-from soup_xb.core.base_folder import BaseFolder
+from soup_xb.core.base_folder import BaseFolder, unknown_type
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
@@ -152,12 +152,7 @@ def _unproven(model_type: str, where: str) -> ConfigError:
 
 def _parse(folder: BaseFolder) -> Any:
     if folder.model_type not in transformers.CONFIG_MAPPING:
-        raise ModelError(
-            "unknown-model-type",
-            f"transformers {transformers.__version__} does not know `{folder.model_type}`",
-            where=str(folder.path / "config.json"),
-            help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
-        )
+        raise unknown_type(folder, transformers.__version__)
     plain = {
         key: value
         for key, value in folder.config.items()

@@ -16,7 +16,7 @@ from soup_xb.backends.torch.base_kind import check_causal
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.backends.torch.expert_layers import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
-from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base_folder import BaseFolder, inspect_base, unknown_type
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
@@ -70,14 +70,7 @@ def outline_base(path: Path) -> Any:
 def read_config(folder: BaseFolder) -> Any:
     """The base's config as transformers reads it. Raises ModelError for a type that is not trained here."""
     if folder.model_type not in transformers.CONFIG_MAPPING:
-        wants = folder.config.get("auto_map")
-        code = f", and its folder wants to run its own code ({', '.join(wants)})" if wants else ""
-        raise ModelError(
-            "remote-code" if wants else "unknown-model-type",
-            f"transformers {transformers.__version__} does not know `{folder.model_type}`{code}",
-            where=str(folder.path / "config.json"),
-            help="use a newer transformers that knows it; soup-xb never runs code from a model folder.",
-        )
+        raise unknown_type(folder, transformers.__version__)
     with foreign_errors(partial(_unreadable, folder)):
         config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
