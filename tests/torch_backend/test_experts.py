@@ -269,6 +269,7 @@ def test_starts_of_experts_are_the_same_whichever_process_computes_them(
     session, plan = attached({**ALL, "init_strategy": "olora"}, base=base)
     parts: list[list[torch.Tensor]] = []
     monkeypatch.setattr(Processes, "sum_", lambda self, tensors: parts.append(tensors))
+    monkeypatch.setattr(Processes, "largest", lambda self, value: value)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     for process in range(2):
         weight_starts(model, plan.adapters, Processes(process, 2))
