@@ -86,7 +86,7 @@ def inspect_base(path: Path, weights: bool = True) -> BaseFolder:
 
 
 def unknown_type(base: BaseFolder, transformers: str) -> ModelError:
-    """The error for a type that this version of transformers does not know; it names the code that the folder brings."""
+    """The error for a type that this version of transformers does not know; names the code that the folder brings."""
     wants = base.config.get("auto_map")
     code = f", and its folder wants to run its own code ({', '.join(wants)})" if wants else ""
     return ModelError(
