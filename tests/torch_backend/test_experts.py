@@ -441,10 +441,28 @@ def test_an_expert_adapter_that_peft_trained_and_saved_is_read(tiny_experts: Bas
     assert np.abs(live - true).max() > 1e-2
 
 
-def test_dora_on_experts_is_refused(attached: Attached, tiny_experts: Bases) -> None:
-    lora = {"r": 2, "target_modules": ("gate_up_proj",), "use_dora": True}
-    with pytest.raises(ConfigError, match="PEFT has no DoRA for 3-D experts"):
+@pytest.mark.parametrize(("kind", "reason"), [("dora", "PEFT has no DoRA"), ("vera", "factors are matrices")])
+def test_kinds_without_a_form_for_experts_are_refused(
+    attached: Attached, tiny_experts: Bases, kind: str, reason: str
+) -> None:
+    lora = {"r": 2, "target_modules": ("gate_up_proj",), f"use_{kind}": True}
+    with pytest.raises(ConfigError, match=reason) as caught:
         attached(lora, base=tiny_experts("mixtral"))
+    assert caught.value.problems[0].code == f"{kind}-on-experts"
+
+
+def test_one_expert_weight_alone_is_an_adapter_for_stock_peft(
+    attached: Attached, tiny_experts: Bases, tmp_path: Path
+) -> None:
+    base = tiny_experts("qwen3_moe")
+    session, plan = attached(
+        {"r": 2, "target_modules": r"layers\.1\..*\.down_proj", "dropout": 0.1}, base=base, max_steps=3
+    )
+    assert [adapter.name for adapter in plan.adapters.modules] == ["model.layers.1.mlp.experts.down_proj"]
+    train(session, plan)
+    model, tokens = stock(base, save(session, plan, base, tmp_path)), tokens_of(plan)
+    np.testing.assert_allclose(logits(model, tokens), session.logits(tokens), atol=1e-4)
+    assert np.abs(session.logits(tokens) - session.logits(tokens, adapter=False)).max() > 1e-3
 
 
 def test_a_run_from_a_file_tells_of_the_strip_and_proves_its_adapter(
