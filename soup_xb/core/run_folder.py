@@ -120,9 +120,9 @@ def open_run_folder(path: Path, *, overwrite: bool = False, resume: bool = False
     try:
         if overwrite:
             _remove_run(path)
-        elif not resume:
-            _refuse_run(path)
         _refuse_in_the_way(path)
+        if not (overwrite or resume):
+            _refuse_run(path)
     except BaseException:
         lock.release()
         raise
