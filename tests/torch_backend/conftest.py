@@ -189,7 +189,7 @@ def stock_logits(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         from soup_xb.core.adapter_file import write_adapter
 
         folder = tmp_path_factory.mktemp("adapter")
-        names = [module.name for module in session.describe().modules]
+        names = [module.name for module in session.describe().modules if not module.experts]
         write_adapter(folder, plan.adapters, session.factors(), str(base), names)
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         stock = PeftModel.from_pretrained(model, folder)
