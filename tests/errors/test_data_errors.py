@@ -246,10 +246,6 @@ ROWS_OF_DATA = {
         "code": "mixed-formats",
         "where": "train.jsonl:1: ",
     },
-    "preference rows": {
-        **file("a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}]),
-        "code": "unsupported-format",
-    },
 }
 
 TABLES = {
