@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from error_codes import errors_page
+
 from soup_xb.core.reference_pages import config_page, features_page, with_refused_rows
 
 FOLDER = Path(__file__).parent
@@ -11,5 +13,6 @@ README = FOLDER.parents[1] / "README.md"
 
 if __name__ == "__main__":
     (FOLDER / "config.md").write_text(config_page(), encoding="utf-8")
+    (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
     (FOLDER / "features.md").write_text(features_page(), encoding="utf-8")
     README.write_text(with_refused_rows(README.read_text(encoding="utf-8")), encoding="utf-8")

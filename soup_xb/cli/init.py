@@ -105,7 +105,7 @@ def _put(path: Path, text: str, force: bool) -> None:
 
 def _exists(path: Path) -> Problem:
     help = "write it anew with `--force`, or name another with `--output`."
-    return Problem("output-exists", "is there already", str(path), help)
+    return Problem("file-exists", "is there already", str(path), help)
 
 
 def _write_schema(path: Path) -> None:

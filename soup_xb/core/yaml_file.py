@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
         raise ConfigError("config-is-folder", "is a folder, not a file", where=where, help=help) from error
     except PermissionError as error:
         help = "check its permissions."
-        raise ResourceError("config-unreadable", "may not be read", where=where, help=help) from error
+        raise ResourceError("config-forbidden", "may not be read", where=where, help=help) from error
     except OSError as error:
         message = f"cannot be read: {error.strerror or error}"
         raise ConfigError("config-unreadable", message, where=where, help="name a regular file.") from error

@@ -73,7 +73,7 @@ def test_nothing_is_overwritten_and_nothing_is_written_beside_it(
     (place / standing).write_text("mine")
     answer = soupx("init", "--template", "chat", "--with-data")
     assert answer.code == 2
-    assert answer.err.startswith(f"error[output-exists] {standing}: ")
+    assert answer.err.startswith(f"error[file-exists] {standing}: ")
     assert "--force" in answer.err
     assert [path for path in place.rglob("*") if path.is_file()] == [place / standing]
     assert (place / standing).read_text() == "mine"

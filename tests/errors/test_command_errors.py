@@ -127,7 +127,7 @@ TEMPLATES = {
         "argv": "init --template ../../etc/passwd --output a.yaml",
         "code": "template-unknown",
     },
-    "existing output": {"argv": "init --template chat", "code": "output-exists", "help": "--force"},
+    "existing output": {"argv": "init --template chat", "code": "file-exists", "help": "--force"},
     "a folder for output": {"argv": "init --template chat --output base", "code": "output-is-folder"},
     "nobody to ask": {"argv": "init --output a.yaml", "code": "template-not-named", "help": "--template"},
     "no folder of templates": {"argv": "templates --templates-dir nowhere", "code": "template-missing"},
