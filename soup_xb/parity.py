@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from soup_xb.core.config_file import LoadedConfig, dump_config
 from soup_xb.core.errors import ConfigError, Problem, SoupError
 from soup_xb.core.events import Event, StepEvent
 from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.own_process import python_command
 from soup_xb.train import open_run
 
 ENGINES = ("torch", "mlx")
@@ -113,7 +113,7 @@ def _in_a_process(loaded: LoadedConfig, steps: int) -> Measured:
         config.write_text(dump_config(loaded.config), "utf-8")
         words = ["parity", str(config), "--steps", str(steps), "--measure-into", place]
         done = subprocess.run(
-            [sys.executable, "-m", "soup_xb", *words],
+            [*python_command("from soup_xb.cli import run; run()"), *words],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

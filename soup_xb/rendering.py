@@ -8,10 +8,10 @@ import os
 import select
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from typing import Any
 
+from soup_xb.core.own_process import python_command
 from soup_xb.render_process import MEMORY_BYTES
 
 # Of processor time, for one conversation; a template of today takes a thousandth of it.
@@ -21,10 +21,7 @@ _WALL_SECONDS = 120.0
 # Neither tokens nor anything else of the user's environment is passed on to foreign code.
 _PASSED_ON = ("PATH", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH", "PYTHONHOME")
 _SET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"}
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    " from soup_xb.render_process import serve; serve()"
-)
+_SERVE = "from soup_xb.render_process import serve; serve()"
 
 
 class RunawayError(Exception):
@@ -75,7 +72,7 @@ class Renderer:
         if self._process is None:
             kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                python_command(_SERVE),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
