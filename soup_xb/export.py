@@ -10,6 +10,7 @@ from soup_xb.core import staging
 from soup_xb.core.adapter_file import adapter_folder, read_adapter, write_adapter
 from soup_xb.core.durable import disk_errors
 from soup_xb.core.errors import ModelError, Problem, ResourceError
+from soup_xb.core.legible import mask_file
 from soup_xb.core.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_mlx_lm, write_mlx_lm
 from soup_xb.trained import TrainedOptions, base_modules, base_of, open_trained, plan_of
 
@@ -54,6 +55,7 @@ def merge_adapter(options: TrainedOptions, target: Path) -> None:
     refuse_existing(target)
     with open_trained(options) as trained, _published(target, trained.base.weight_bytes) as staged:
         trained.session.save_merged(staged)
+        mask_file(staged / "config.json")
         trained.tokenizer.save(staged)
 
 

@@ -19,6 +19,7 @@ from soup_xb.core.config_file import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
 from soup_xb.core.events import Event, Listener, Notice, SaveEvent
 from soup_xb.core.launch import is_first_process
+from soup_xb.core.legible import legible
 from soup_xb.core.loop import LoopResult
 from soup_xb.core.metrics import losses_until
 from soup_xb.core.plan import Plan
@@ -140,7 +141,7 @@ class RunKeeper:
 
     def failed(self, error: BaseException) -> None:
         """Note in `run.json` what ended the run."""
-        text = str(error) if isinstance(error, SoupError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, SoupError) else legible(f"{type(error).__name__}: {error}")
         self._replace_record(evolve(self.record, status="failed", ended=now(), error=text))
 
     def tell(self, event: Event) -> None:

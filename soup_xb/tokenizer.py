@@ -22,12 +22,14 @@ from soup_xb.chat_template import (
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.examples import ChatExample, Example, Message, Source, TokenRow
 from soup_xb.core.foreign import foreign_errors
+from soup_xb.core.legible import mask_file
 from soup_xb.core.weight_files import read_object
 from soup_xb.encoding import Array, Encoder
 from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 _CUT_AWAY = "everything to learn lies beyond max_length"
 
 
@@ -126,6 +128,9 @@ class ChatTokenizer:
         generation = self.base / GENERATION
         if generation.is_file():
             shutil.copyfile(generation, folder / GENERATION)
+        for name in (TOKENIZER, GENERATION):
+            if (folder / name).is_file():
+                mask_file(folder / name)
 
     def _chat_template(self) -> ChatTemplate:
         if self.template is None:

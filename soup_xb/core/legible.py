@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 LONGEST = 2000
 # Hugging Face, OpenAI and its like, GitHub, Slack, AWS, Google. The keys of services are runs of letters and
@@ -23,6 +24,13 @@ def masked(text: str) -> str:
     ('no access with …', './hf_smollm_tuned/sk-model')
     """
     return _TOKENS.sub(MASK, text)
+
+
+def mask_file(file: Path) -> None:
+    """Mask the tokens in a text file that a run copies from somebody's folder; without one it stays as it is."""
+    text = file.read_text("utf-8")
+    if holds_token(text):
+        file.write_text(masked(text), "utf-8")
 
 
 def holds_token(text: str) -> bool:
