@@ -127,7 +127,7 @@ class Bench:
         if setting.mode:
             training |= {"relora_steps": options.relora_steps, "relora_mode": setting.mode}
         if setting.mode == "merge":
-            training["relora_rewarm_steps"] = 2
+            training["relora_rewarm_steps"] = max(1, options.relora_steps // 8)
         content = {
             "base": str(self.base),
             "task": "sft",
