@@ -1,0 +1,383 @@
+"""The losses of preference and reinforcement tasks, with their gradients, against TRL's own code.
+
+Dpo, ipo, kto, bco, orpo (of which TRL has the odds term), simpo, reward and grpo. TRL is an oracle of the tests
+alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from soup_xb.backends.torch.preference_losses import (
+    Judged,
+    Pair,
+    bco,
+    dpo,
+    ipo,
+    kto,
+    kto_kl,
+    orpo,
+    per_token,
+    simpo,
+)
+from soup_xb.backends.torch.reward_losses import Completions, grpo, reward
+from soup_xb.core.objectives import (
+    Bco,
+    Dpo,
+    Grpo,
+    Ipo,
+    Kto,
+    Orpo,
+    RewardMean,
+    Simpo,
+)
+
+Oracle = Callable[..., Any]
+DTYPES = (torch.float64, torch.float32)
+# Sums of log-probabilities: ordinary ones, equal ones, and answers that are next to impossible.
+CHOSEN = (-12.0, -35.5, -0.3, -20.0, -1e3, -4.0, -1e3, -7.25)
+REJECTED = (-14.5, -30.25, -0.9, -20.0, -6.0, -1e3, -1e3, -3.5)
+
+
+def tensor(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).to(dtype)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def sums(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of policy and reference; the fourth and the seventh are equal on both sides of a pair."""
+    policy = tensor(*values, dtype=dtype)
+    return policy, 0.9 * policy + noise((4,), dtype, 1).repeat(2)
+
+
+def means(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    policy, reference = sums(values, dtype)
+    return policy / 8, reference / 8
+
+
+def compare(ours: Oracle, theirs: Oracle, *inputs: Tensor) -> None:
+    """Both give the same loss for each example, and the same gradients of a weighted sum, which are finite."""
+    found = []
+    for function in (ours, theirs):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        losses = function(*leaves)
+        weights = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
+        found.append((losses.detach(), torch.autograd.grad((losses * weights).sum(), leaves)))
+    (losses, gradients), (expected, expected_gradients) = found
+    assert losses.shape == expected.shape
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
+
+
+class Trl:
+    """TRL's trainers without models and data: instances with the attributes that their losses read."""
+
+    def __init__(self) -> None:
+        from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments
+        from trl.experimental.cpo.cpo_trainer import CPOTrainer
+        from trl.experimental.kto.kto_trainer import KTOTrainer
+        from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+        from trl.trainer.dpo_trainer import DPOTrainer
+        from trl.trainer.grpo_trainer import GRPOTrainer
+        from trl.trainer.reward_trainer import RewardTrainer
+
+        self.kinds = {
+            "dpo": DPOTrainer,
+            "kto": KTOTrainer,
+            "bco": BCOTrainer,
+            "orpo": ORPOTrainer,
+            "cpo": CPOTrainer,
+            "reward": RewardTrainer,
+            "grpo": GRPOTrainer,
+        }
+        self.moments = RunningMoments
+        self.accelerator = SimpleNamespace(
+            device=torch.device("cpu"),
+            gather=torch.clone,
+            gather_for_metrics=torch.clone,
+            use_distributed=False,
+        )
+
+    def trainer(self, kind: str, **attributes: Any) -> Any:
+        trainer = object.__new__(self.kinds[kind])
+        trainer.__dict__ |= {
+            "accelerator": self.accelerator,
+            "model": SimpleNamespace(training=True),
+            "_metrics": {"train": defaultdict(list)},
+            "_total_train_tokens": 0,
+            **attributes,
+        }
+        return trainer
+
+    def dpo(self, kind: str, beta: float) -> Oracle:
+        """Losses of tokens' log-probabilities (2n, length), chosen answers first, from DPOTrainer."""
+        trainer = self.trainer(
+            "dpo",
+            beta=beta,
+            label_smoothing=0.0,
+            loss_types=[kind],
+            loss_weights=[1.0],
+            f_divergence_type="reverse_kl",
+            ld_alpha=None,
+            precompute_ref_logps=True,
+            use_weighting=False,
+        )
+
+        def one(tokens: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+            # Of two words the first has the log-probability that is asked for.
+            words = torch.stack([tokens, torch.log1p(-tokens.exp())], dim=-1)
+            logits = torch.cat([words, words.new_zeros(2, 1, 2)], dim=1)
+            inputs = {
+                "input_ids": torch.zeros(logits.shape[:2], dtype=torch.int64),
+                "attention_mask": torch.ones(logits.shape[:2], dtype=torch.int64),
+                "completion_mask": torch.nn.functional.pad(mask.long(), (1, 0)),
+                "ref_chosen_logps": reference[:1],
+                "ref_rejected_logps": reference[1:],
+            }
+            return trainer._compute_loss(lambda **_: SimpleNamespace(logits=logits), inputs, False)
+
+        def losses(tokens: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+            count = len(tokens) // 2
+            pairs = [torch.tensor([index, index + count]) for index in range(count)]
+            return torch.stack([one(tokens[pair], mask[pair], reference[pair]) for pair in pairs])
+
+        return losses
+
+    def judged(self, losses: Any, desirable: Tensor) -> Tensor:
+        """TRL gives desirable answers first; back to the order of rows."""
+        order = torch.cat([desirable.nonzero()[:, 0], (~desirable).nonzero()[:, 0]])
+        return losses[order.argsort()]
+
+    def rewards(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        trainer = self.trainer("reward", args=SimpleNamespace(center_rewards_coefficient=None))
+        found = []
+        for scores in zip(chosen, rejected, strict=True):
+            outputs = SimpleNamespace(logits=torch.stack(scores).unsqueeze(-1))
+            inputs = {"attention_mask": torch.ones(2, 1)}
+            found.append(trainer.compute_loss(lambda outputs=outputs, **_: outputs, inputs))
+        return torch.stack(found)
+
+    def grpo(self, completions: Completions, advantages: Tensor, settings: Grpo) -> Tensor:
+        trainer = self.trainer(
+            "grpo",
+            beta=settings.beta,
+            epsilon_low=settings.epsilon_low,
+            epsilon_high=settings.epsilon_high,
+            loss_type="grpo",
+            importance_sampling_level="token",
+            top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None,
+            use_vllm=False,
+            current_gradient_accumulation_steps=1,
+            args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        )
+        found = []
+        for row in range(len(advantages)):
+            policy = completions.policy[row : row + 1]
+            answer = (policy, torch.zeros_like(policy))
+            trainer._get_per_token_logps_and_entropies = lambda *_, answer=answer, **__: answer
+            inputs = {
+                "prompt_ids": torch.zeros(1, 1),
+                "prompt_mask": torch.ones(1, 1),
+                "completion_ids": torch.zeros(policy.shape),
+                "completion_mask": completions.trained[row : row + 1].long(),
+                "advantages": advantages[row : row + 1],
+                "old_per_token_logps": completions.old[row : row + 1],
+                "ref_per_token_logps": completions.reference[row : row + 1],
+            }
+            found.append(trainer._compute_loss(None, inputs))
+        return torch.stack(found)
+
+
+@pytest.fixture(scope="module")
+def trl() -> Iterator[Trl]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        yield Trl()
+
+
+def tokens_of(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n, 4) that sum to `values` over 1 to 4 trained tokens, and which those are."""
+    counts = torch.arange(len(values)) % 4 + 1
+    mask = torch.arange(4) < counts.unsqueeze(-1)
+    return torch.where(mask, per_token(tensor(*values, dtype=dtype), counts).unsqueeze(-1), -1.0), mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "settings"),
+    [
+        ("sigmoid", dpo, Dpo()),
+        ("sigmoid", dpo, Dpo(beta=0.7)),
+        ("ipo", ipo, Ipo()),
+        ("ipo", ipo, Ipo(beta=0.5)),
+    ],
+)
+def test_losses_with_a_reference_are_those_of_trl(
+    trl: Trl, dtype: torch.dtype, kind: str, ours: Oracle, settings: Any
+) -> None:
+    tokens, mask = (
+        torch.cat(both) for both in zip(tokens_of(CHOSEN, dtype), tokens_of(REJECTED, dtype), strict=True)
+    )
+    reference = torch.cat([sums(CHOSEN, dtype)[1], sums(REJECTED, dtype)[1]])
+
+    def losses(tokens: Tensor) -> Tensor:
+        sides = torch.stack([(tokens * mask).sum(-1), reference])
+        if kind == "ipo":
+            sides = per_token(sides, mask.sum(-1))
+        (policy, base), (lost, lost_base) = sides[:, : len(CHOSEN)], sides[:, len(CHOSEN) :]
+        return ours(Pair(policy, lost), Pair(base, lost_base), settings)[0]
+
+    oracle = trl.dpo(kind, settings.beta)
+    compare(losses, lambda tokens: oracle(tokens, mask, reference), tokens)
+
+
+def test_dpo_with_smoothed_labels_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
+    """TRL's DPOTrainer has no smoothing; its CPO loss of log-ratios is the same formula."""
+    settings = Dpo(beta=0.3, label_smoothing=0.2)
+    trainer = trl.trainer("cpo", beta=0.3, label_smoothing=0.2, loss_type="sigmoid", alpha=0.0)
+    (chosen, base), (rejected, other_base) = sums(CHOSEN, dtype), sums(REJECTED, dtype)
+    compare(
+        lambda *sides: dpo(Pair(*sides), Pair(base, other_base), settings)[0],
+        lambda *sides: trainer.cpo_loss(sides[0] - base, sides[1] - other_base)[0],
+        chosen,
+        rejected,
+    )
+
+
+@pytest.mark.parametrize("settings", [Kto(), Kto(beta=0.4, desirable_weight=1.3, undesirable_weight=0.6)])
+@pytest.mark.parametrize("drift", [2.5, -2.5])
+def test_kto_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Kto, drift: float) -> None:
+    reference = sums(CHOSEN, dtype)[1]
+    desirable = torch.arange(8) % 3 != 1
+    others = noise((5,), dtype, 3) - 30
+    trainer = trl.trainer(
+        "kto",
+        beta=settings.beta,
+        calculate_KL=True,
+        loss_type="kto",
+        desirable_weight=settings.desirable_weight,
+        undesirable_weight=settings.undesirable_weight,
+    )
+
+    def oracle(policy: Tensor) -> Tensor:
+        sides = [side for who in (policy, reference) for side in (who[desirable], who[~desirable])]
+        losses, *_ = trainer.kto_loss(*sides[:2], others + drift, *sides[2:], others)
+        return trl.judged(losses, desirable)
+
+    kl = kto_kl(others + drift, others)
+    assert kl.item() == pytest.approx(max(drift, 0.0), abs=1e-5)
+    compare(
+        lambda policy: kto(Judged(policy, reference, desirable), kl, settings)[0],
+        oracle,
+        sums(CHOSEN, dtype)[0],
+    )
+
+
+def test_bco_over_several_steps_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
+    settings = Bco(beta=0.2)
+    desirable = torch.arange(8) % 3 != 1
+    trainer = trl.trainer(
+        "bco", beta=settings.beta, embedding_func=None, running=trl.moments(trl.accelerator)
+    )
+    mean = RewardMean()
+    for seed in range(4):
+        policy = noise((8,), dtype, seed) * 9 - 40
+        reference = noise((8,), dtype, seed + 10) * 9 - 40
+        # TRL counts a step's rewards before it computes the step's losses.
+        rewards = bco(Judged(policy, reference, desirable), mean.mean, settings)[1]["rewards"]
+        mean = mean.after(rewards.sum().item(), len(rewards))
+        trainer.bco_loss(
+            policy[desirable], policy[~desirable], reference[desirable], reference[~desirable], None, None
+        )
+        assert mean.mean == pytest.approx(trainer.running.mean, abs=1e-6)
+        assert mean.count == round(trainer.running.count)
+
+        def oracle(policy: Tensor, reference: Tensor = reference) -> Tensor:
+            sides = [side for who in (policy, reference) for side in (who[desirable], who[~desirable])]
+            return trl.judged(trainer.bco_loss(*sides, None, None, do_train=False)[0], desirable)
+
+        def ours(policy: Tensor, reference: Tensor = reference) -> Tensor:
+            return bco(Judged(policy, reference, desirable), trainer.running.mean, settings)[0]
+
+        compare(ours, oracle, policy)
+
+
+def test_orpos_odds_term_is_that_of_trl(trl: Trl) -> None:
+    """In float32, to which TRL casts."""
+    trainer = trl.trainer("orpo", beta=0.3)
+    settings = Orpo(beta=0.3)
+
+    def oracle(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -chosen - trainer.odds_ratio_loss(chosen, rejected)[0]
+
+    chosen, rejected = means(CHOSEN, torch.float32)[0], means(REJECTED, torch.float32)[0]
+    compare(lambda *sides: orpo(Pair(*sides), settings)[0], oracle, chosen, rejected)
+
+
+@pytest.mark.parametrize("settings", [Simpo(), Simpo(beta=1.5, gamma=0.4, label_smoothing=0.1)])
+def test_simpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Simpo) -> None:
+    trainer = trl.trainer(
+        "cpo",
+        beta=settings.beta,
+        simpo_gamma=settings.gamma,
+        label_smoothing=settings.label_smoothing,
+        loss_type="simpo",
+        alpha=0.0,
+    )
+    chosen, rejected = means(CHOSEN, dtype)[0], means(REJECTED, dtype)[0]
+    compare(
+        lambda *sides: simpo(Pair(*sides), settings)[0],
+        lambda *sides: trainer.cpo_loss(*sides)[0],
+        chosen,
+        rejected,
+    )
+
+
+def test_the_reward_loss_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
+    compare(
+        lambda *scores: reward(Pair(*scores))[0],
+        trl.rewards,
+        tensor(1.5, -0.5, 3.0, 3.0, 1e3, -1e3, dtype=dtype),
+        tensor(0.25, 2.0, -3.0, 3.0, -1e3, 1e3, dtype=dtype),
+    )
+
+
+ADVANTAGES = (1.5, -0.8, 0.0, 2.0, -2.0, 0.3)
+
+
+def sampled(dtype: torch.dtype, policy: Tensor) -> Completions:
+    """Six answers of up to five tokens whose ratios leave the clipped range on both sides; the third is empty."""
+    old = noise((6, 5), dtype, 5) * 0.5 - 3
+    trained = torch.arange(5) < torch.tensor([5, 3, 0, 1, 4, 5]).unsqueeze(-1)
+    return Completions(policy, old, old + noise((6, 5), dtype, 6) * 0.4, trained)
+
+
+@pytest.mark.parametrize(
+    "settings", [Grpo(), Grpo(beta=0.0), Grpo(beta=0.2, epsilon_low=0.1, epsilon_high=0.4)]
+)
+def test_grpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Grpo) -> None:
+    advantages = tensor(*ADVANTAGES, dtype=dtype)
+    policy = noise((6, 5), dtype, 5) * 0.5 - 3 + noise((6, 5), dtype, 7) * 0.4
+    compare(
+        lambda policy: grpo(sampled(dtype, policy), advantages, settings)[0],
+        lambda policy: trl.grpo(sampled(dtype, policy), advantages, settings),
+        policy,
+    )
