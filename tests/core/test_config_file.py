@@ -394,8 +394,8 @@ def test_unknown_keys_by_the_thousand_are_counted_not_listed() -> None:
 
 # What a config may hold, drawn key by key from the declarations.
 def test_what_the_backend_refuses_is_told_together_with_the_rest() -> None:
-    text = "base: tiny\ndata: {train: x}\ntask: dpo\ntraining: {lr: -1, relora_steps: 5}\n"
-    for backend, refused in (("torch", ["torch-no-dpo"]), ("mlx", ["mlx-no-dpo", "mlx-no-relora"])):
+    text = "base: tiny\ndata: {train: x}\ntask: ppo\ntraining: {lr: -1, relora_steps: 5}\n"
+    for backend, refused in (("torch", ["torch-no-ppo"]), ("mlx", ["mlx-no-ppo", "mlx-no-relora"])):
         with pytest.raises(ConfigError) as caught:
             parse_config(text, "soup.yaml", [f"backend={backend}"])
         assert [problem.code for problem in caught.value.problems] == [
@@ -406,7 +406,7 @@ def test_what_the_backend_refuses_is_told_together_with_the_rest() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "soup.yaml")
     # `auto` may still take the engine that has it.
-    assert [problem.code for problem in caught.value.problems] == ["torch-no-dpo", "out-of-range"]
+    assert [problem.code for problem in caught.value.problems] == ["torch-no-ppo", "out-of-range"]
 
 
 def test_an_access_token_is_refused_and_never_shown() -> None:
@@ -422,6 +422,16 @@ def test_an_access_token_is_refused_and_never_shown() -> None:
             parse_config(text, "soup.yaml")
         assert {problem.code for problem in caught.value.problems} <= {"access-token", "unknown-key"}
         assert "aBcDaBcD" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "code"), [("k{}: 1", "unknown-key"), ("base: x", "duplicate-key")])
+def test_thousands_of_wrong_keys_are_counted_and_not_listed(line: str, code: str) -> None:
+    text = "base: tiny\ndata: {train: x}\n" + "".join(f"{line.format(index)}\n" for index in range(1000))
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "soup.yaml")
+    found = [problem for problem in caught.value.problems if problem.code == code]
+    assert len(found) == 21
+    assert any("980 more keys" in problem.message for problem in found)
 
 
 _NAMES = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=30).filter(str.strip)
