@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,42 +14,47 @@ from soup_xb.core.config import DataConfig
 from soup_xb.core.data import read_rows
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.example_file import ExampleReader
-from soup_xb.core.examples import ChatExample, Row, TokenRow
+from soup_xb.core.examples import Row, TokenRow
+from soup_xb.core.formats import Formats
 from soup_xb.core.packing import pack, packing_notice, split_long
 from soup_xb.core.places import local_path
+from soup_xb.core.preference_formats import EVERY_FORMAT, formats_of
+from soup_xb.core.preferences import LearnedRow, rows_for_task
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.core.schedule import floor_share
 from soup_xb.encoding import BATCH
 from soup_xb.hub_dataset import hub_rows
-from soup_xb.tokenizer import ChatTokenizer, Tokenized
+from soup_xb.preference_rows import is_chat, tokenize_examples
+from soup_xb.row_tally import RowTally
+from soup_xb.tokenizer import ChatTokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
-# Places named in a notice; the count says how many more there are.
-_NAMED = 3
 
 
 @frozen(eq=False)
 class Dataset:
     """Token rows in the order of the files. `evaluation` is empty where nothing is held out."""
 
-    train: tuple[TokenRow, ...]
-    evaluation: tuple[TokenRow, ...]
+    train: tuple[LearnedRow, ...]
+    evaluation: tuple[LearnedRow, ...]
     format: str
     notices: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
 
 
 @frozen(eq=False)
 class TokenFile:
     """One file as token rows. `count` is the number of rows in the file, `unlearnable` of those without a target."""
 
-    rows: tuple[TokenRow, ...]
+    rows: tuple[LearnedRow, ...]
     format: str
     reason: str
     count: int
     unlearnable: int
     truncated: int
     notices: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
 
 
 def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft") -> Dataset:
@@ -68,35 +72,41 @@ def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: st
     evaluation = tuple(row for file in held_out for row in file.rows)
     if data.val_split > 0:
         rows, evaluation = split_rows(rows, data.val_split, seed)
+    rows, evaluation = (rows_for_task(part, task, data.max_length) for part in (rows, evaluation))
     notices = dict.fromkeys(notice for file in (*train, *held_out) for notice in file.notices)
     formats = ", ".join(dict.fromkeys(file.format for file in train))
     if task == "pretrain" or data.packing:
         documents = len(rows)
         rows, evaluation = _packed(rows, data.max_length), _packed(evaluation, data.max_length)
         notices[packing_notice(documents, rows, data.max_length)] = None
-    return Dataset(rows, evaluation, formats, tuple(notices))
+    warnings = dict.fromkeys(warning for file in (*train, *held_out) for warning in file.warnings)
+    return Dataset(rows, evaluation, formats, tuple(notices), tuple(warnings))
 
 
-def _packed(rows: Sequence[TokenRow], length: int) -> tuple[TokenRow, ...]:
-    return pack([piece for row in rows for piece in split_long(row, length)], length)
+def _packed(rows: Sequence[LearnedRow], length: int) -> tuple[TokenRow, ...]:
+    documents = [row for row in rows if isinstance(row, TokenRow)]
+    return pack([piece for row in documents for piece in split_long(row, length)], length)
 
 
 def load_file(
     path: Path, format: str, tokenizer: ChatTokenizer, max_length: int
 ) -> tuple[tuple[TokenRow, ...], tuple[Problem, ...]]:
-    """The token rows of one file, and what the user should know about them. Raises as `load_dataset` does."""
-    file = tokenize_file(path, format, tokenizer, max_length)
-    return file.rows, file.notices
+    """The token rows of one `sft` file, and what the user should know about them. Raises as `load_dataset` does."""
+    reader = ExampleReader(read_rows(path), format, str(path))
+    file = _tokenize(reader, tokenizer, max_length)
+    return tuple(row for row in file.rows if isinstance(row, TokenRow)), file.notices
 
 
-def tokenize_file(path: Path, format: str, tokenizer: ChatTokenizer, max_length: int) -> TokenFile:
-    """One file with its counts. Raises as `load_dataset` does."""
-    return _tokenize(ExampleReader(read_rows(path), format, str(path)), tokenizer, max_length)
+def tokenize_file(
+    path: Path, format: str, tokenizer: ChatTokenizer, max_length: int, formats: Formats = EVERY_FORMAT
+) -> TokenFile:
+    """One file with its counts, whichever task its rows are for. Raises as `load_dataset` does."""
+    return _tokenize(ExampleReader(read_rows(path), format, str(path), formats), tokenizer, max_length)
 
 
 def split_rows(
-    rows: Sequence[TokenRow], share: float, seed: int
-) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
+    rows: Sequence[LearnedRow], share: float, seed: int
+) -> tuple[tuple[LearnedRow, ...], tuple[LearnedRow, ...]]:
     """Rows to train on and rows held out, `floor(share * rows)` of them but at least one; order is kept.
 
     Raises DataError where no row would be left to train on.
@@ -122,16 +132,16 @@ def _reader(entry: str, data: DataConfig, task: str) -> ExampleReader:
         rows: Iterator[Row] = read_rows(path)
     else:
         rows = hub_rows(entry, data.subset, data.split)
-    return ExampleReader(rows, "text" if task == "pretrain" else data.format, entry)
+    return ExampleReader(rows, "text" if task == "pretrain" else data.format, entry, formats_of(task))
 
 
 def _tokenize(reader: ExampleReader, tokenizer: ChatTokenizer, max_length: int) -> TokenFile:
-    tally = _Tally(reader.name, max_length)
-    rows: list[TokenRow] = []
+    tally = RowTally(reader.name, max_length)
+    rows: list[LearnedRow] = []
     examples = iter(reader)
     while batch := list(islice(examples, BATCH)):
-        tally.chats |= any(isinstance(example, ChatExample) for example in batch)
-        results = tokenizer.tokenize_many(batch, max_length)
+        tally.chats |= any(is_chat(example) for example in batch)
+        results = tokenize_examples(batch, tokenizer, max_length)
         tally.add(results)
         rows += (result.row for result in results if result.row is not None)
     if not rows:
@@ -146,72 +156,5 @@ def _tokenize(reader: ExampleReader, tokenizer: ChatTokenizer, max_length: int) 
         unlearnable=reader.count - len(rows),
         truncated=tally.truncated.count,
         notices=notices,
+        warnings=tuple(tally.warnings()),
     )
-
-
-class _Places:
-    """A count with the first few places."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
-
-    def add(self, place: object) -> None:
-        self.count += 1
-        if len(self.first) < _NAMED:
-            self.first.append(str(place))
-
-    def __str__(self) -> str:
-        more = self.count - len(self.first)
-        return ", ".join(self.first) + (f" and {more:,} more" if more else "")
-
-
-class _Tally:
-    """What happened to the rows of a file."""
-
-    def __init__(self, name: str, max_length: int) -> None:
-        self.chats = False
-        self.truncated = _Places()
-        self._name, self._max_length = name, max_length
-        self._reasons: Counter[str] = Counter()
-        self._unlearnable, self._rewritten, self._hidden = _Places(), _Places(), _Places()
-
-    def add(self, results: Iterable[Tokenized]) -> None:
-        for result in results:
-            if result.row is None:
-                self._reasons[result.reason] += 1
-                self._unlearnable.add(f"{result.source} ({result.reason})")
-            for happened, places in (
-                (result.truncated and result.row is not None, self.truncated),
-                (result.rewritten and result.row is not None, self._rewritten),
-                (result.hidden, self._hidden),
-            ):
-                if happened:
-                    places.add(result.source)
-
-    def nothing_to_learn(self, count: int) -> DataError:
-        reasons = "; ".join(f"{reason} ({rows:,})" for reason, rows in self._reasons.most_common())
-        return DataError(
-            "nothing-to-learn",
-            f"there is nothing to learn in any of the {count:,} rows: {reasons}",
-            where=self._name,
-            help="an assistant turn, a completion or a text is what a model learns from; "
-            "`soupx data FILE --base BASE` shows the trained tokens.",
-        )
-
-    def notices(self) -> Iterator[Problem]:
-        """What should be known, worst first; a count of zero says nothing."""
-        told = (
-            ("rows-without-targets", "left out, with nothing to learn", self._unlearnable),
-            ("truncated", f"cut at {self._max_length:,} tokens (`data.max_length`)", self.truncated),
-            (
-                "rewritten-turns",
-                "with an assistant turn that the chat template changes, which is not trained on",
-                self._rewritten,
-            ),
-            ("hidden-turns", "with a turn that the chat template changes or leaves out", self._hidden),
-        )
-        for code, what, places in told:
-            if places.count:
-                rows = "1 row" if places.count == 1 else f"{places.count:,} rows"
-                yield Problem(code, f"{rows} {what}: {places}", where=self._name)

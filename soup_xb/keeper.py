@@ -53,6 +53,8 @@ class RunKeeper:
         self.run, self.options, self.folder = run, options, folder
         self.listeners = listeners if folder else ()
         self.settings = run_settings(run.loaded.config)
+        # The checkpoint that the run goes on from, once `start` has found it.
+        self.resumed_from: Path | None = None
         self.facts = CheckpointFacts(
             backend=run.session.backend,
             processes=run.session.processes,
@@ -99,6 +101,7 @@ class RunKeeper:
         Later checkpoints than that one are removed: they belong to steps that are trained anew.
         """
         point = self._resume_point()
+        self.resumed_from = point.folder
         self.run.session.agree(0)
         if self.folder is not None:
             self.folder.check_space(3 * self.facts.bytes_expected)

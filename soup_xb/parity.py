@@ -65,7 +65,7 @@ class Parity:
 def measure(loaded: LoadedConfig, steps: int, folder: Path) -> None:
     """Do the first steps on the config's backend and write what `compare` reads."""
     with open_run(loaded, choose_backend(loaded)) as run:
-        probe = run.plan.rows[0].tokens[None, :_PROBE_TOKENS]
+        probe = run.plan.rows[0].sequences[0].tokens[None, :_PROBE_TOKENS]
         logits = run.session.logits(probe, adapter=False)[0]
         run.session.attach(run.plan.adapters)
         losses: list[float] = []

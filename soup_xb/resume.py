@@ -16,7 +16,7 @@ from soup_xb.core.checkpoint_manifest import fingerprint
 from soup_xb.core.config import KEYS, Config
 from soup_xb.core.config_file import config_dict
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem
-from soup_xb.core.examples import TokenRow
+from soup_xb.core.preferences import LearnedRow, side_names
 from soup_xb.core.suggest import did_you_mean
 
 SETTINGS_FILE = "settings.json"
@@ -118,10 +118,13 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
     return fingerprint({key: value for key, value in settings.items() if key not in _FREE | _TOLD})
 
 
-def data_fingerprint(rows: Sequence[TokenRow]) -> str:
-    """sha256 of every token, every trained mark and every document's beginning, in order."""
+def data_fingerprint(rows: Sequence[LearnedRow]) -> str:
+    """sha256 of every token, every trained mark, every document's beginning and every verdict, in order."""
     digest = hashlib.sha256()
-    for row in rows:
+    for name, row in (
+        (name, row) for one in rows for name, row in zip(side_names(one), one.sequences, strict=True)
+    ):
+        digest.update(name.encode())
         digest.update(row.length.to_bytes(8, "little"))
         digest.update(row.tokens.tobytes())
         digest.update(np.packbits(row.trained).tobytes())

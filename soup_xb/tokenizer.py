@@ -23,6 +23,7 @@ from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.examples import ChatExample, Example, Message, Source, TokenRow
 from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.legible import mask_file
+from soup_xb.core.preferences import LearnedRow
 from soup_xb.core.weight_files import read_object
 from soup_xb.encoding import Array, Encoder
 from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
@@ -42,7 +43,7 @@ class Tokenized:
     """
 
     source: Source
-    row: TokenRow | None
+    row: LearnedRow | None
     reason: str = ""
     truncated: bool = False
     rewritten: int = 0

@@ -21,6 +21,7 @@ from soup_xb.core.gemma4 import check_towers
 from soup_xb.core.launch import launched_processes
 from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.modules import Resolution, resolve_adapters
+from soup_xb.core.objective_settings import objective_of
 from soup_xb.core.packing import check_apart
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.run_folder import RunFolder
@@ -30,6 +31,7 @@ from soup_xb.dataset import load_dataset
 from soup_xb.hub import resolve_base
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
 from soup_xb.outcome import Outcome, adapter_notices, answer_prompts, save_adapter, save_report
+from soup_xb.referencing import plan_with_reference
 from soup_xb.resume import ResumeRequest
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
@@ -72,13 +74,15 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         keeper = RunKeeper(run, options, folder, listeners)
         if keeper.is_complete():
             return Outcome(keeper.record, output, already_complete=True)
-        check_apart(run.session, run.plan.rows, run.plan.pad_id)
+        sequences = [sequence for row in run.plan.rows for sequence in row.sequences]
+        check_apart(run.session, sequences, run.plan.pad_id)
         _attach(run)
         done = keeper.start()
         with failure_noted(keeper), stop_on_signals() as stop:
             _announce(run, keeper, done)
             hooks = Hooks(keeper.emit, keeper.save, stop)
-            result = run_loop(run.plan, run.session, hooks, done, keeper.losses_until(done))
+            plan = plan_with_reference(run, keeper)
+            result = run_loop(plan, run.session, hooks, done, keeper.losses_until(done))
             _stop_if_asked(run, keeper, result)
             return _finish(run, keeper, result, options.prompts)
 
@@ -97,6 +101,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     session = open_session(name, session_settings(config, base.path, weights))
     try:
         resolution, coverage = resolve_for(loaded, session)
+        resolution = evolve(resolution, warnings=(*resolution.warnings, *dataset.warnings))
         plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
         notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *dataset.notices)
         yield Opened(loaded, base, session, tokenizer, plan, coverage, notices)
@@ -127,6 +132,7 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
         optimizer=optimizer_settings(training),
         seed=training.seed,
         weights=weights,
+        objective=objective_of(config),
     )
 
 

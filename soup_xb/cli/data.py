@@ -14,6 +14,7 @@ from soup_xb.core.config import FORMATS
 from soup_xb.core.errors import Problem
 
 if TYPE_CHECKING:
+    from soup_xb.core.examples import TokenRow
     from soup_xb.dataset import TokenFile
 
 _BARS = 8
@@ -24,7 +25,7 @@ _SHOWN_CHARACTERS = 3000
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", help="Hub id or folder of the base whose tokenizer and chat template are used.")
-@click.option("--format", "data_format", type=click.Choice(FORMATS[:-1]), default="auto", show_default=True)
+@click.option("--format", "data_format", type=click.Choice(FORMATS), default="auto", show_default=True)
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens.")
 @click.option("--chat-template", help="Jinja chat template to use instead of the base's: text or a file.")
 @json_option
@@ -47,7 +48,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         tokenizer = open_tokenizer(resolve_base(base), chat_template)
         tokens = tokenize_file(file, data_format, tokenizer, max_length)
         summary = {"file": str(file), **_counts(tokens), "example": _example(tokens, tokenizer)}
-        notices = tokens.notices
+        notices = (*tokens.warnings, *tokens.notices)
     if as_json:
         summary["notices"] = [{"code": notice.code, "message": notice.message} for notice in notices]
         click.echo(json.dumps(summary, ensure_ascii=False, indent=2))
@@ -58,15 +59,17 @@ def command(  # noqa: PLR0913 - one parameter an option
         if notice.code != "data-format":
             click.echo(notice.render("note"))
     if "example" in summary:
-        click.echo(f"\nfirst example, {summary['example']['source']}, trained tokens {_legend()}:\n")
-        click.echo(_marked(summary["example"]["pieces"]))
+        click.echo(f"\nfirst example, {summary['example']['source']}, trained tokens {_legend()}:")
+        for side in (summary["example"], *summary["example"]["others"]):
+            click.echo("\n" + (f"{side['name']}: " if side["name"] else "") + _marked(side["pieces"]))
 
 
 def _rows(file: Path, data_format: str) -> tuple[dict[str, Any], tuple[Problem, ...]]:
     from soup_xb.core.data import read_rows
     from soup_xb.core.example_file import ExampleReader
+    from soup_xb.core.preference_formats import EVERY_FORMAT
 
-    reader = ExampleReader(read_rows(file), data_format, str(file))
+    reader = ExampleReader(read_rows(file), data_format, str(file), EVERY_FORMAT)
     for _ in reader:
         pass
     detection = reader.detection
@@ -88,7 +91,7 @@ def _counts(tokens: TokenFile) -> dict[str, Any]:
         "trained_rows": len(tokens.rows),
         "nothing_to_learn": tokens.unlearnable,
         "truncated": tokens.truncated,
-        "tokens": sum(lengths),
+        "tokens": sum(row.real_tokens for row in tokens.rows),
         "target_tokens": sum(row.target_tokens for row in tokens.rows),
         "lengths": {
             "shortest": lengths[0],
@@ -111,16 +114,25 @@ def _histogram(lengths: list[int]) -> list[dict[str, int]]:
 
 
 def _example(tokens: TokenFile, tokenizer: Any) -> dict[str, Any]:
-    """The first row as text, in pieces that are trained or not."""
-    from itertools import groupby
+    """The first row as text: each of its sides (`others` are those after the first) in pieces, trained or not."""
+    from soup_xb.core.preferences import side_names
 
     row = tokens.rows[0]
+    first, *others = (
+        {"name": name, "pieces": _pieces(side, tokenizer)}
+        for name, side in zip(side_names(row), row.sequences, strict=True)
+    )
+    return {"source": str(row.source), **first, "others": others}
+
+
+def _pieces(row: TokenRow, tokenizer: Any) -> list[dict[str, Any]]:
+    from itertools import groupby
+
     pairs = zip(row.tokens.tolist(), row.trained.tolist(), strict=True)
-    pieces = [
+    return [
         {"text": tokenizer.decode([token for token, _ in run], special=True), "trained": trained}
         for trained, run in groupby(pairs, key=lambda pair: pair[1])
     ]
-    return {"source": str(row.source), "pieces": pieces}
 
 
 def _print(summary: dict[str, Any]) -> None:

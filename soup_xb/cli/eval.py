@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from soup_xb.cli.options import BACKENDS, json_option
-from soup_xb.core.config import FORMATS
+from soup_xb.core.config import ANSWER_FORMATS
 
 
 @click.command()
 @click.argument("adapter", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Rows to evaluate on.")
-@click.option("--format", "data_format", type=click.Choice(FORMATS[:-1]), default="auto", show_default=True)
+@click.option("--format", "data_format", type=click.Choice(ANSWER_FORMATS), default="auto", show_default=True)
 @click.option("--base", help="Hub id or folder of the base; by default the adapter's own.")
 @click.option("--batch-size", type=click.IntRange(1, 65536), default=4, show_default=True)
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True)

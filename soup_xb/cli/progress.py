@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -72,7 +73,7 @@ class ProgressListener:
     def _figures(self, event: StepEvent) -> list[str]:
         seconds = sum(step.seconds for step in self._recent)
         tokens = sum(step.tokens for step in self._recent)
-        loss = f"loss {event.loss:.4f}"
+        loss = "  ".join([f"loss {event.loss:.4f}", *means_words(event.means)])
         if seconds <= 0:
             return [loss]
         left = (self.total_steps - event.step) * seconds / len(self._recent)
@@ -96,12 +97,27 @@ def event_line(event: EvalEvent | RestartEvent | SaveEvent | Notice) -> str:
     if isinstance(event, Notice):
         return notice_line(event)
     if isinstance(event, EvalEvent):
-        loss = f"loss {event.loss:.4f}  perplexity {event.perplexity:.2f}"
+        further = means_words(event.means) if event.means else [f"perplexity {event.perplexity:.2f}"]
+        loss = "  ".join([f"loss {event.loss:.4f}", *further])
         return f"eval step {event.step}  {loss}  {duration_text(event.seconds)}"
     if isinstance(event, RestartEvent):
         entries = f"{count_text(event.pruned)} of {count_text(event.entries)} entries pruned"
         return f"restart step {event.step}  {entries}  loss {event.loss_before:.4f} -> {event.loss_after:.4f}"
     return f"saved step {event.step}  {event.path}  {bytes_text(event.bytes)}  {duration_text(event.seconds)}"
+
+
+def means_words(means: Mapping[str, float]) -> list[str]:
+    """The two means of a preference task that say how it goes.
+
+    >>> means_words({"reward_accuracy": 0.75, "reward_margin": 0.125, "reward_chosen": 0.1})
+    ['accuracy 75%', 'margin 0.125']
+    """
+    words = []
+    if "reward_accuracy" in means:
+        words.append(f"accuracy {means['reward_accuracy']:.0%}")
+    if "reward_margin" in means:
+        words.append(f"margin {means['reward_margin']:.3f}")
+    return words
 
 
 def notice_line(notice: Notice) -> str:

@@ -19,13 +19,29 @@ Array = np.ndarray[Any, Any]
 
 
 @frozen(eq=False)
+class Comparison:
+    """What a preference loss knows of the rows of a micro-batch.
+
+    With `desirable` None the rows are pairs: all chosen answers, then all rejected ones in the same order. Else they
+    are answers, and `desirable`, bool (rows,), says which are as answers should be. `reference` is float64 (rows,),
+    the log-probability of each row's targets under the base, None where the loss asks for none. `mismatched` holds
+    answers to other prompts, with their own reference, where the loss measures the drift from the base on them.
+    """
+
+    desirable: Array | None = None
+    reference: Array | None = None
+    mismatched: MicroBatch | None = None
+
+
+@frozen(eq=False)
 class MicroBatch:
     """Rows that go through the model together.
 
     `tokens` is int32 (rows, length), padded on the right. `positions` is int64 (n,): the places in the flattened
     (rows * length) grid whose hidden state predicts a target; `targets` is int64 (n,), the token ids predicted
     there. `lengths` is int64 (rows,), the real tokens of each row. `position_ids` is int32 (rows, length), the place of
-    each token in its document, where a row holds several documents; None where no row does.
+    each token in its document, where a row holds several documents; None where no row does. `comparison` is what
+    preference tasks know besides.
     """
 
     tokens: Array
@@ -33,11 +49,17 @@ class MicroBatch:
     targets: Array
     lengths: Array
     position_ids: Array | None = None
+    comparison: Comparison | None = None
 
     @property
     def target_tokens(self) -> int:
         """Number of targets."""
         return int(self.targets.size)
+
+    @property
+    def row_targets(self) -> Array:
+        """Number of targets of each row, int64 (rows,); they stand in `targets` row by row."""
+        return np.bincount(self.positions // self.tokens.shape[1], minlength=len(self.lengths))
 
     @property
     def real_tokens(self) -> int:

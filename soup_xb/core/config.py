@@ -13,9 +13,15 @@ from soup_xb.core.fields import Key, Range, choice, declared, integer, number, p
 from soup_xb.core.fields import targets as target_patterns
 from soup_xb.core.fields import text as words
 
+# Tasks that compare two answers, tasks that judge one, and those that measure how far the model went from the base.
+PAIRED = ("dpo", "ipo", "orpo", "simpo")
+JUDGED = ("kto", "bco")
+REFERENCED = ("dpo", "ipo", "kto", "bco")
 PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
 TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, "ppo", "grpo", "rlhf", "embedding", "vision", "audio")
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "preference")
+PREFERENCE_FORMATS = ("preference", "unpaired-preference")
+ANSWER_FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text")
+FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS)
 EVERY_LINEAR = ("auto", "all-linear")
 AUTOMATIC = (*EVERY_LINEAR, "auto+experts")
 
@@ -133,6 +139,20 @@ class TrainingConfig:
         1,
         _MOST_STEPS,
     )
+    beta: float | None = number(
+        None,
+        "Preference tasks: scale of the rewards, by which the model is held to the base (orpo: weight of the odds "
+        "ratio). Absent: 0.1, and 2 for simpo.",
+        Range(0, 1000, above=True),
+    )
+    label_smoothing: float = number(
+        0.0,
+        "dpo, simpo: share of the pairs taken to be labelled the wrong way round.",
+        Range(0, 0.5, below=True),
+    )
+    simpo_gamma: float = number(1.0, "simpo: margin by which a chosen answer should win.", Range(0, 1000))
+    desirable_weight: float = number(1.0, "kto: weight of the desirable answers.", Range(0, 1000))
+    undesirable_weight: float = number(1.0, "kto: weight of the undesirable answers.", Range(0, 1000))
     lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
 
 
@@ -153,6 +173,17 @@ class Config:
     )
     adapter: str | None = words(None, "Folder of a saved adapter to start from.")
     output: str = words("./output", "Folder that the run writes to.")
+
+
+def task_formats(task: str) -> tuple[str, ...]:
+    """The formats of rows that a task reads, `auto` aside.
+
+    >>> task_formats("dpo"), task_formats("kto")
+    (('preference',), ('preference', 'unpaired-preference'))
+    """
+    if task in JUDGED:
+        return PREFERENCE_FORMATS
+    return PREFERENCE_FORMATS[:1] if task in PREFERENCE_TASKS else ANSWER_FORMATS[1:]
 
 
 KEYS: Mapping[str, Key] = MappingProxyType(dict(declared(Config)))

@@ -6,9 +6,11 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.config import Config, value_of
+from soup_xb.core.config import JUDGED, PAIRED, Config, value_of
 from soup_xb.core.errors import Problem
 from soup_xb.core.loaded_config import LoadedConfig
+
+PREFERENCES = (*PAIRED, *JUDGED)
 
 
 @frozen
@@ -38,7 +40,8 @@ class Dependence:
             return f"without `{self.on}`" if self.absent else f"beside `{self.on}`"
         if self.values == (False,):
             return f"beside `{self.on}`"
-        return f"unless `{self.on}` is `{self.values[0]}`"
+        values = " or ".join(f"`{value}`" for value in self.values)
+        return f"unless `{self.on}` is {values}"
 
 
 def _beside(on: str, *keys: str, help: str) -> tuple[Dependence, ...]:
@@ -83,6 +86,23 @@ DEPENDENCES = (
         "training.save_steps",
         "training.save_total_limit",
         help="write `training.save_steps` too, or remove this key.",
+    ),
+    Dependence(
+        "training.beta", "task", PREFERENCES, help="remove this key: the task has no preference to weigh."
+    ),
+    Dependence(
+        "training.label_smoothing",
+        "task",
+        ("dpo", "simpo"),
+        help="remove this key: the task's loss has no such term.",
+    ),
+    *_only("task", "simpo", "training.simpo_gamma", help="remove this key: the task's loss has no margin."),
+    *_only(
+        "task",
+        "kto",
+        "training.desirable_weight",
+        "training.undesirable_weight",
+        help="remove this key: the task does not weigh the two kinds of answers.",
     ),
     Dependence(
         "training.warmup_ratio",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from attrs import frozen
+from attrs import field, frozen
 
 from soup_xb.core.errors import Problem
 
@@ -19,7 +19,10 @@ class StartEvent:
 
 @frozen
 class StepEvent:
-    """One optimizer update. `loss` is the mean over the step's target tokens, `tokens` counts real tokens."""
+    """One optimizer update. `loss` is the mean over the step's target tokens, `tokens` counts real tokens.
+
+    For preference tasks it is the mean over pairs or judged answers, and `means` are further means over them.
+    """
 
     step: int
     loss: float
@@ -28,17 +31,22 @@ class StepEvent:
     target_tokens: int
     tokens: int
     seconds: float
+    means: Mapping[str, float] = field(factory=dict)
 
 
 @frozen
 class EvalEvent:
-    """One evaluation on held-out rows. `loss` is the mean over `target_tokens`."""
+    """One evaluation on held-out rows. `loss` is the mean over `target_tokens`.
+
+    For preference tasks it is the mean over pairs or judged answers, `perplexity` is NaN, `means` are further means.
+    """
 
     step: int
     loss: float
     perplexity: float
     target_tokens: int
     seconds: float
+    means: Mapping[str, float] = field(factory=dict)
 
 
 @frozen

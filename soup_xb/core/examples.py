@@ -51,6 +51,27 @@ class CompletionExample:
 Example = ChatExample | CompletionExample
 
 
+@frozen
+class PreferenceExample:
+    """Two answers to one prompt, the better and the worse; each side tells the prompt and its answer."""
+
+    chosen: Example
+    rejected: Example
+    source: Source
+
+
+@frozen
+class JudgedExample:
+    """One answer, and whether answers should be like it."""
+
+    answer: Example
+    desirable: bool
+    source: Source
+
+
+AnyExample = Example | PreferenceExample | JudgedExample
+
+
 def _token_ids(array: Any) -> np.ndarray[Any, Any]:
     return _read_only(np.asarray(array, dtype=np.int32))
 
@@ -88,6 +109,16 @@ class TokenRow:
     def target_tokens(self) -> int:
         """Number of targets."""
         return int(self.trained[1:].sum())
+
+    @property
+    def real_tokens(self) -> int:
+        """Number of tokens in all its sequences; here there is one."""
+        return self.length
+
+    @property
+    def sequences(self) -> tuple[TokenRow, ...]:
+        """What goes through the model for this row; here the row itself."""
+        return (self,)
 
     @property
     def position_ids(self) -> np.ndarray[Any, Any]:

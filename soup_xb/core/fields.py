@@ -74,9 +74,9 @@ def integer(default: int | None, meaning: str, low: int = 1, high: int | None = 
     return _declare(Key("integer", meaning, default, range=Range(low, high), optional=default is None))
 
 
-def number(default: float, meaning: str, range: Range) -> Any:
-    """A finite decimal number."""
-    return _declare(Key("number", meaning, default, range=range))
+def number(default: float | None, meaning: str, range: Range) -> Any:
+    """A finite decimal number; with the default None it is optional."""
+    return _declare(Key("number", meaning, default, range=range, optional=default is None))
 
 
 def switch(default: bool, meaning: str) -> Any:

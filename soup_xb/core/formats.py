@@ -9,7 +9,8 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import ChatExample, CompletionExample, Example, Message, Row, Source
+from soup_xb.core.examples import AnyExample, ChatExample, CompletionExample, Example, Message, Row, Source
+from soup_xb.core.format_errors import known_formats, other_format, unknown_columns
 from soup_xb.core.turns import checked_text, extra_turn_keys, mistyped, read_text, read_turns
 
 
@@ -26,7 +27,7 @@ class Format:
     """A way to write rows: the columns it needs, those it knows besides, and how a row becomes an example."""
 
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], Source], Example]
+    read: Callable[[Mapping[str, Any], Source], AnyExample]
     optional: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
 
@@ -35,40 +36,49 @@ class Format:
         return all(column in row for column in self.required)
 
 
-def detect_format(rows: Iterable[Row]) -> Detection:
+Formats = Mapping[str, Format]
+
+
+def detect_format(rows: Iterable[Row], formats: Formats | None = None) -> Detection:
     """The format of the first row, judged by its columns; a column of nulls counts less than a filled one.
+
+    `formats` are those to choose from, by default the ones of `sft`.
 
     >>> detect_format([(Source("rows.jsonl", 1), {"text": "Once upon a time"})])
     Detection(name='text', reason='the first row has the column `text`')
     """
+    known = FORMATS if formats is None else formats
     source, row = next(iter(rows))
     filled = {column: value for column, value in row.items() if value is not None}
     for columns in (filled, row):
-        fitting = [name for name, format_ in FORMATS.items() if format_.fits(columns)]
+        fitting = [name for name, format_ in known.items() if format_.fits(columns)]
         if fitting:
-            return Detection(fitting[0], _reason(fitting))
-    raise _unknown_columns(row, source)
+            return Detection(fitting[0], _reason(fitting, known))
+    raise unknown_columns(row, source, known)
 
 
-def to_example(row: Mapping[str, Any], source: Source, format: str) -> Example:
+def to_example(
+    row: Mapping[str, Any], source: Source, format: str, formats: Formats | None = None
+) -> AnyExample:
     """What a row means. Raises DataError naming file, line and field."""
-    if format not in FORMATS:
+    formats = FORMATS if formats is None else formats
+    if format not in formats:
         raise DataError(
             "unsupported-format",
-            f"`{format}` rows cannot be trained on",
+            f"`{format}` rows cannot be trained on by this task",
             where=str(source),
-            help=f"formats: {_known_formats()}.",
+            help=f"formats: {known_formats(formats)}.",
         )
-    known = FORMATS[format]
+    known = formats[format]
     missing = [column for column in known.required if column not in row]
     if missing:
-        raise _other_format(row, source, format, missing)
+        raise other_format(row, source, format, missing, formats)
     return known.read(row, source)
 
 
-def extra_columns(row: Mapping[str, Any], format: str) -> list[str]:
+def extra_columns(row: Mapping[str, Any], format: str, formats: Formats | None = None) -> list[str]:
     """The columns, and keys of turns, of a row that `to_example` accepts and does not use."""
-    known = FORMATS[format]
+    known = (FORMATS if formats is None else formats)[format]
     named = {*known.required, *known.optional}
     extra = [column for column, value in row.items() if column not in named and value is not None]
     for column in known.turns:
@@ -77,55 +87,13 @@ def extra_columns(row: Mapping[str, Any], format: str) -> list[str]:
     return extra
 
 
-def _reason(fitting: list[str]) -> str:
-    required = FORMATS[fitting[0]].required
+def _reason(fitting: list[str], formats: Formats) -> str:
+    required = formats[fitting[0]].required
     names = " and ".join(f"`{column}`" for column in required)
     reason = f"the first row has the column{'s' * (len(required) > 1)} {names}"
     if len(fitting) > 1:
         reason += f"; it also fits {', '.join(fitting[1:])}, which `data.format` can ask for"
     return reason
-
-
-def _unknown_columns(row: Mapping[str, Any], source: Source) -> DataError:
-    if "chosen" in row and "rejected" in row:
-        return DataError(
-            "unsupported-format",
-            "preference rows (`chosen`, `rejected`) cannot be trained on",
-            where=str(source),
-            help="keep the chosen answer as a `completion` or an assistant turn.",
-        )
-    return DataError(
-        "unknown-columns",
-        f"no known format has the columns {_listed(row)}",
-        where=str(source),
-        help=f"rename them: {_known_formats()}.",
-    )
-
-
-def _other_format(row: Mapping[str, Any], source: Source, format: str, missing: list[str]) -> DataError:
-    fitting = [name for name, other in FORMATS.items() if other.fits(row)]
-    if fitting:
-        return DataError(
-            "mixed-formats",
-            f"is a row of the format {fitting[0]} among rows of the format {format}",
-            where=str(source),
-            help="keep one format a file; `data.train` takes a list of files.",
-        )
-    return DataError(
-        "missing-field",
-        f"is missing; found {_listed(row)}",
-        where=f"{source}: {missing[0]}",
-        help=f"a row of the format {format} has {', '.join(f'`{name}`' for name in FORMATS[format].required)}.",
-    )
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    names = [f"`{str(name)[:40]}`" for name in row]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none)"
-
-
-def _known_formats() -> str:
-    return "; ".join(f"{name} ({', '.join(format_.required)})" for name, format_ in FORMATS.items())
 
 
 def _read_alpaca(row: Mapping[str, Any], source: Source) -> Example:
@@ -184,7 +152,8 @@ def _read_conversation(column: str) -> Callable[[Mapping[str, Any], Source], Exa
     return read
 
 
-def _read_prompt_completion(row: Mapping[str, Any], source: Source) -> Example:
+def read_prompt_completion(row: Mapping[str, Any], source: Source) -> Example:
+    """A prompt and its completion, both text or both lists of turns."""
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         prompt = read_turns(row, "prompt", source)
         completion = read_turns(row, "completion", source)
@@ -209,7 +178,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             ("conversations",), _read_conversation("conversations"), ("system",), ("conversations",)
         ),
         "prompt-completion": Format(
-            ("prompt", "completion"), _read_prompt_completion, turns=("prompt", "completion")
+            ("prompt", "completion"), read_prompt_completion, turns=("prompt", "completion")
         ),
         "alpaca": Format(("instruction", "output"), _read_alpaca, ("input", "system", "history")),
         "text": Format(("text",), _read_plain_text),

@@ -72,6 +72,7 @@ def _train_step(plan: Plan, session: Session, step: int, last_loss: float) -> St
         step=step,
         learning_rate=plan.learning_rates.at(step),
         target_tokens=plan.target_tokens(step),
+        examples=plan.examples(step),
     )
     result = session.train_step(plan.micro_batches(step, session.process, session.processes), settings)
     if not result.applied:
@@ -84,6 +85,7 @@ def _train_step(plan: Plan, session: Session, step: int, last_loss: float) -> St
         target_tokens=settings.target_tokens,
         tokens=plan.real_tokens(step),
         seconds=time.perf_counter() - started,
+        means=result.means,
     )
 
 
@@ -101,9 +103,11 @@ def _evaluate(plan: Plan, session: Session, step: int) -> EvalEvent:
     return EvalEvent(
         step=step,
         loss=loss.mean,
-        perplexity=perplexity(loss.mean),
+        # The loss of a preference task is no mean over tokens, and has no perplexity.
+        perplexity=math.nan if loss.examples else perplexity(loss.mean),
         target_tokens=loss.target_tokens,
         seconds=time.perf_counter() - started,
+        means=loss.means,
     )
 
 

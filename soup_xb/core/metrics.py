@@ -32,7 +32,10 @@ def encode_event(event: Event, step: int = 0) -> str:
     if isinstance(event, Notice):
         problem = asdict(event.problem)
         return json_text({"event": "notice", "step": step, **problem, "warning": event.warning})
-    return json_text({"event": NAMES[type(event)], **asdict(event)})
+    content = asdict(event)
+    if not content.get("means", True):
+        del content["means"]
+    return json_text({"event": NAMES[type(event)], **content})
 
 
 def decode_event(line: str | bytes) -> Event:
@@ -52,7 +55,8 @@ def decode_event(line: str | bytes) -> Event:
             )
         if kind not in KINDS:
             raise ValueError(f"unknown event {kind!r}")
-        return KINDS[kind](**{name: _value(content[name], kind_of) for name, kind_of in _columns(kind)})
+        values = {name: _value(content[name], kind_of) for name, kind_of in _columns(kind)}
+        return KINDS[kind](**values, **_means(content))
     except KeyError as error:
         raise ValueError(f"{error} is missing") from error
 
@@ -128,7 +132,18 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _columns(kind: str) -> list[tuple[str, str]]:
-    return [(attribute.name, str(attribute.type)) for attribute in fields(_class(kind))]
+    named = [(attribute.name, str(attribute.type)) for attribute in fields(_class(kind))]
+    return [(name, kind_of) for name, kind_of in named if name != "means"]
+
+
+def _means(content: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The further means of a step or an evaluation of a preference task; other events have none."""
+    means = content.get("means")
+    if means is None:
+        return {}
+    if not isinstance(means, dict):
+        raise ValueError("`means` must be an object")
+    return {"means": {str(name): _value(value, "float") for name, value in means.items()}}
 
 
 def _class(kind: str) -> Any:

@@ -9,23 +9,28 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.batches import MicroBatch, collate, epoch_batches, eval_batches, process_share
+from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches, process_share
 from soup_xb.core.config import Config, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.examples import TokenRow
 from soup_xb.core.modules import Resolution
+from soup_xb.core.preference_batches import collate_rows
+from soup_xb.core.preferences import JudgedRow, LearnedRow
+from soup_xb.core.reference import Reference
 from soup_xb.core.schedule import LearningRates, restart_steps, steps_every, warmup_steps
 from soup_xb.core.session import AdapterPlan, OptimizerSettings, RestartSettings
 
 
 @frozen(eq=False)
 class Plan:
-    """A run, decided: adapters, the rows of every step, learning rates, and when to evaluate, save and restart."""
+    """A run, decided: adapters, the rows of every step, learning rates, and when to evaluate, save and restart.
+
+    `reference` comes from the opened base, for tasks that measure how far the model went from it.
+    """
 
     config: Config
     adapters: AdapterPlan
-    rows: tuple[TokenRow, ...]
-    evaluation: tuple[TokenRow, ...]
+    rows: tuple[LearnedRow, ...]
+    evaluation: tuple[LearnedRow, ...]
     pad_id: int
     steps_per_epoch: int
     total_steps: int
@@ -34,6 +39,7 @@ class Plan:
     save_steps: tuple[int, ...]
     restart_steps: tuple[int, ...]
     warnings: tuple[Problem, ...]
+    reference: Reference | None = None
 
     @property
     def epochs(self) -> float:
@@ -52,18 +58,22 @@ class Plan:
 
     def real_tokens(self, step: int) -> int:
         """Tokens of `step` without padding, over all micro-batches and processes."""
-        return sum(self.rows[row].length for rows in self.step_rows(step) for row in rows)
+        return sum(self.rows[row].real_tokens for rows in self.step_rows(step) for row in rows)
+
+    def examples(self, step: int) -> int:
+        """Rows of `step` (pairs, for tasks that compare two answers), over all micro-batches and processes."""
+        return sum(len(rows) for rows in self.step_rows(step))
 
     def micro_batches(self, step: int, process: int = 0, processes: int = 1) -> list[MicroBatch]:
         """One process's padded micro-batches of `step`."""
-        shares = (process_share(rows, process, processes) for rows in self.step_rows(step))
-        return [collate([self.rows[row] for row in share], self.pad_id) for share in shares]
+        known = None if self.reference is None else self.reference.train
+        return _shared(self.rows, known, self.step_rows(step), (process, processes), self.pad_id)
 
     def eval_micro_batches(self, process: int = 0, processes: int = 1) -> list[MicroBatch]:
         """One process's padded micro-batches of the held-out rows."""
-        return held_out_batches(
-            self.evaluation, self.config.training.batch_size, self.pad_id, process, processes
-        )
+        known = None if self.reference is None else self.reference.evaluation
+        batches = eval_batches(_lengths(self.evaluation), self.config.training.batch_size)
+        return _shared(self.evaluation, known, batches, (process, processes), self.pad_id)
 
     def restart(self, step: int) -> RestartSettings:
         """The restart at the end of `step`."""
@@ -78,18 +88,36 @@ class Plan:
 
 @lru_cache(maxsize=2)
 def _cached_epoch(plan: Plan, epoch: int) -> list[np.ndarray[Any, Any]]:
-    lengths = np.array([row.length for row in plan.rows])
     training = plan.config.training
+    lengths = _lengths(plan.rows)
+    if isinstance(plan.rows[0], JudgedRow):
+        # Good and bad answers often differ in length: sorted by it, a step would see one kind alone.
+        lengths = np.zeros_like(lengths)
     return epoch_batches(lengths, training.batch_size, training.seed, epoch)
 
 
-def held_out_batches(
-    rows: Sequence[TokenRow], batch_size: int, pad_id: int, process: int = 0, processes: int = 1
+def _lengths(rows: Sequence[LearnedRow]) -> np.ndarray[Any, Any]:
+    return np.array([row.length for row in rows], dtype=np.int64)
+
+
+def _shared(
+    rows: Sequence[LearnedRow],
+    references: np.ndarray[Any, Any] | None,
+    batches: Sequence[np.ndarray[Any, Any]],
+    share_of: tuple[int, int],
+    pad_id: int,
 ) -> list[MicroBatch]:
-    """One process's padded micro-batches of rows to evaluate."""
-    batches = eval_batches(np.array([row.length for row in rows], dtype=np.int64), batch_size)
-    shares = (process_share(batch, process, processes) for batch in batches)
-    return [collate([rows[row] for row in share], pad_id) for share in shares]
+    """The share of one process (its number, and how many there are) of each batch of row indices."""
+    shares = (process_share(batch, *share_of) for batch in batches)
+    return [
+        collate_rows([rows[row] for row in share], None if references is None else references[share], pad_id)
+        for share in shares
+    ]
+
+
+def held_out_batches(rows: Sequence[LearnedRow], batch_size: int, pad_id: int) -> list[MicroBatch]:
+    """Padded micro-batches of rows to evaluate outside a run."""
+    return _shared(rows, None, eval_batches(_lengths(rows), batch_size), (0, 1), pad_id)
 
 
 def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
@@ -107,8 +135,8 @@ def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
 def make_plan(
     config: Config,
     resolution: Resolution,
-    rows: tuple[TokenRow, ...],
-    evaluation: tuple[TokenRow, ...],
+    rows: tuple[LearnedRow, ...],
+    evaluation: tuple[LearnedRow, ...],
     pad_id: int,
 ) -> Plan:
     """Decide a run. Raises ConfigError where a restart is asked for that would never happen."""

@@ -101,7 +101,9 @@ def report_html(facts: ReportFacts) -> str:
         "duration": duration_text,
         "rate": rate_text,
         "loss": _loss_text,
+        "mean": lambda mean: "—" if mean is None else _loss_text(mean),
     }
+    evals = [event for event in facts.events if isinstance(event, EvalEvent)]
     source = files("soup_xb.core").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         facts=facts,
@@ -111,7 +113,8 @@ def report_html(facts: ReportFacts) -> str:
         # Made by matplotlib from numbers alone; no text of a file or a model is in it.
         curves=Markup(curves),
         curves_missing=missing,
-        evals=[event for event in facts.events if isinstance(event, EvalEvent)],
+        evals=evals,
+        eval_means=list(dict.fromkeys(name for event in evals for name in event.means)),
         restarts=[event for event in facts.events if isinstance(event, RestartEvent)],
         notices=_notices(facts.events),
         started=_time_text(facts.record.started),
@@ -133,6 +136,9 @@ def figures(facts: ReportFacts) -> list[Figure]:
         best = min(evals, key=lambda event: event.loss if math.isfinite(event.loss) else math.inf)
         detail = "the lowest" if best is evals[-1] else f"lowest {_loss_text(best.loss)} at step {best.step}"
         strip.append(Figure("Evaluation loss", _loss_text(evals[-1].loss), detail if len(evals) > 1 else ""))
+    accuracies = [event.means["reward_accuracy"] for event in evals if "reward_accuracy" in event.means]
+    if accuracies:
+        strip.append(Figure("Evaluation accuracy", f"{accuracies[-1]:.0%}", "answers on their side"))
     steps = (
         f"{record.steps:,}"
         if record.steps == record.total_steps

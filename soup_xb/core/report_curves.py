@@ -46,11 +46,14 @@ STYLE = {
     "path.simplify": True,
 }
 MAX_POINTS = 2000
+ACCURACY = "reward_accuracy"
 Points = list[tuple[int, float]]
 
 
 def curves_svg(events: Sequence[Event]) -> str:
     """Loss above, learning rate below, on one axis of steps; empty where no step has a finite loss.
+
+    Between them stands the accuracy of a preference task.
 
     Raises ImportError where matplotlib is not installed.
     """
@@ -62,12 +65,19 @@ def curves_svg(events: Sequence[Event]) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 5.4), layout="constrained")
+        judged = any(ACCURACY in event.means for event in steps)
+        figure = Figure(figsize=(9.2, 7.0 if judged else 5.4), layout="constrained")
         FigureCanvasSVG(figure)
-        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        _draw_loss(loss, steps, [event for event in events if isinstance(event, EvalEvent)])
+        ratios = [3, 1.5, 1] if judged else [3, 1]
+        loss, *between, rate = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
+        evals = [event for event in events if isinstance(event, EvalEvent)]
+        _draw_loss(loss, steps, evals)
+        for axes in between:
+            _draw_accuracy(axes, steps, evals)
         _draw_rate(rate, steps)
-        _mark_restarts((loss, rate), [event.step for event in events if isinstance(event, RestartEvent)])
+        _mark_restarts(
+            (loss, *between, rate), [event.step for event in events if isinstance(event, RestartEvent)]
+        )
         loss.legend(frameon=False, loc="upper right", ncols=4, bbox_to_anchor=(1, 1.14), labelcolor=MUTED)
         buffer = io.StringIO()
         figure.savefig(
@@ -97,6 +107,18 @@ def _draw_loss(axes: Any, steps: Sequence[StepEvent], evals: Sequence[EvalEvent]
         axes.plot(*zip(*held_out, strict=True), color=EVAL, marker="o", label="evaluation", **style)
     axes.set_ylabel("loss")
     axes.margins(x=0.01, y=0.08)
+
+
+def _draw_accuracy(axes: Any, steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> None:
+    points = [(event.step, event.means[ACCURACY]) for event in steps if ACCURACY in event.means]
+    raw = thinned(points, MAX_POINTS)
+    axes.scatter(*zip(*raw, strict=True), s=_dot_size(len(raw)), color=SOFT, linewidths=0)
+    axes.plot(*zip(*thinned(smoothed(points), MAX_POINTS), strict=True), color=ACCENT, linewidth=1.9)
+    held_out = [(event.step, event.means[ACCURACY]) for event in evals if ACCURACY in event.means]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color=EVAL, marker="o", markersize=5.5, linewidth=1.2)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_ylabel("reward accuracy")
 
 
 def _draw_rate(axes: Any, steps: Sequence[StepEvent]) -> None:

@@ -21,6 +21,7 @@ REPORT = "report.html"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINTS = "checkpoints"
+REFERENCE = "reference.safetensors"
 
 
 @define(eq=False)
@@ -159,7 +160,7 @@ def _what_a_run_left(path: Path) -> list[Path]:
         left.append(path / CHECKPOINTS)
     if (path / ADAPTER / ADAPTER_CONFIG).exists():
         left.append(path / ADAPTER)
-    files = (path / name for name in (REPORT, METRICS, RECORD))
+    files = (path / name for name in (REFERENCE, REPORT, METRICS, RECORD))
     return left + [file for file in files if file.exists() or file.is_symlink()]
 
 
@@ -182,7 +183,7 @@ def _refuse_run(path: Path) -> None:
 
 def _never_stepped(path: Path, left: list[Path]) -> bool:
     """Whether all that lies there is the record of a run that failed before its first step."""
-    if any(item.name not in (METRICS, RECORD) or item.is_symlink() for item in left):
+    if any(item.name not in (REFERENCE, METRICS, RECORD) or item.is_symlink() for item in left):
         return False
     try:
         failed = read_record(path).status == "failed"
@@ -197,7 +198,7 @@ def _remove_run(path: Path) -> None:
         left = _what_a_run_left(path)
         for item in left:
             _refuse_foreign(item)
-        for name in (REPORT, METRICS, RECORD):
+        for name in (REFERENCE, REPORT, METRICS, RECORD):
             (path / f".{name}.tmp").unlink(missing_ok=True)
         for item in left:
             if item.name == CHECKPOINTS:
@@ -214,6 +215,7 @@ def _refuse_in_the_way(path: Path) -> None:
             (CHECKPOINTS, True),
             (REPORT, False),
             (METRICS, False),
+            (REFERENCE, False),
             (RECORD, False),
         ):
             item = path / name
@@ -227,7 +229,7 @@ def _refuse_in_the_way(path: Path) -> None:
 
 
 def _refuse_foreign(item: Path) -> None:
-    if item.is_symlink() or item.is_dir() == (item.name in (REPORT, METRICS, RECORD)):
+    if item.is_symlink() or item.is_dir() == (item.name in (REFERENCE, REPORT, METRICS, RECORD)):
         raise ResourceError(
             "not-from-a-run",
             "a run writes no links and no such folder, so this is not removed",

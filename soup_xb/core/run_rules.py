@@ -6,7 +6,7 @@ import os.path
 import re
 from collections.abc import Iterator
 
-from soup_xb.core.config import PREFERENCE_TASKS
+from soup_xb.core.config import PREFERENCE_TASKS, TASKS, task_formats
 from soup_xb.core.errors import Problem
 from soup_xb.core.loaded_config import LoadedConfig
 from soup_xb.core.rules import Rule, excluded
@@ -93,15 +93,22 @@ def _split_of_a_hub_dataset(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _format_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
-    preference = loaded.config.data.format == "preference"
-    task = loaded.config.task
-    if preference and task not in PREFERENCE_TASKS:
-        yield Problem(
-            "contradiction",
-            f"`preference` rows are for {', '.join(PREFERENCE_TASKS)}, and `task` is `{task}`",
-            loaded.where("data.format"),
-            "use `format: auto` with chat or completion rows.",
-        )
+    task, written = loaded.config.task, loaded.config.data.format
+    if written == "auto" or written in task_formats(task):
+        return
+    readers = [one for one in TASKS if written in task_formats(one)]
+    yield Problem(
+        "contradiction",
+        f"`{written}` rows are for {', '.join(readers)}, and `task` is `{task}`",
+        loaded.where("data.format"),
+        f"use `format: auto` with rows of {' or '.join(task_formats(task))}.",
+    )
+
+
+def _packing_keeps_answers_apart(loaded: LoadedConfig) -> Iterator[Problem]:
+    if loaded.config.data.packing and loaded.config.task in PREFERENCE_TASKS:
+        reason = "a preference is over whole answers, each in a sequence of its own"
+        yield excluded(loaded, ("data.packing", "`true`"), "task", reason)
 
 
 def _output_is_its_own(loaded: LoadedConfig) -> Iterator[Problem]:
@@ -166,6 +173,7 @@ RULES = (
     Rule(_evaluation_has_rows, ("training.eval_steps", "data.eval", "data.val_split")),
     Rule(_split_of_a_hub_dataset, ("data.train", "data.split", "data.subset")),
     Rule(_format_fits_task, ("data.format", "task")),
+    Rule(_packing_keeps_answers_apart, ("data.packing", "task")),
     Rule(_output_is_its_own, ("base", "adapter", "output")),
     Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
     Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),

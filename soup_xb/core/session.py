@@ -33,7 +33,10 @@ class OptimizerSettings:
 
 @frozen
 class SessionSettings:
-    """How to open a base. `base` is a local folder; `weights=False` gives its structure alone."""
+    """How to open a base. `base` is a local folder; `weights=False` gives its structure alone.
+
+    `objective` is that of a preference task (see core.objectives), None where tokens are learned.
+    """
 
     base: Path
     precision: str
@@ -42,6 +45,7 @@ class SessionSettings:
     optimizer: OptimizerSettings
     seed: int
     weights: bool = True
+    objective: Any = None
 
 
 @frozen
@@ -111,37 +115,45 @@ class StepSettings:
     """What one optimizer update needs to know.
 
     `target_tokens` counts the targets of the whole step, over all micro-batches and processes: the loss is the
-    sum over targets divided by it.
+    sum over targets divided by it. `examples` counts its rows: the loss of a preference task is the sum over pairs,
+    or over judged answers, divided by it.
     """
 
     step: int
     learning_rate: float
     target_tokens: int
+    examples: int = 0
 
 
 @frozen
 class StepResult:
     """Mean loss over the step's targets and the gradient's norm before clipping, the same on every process.
 
-    `applied` is False when either is not finite; nothing was updated then.
+    `applied` is False when either is not finite; nothing was updated then. `means` are further means of the step.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+    means: Mapping[str, float] = field(factory=dict)
 
 
 @frozen
 class LossSum:
-    """A sum of losses over `target_tokens` targets, over all processes."""
+    """A sum of losses over `target_tokens` targets, over all processes.
+
+    With `examples` it is a sum over so many pairs or judged answers, and `means` are further means over them.
+    """
 
     total: float
     target_tokens: int
+    examples: int = 0
+    means: Mapping[str, float] = field(factory=dict)
 
     @property
     def mean(self) -> float:
-        """Mean loss over the targets."""
-        return self.total / self.target_tokens
+        """Mean loss over the targets, or over the examples of a preference task."""
+        return self.total / (self.examples or self.target_tokens)
 
 
 @frozen
@@ -217,3 +229,13 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Undo every patch and give the memory back."""
+
+
+class ScoringSession(Session, Protocol):
+    """A session that preference tasks can run on."""
+
+    def log_probabilities(self, shares: Sequence[tuple[Array, MicroBatch]], count: int) -> Array:
+        """Log-probability (nats) of each row's targets under the true base, float64 (count,).
+
+        `shares` are this process's batches, each with the places of its rows; the result is whole on every process.
+        """

@@ -72,9 +72,15 @@ _CHOSEN_ANSWERS = "train on the preferred answers alone: chat rows with `task: s
 _WORKED_ANSWERS = "train on worked answers: chat rows with `task: sft`."
 _TEXT_ROWS = "`task: sft` on text rows is what this version trains."
 
+_NO_PREFERENCES = No("the mlx engine has no preference losses", _CHOSEN_ANSWERS)
+
 _TASKS = (
     *_works("task", "task=sft", "task=pretrain"),
-    *(_task(name, _CHOSEN_ANSWERS) for name in ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")),
+    *(
+        Row(f"task={name}", name, mlx=_NO_PREFERENCES)
+        for name in ("dpo", "ipo", "kto", "orpo", "simpo", "bco")
+    ),
+    _task("reward", _CHOSEN_ANSWERS),
     *(_task(name, _WORKED_ANSWERS) for name in ("ppo", "grpo", "rlhf")),
     *(_task(name, _TEXT_ROWS) for name in ("embedding", "vision", "audio")),
 )
@@ -111,7 +117,10 @@ _DATA = (
         "data", "data.train", "data.eval", "data.split", "data.subset", "data.val_split", "data.max_length"
     ),
     *_choices("data.format", "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"),
-    _unbuilt("data.format=preference", "preference", _CHOSEN_ANSWERS),
+    *(
+        Row(f"data.format={name}", "preference", mlx=_NO_PREFERENCES)
+        for name in ("preference", "unpaired-preference")
+    ),
     *_works("data.packing", "data.chat_template"),
 )
 
@@ -133,6 +142,10 @@ _TRAINING = (
     *_choices("training.precision", "auto", "fp32", "bf16"),
     Row("training.precision=fp16", "fp16", torch=_NO_FP16, mlx=_NO_FP16),
     *_choices("training.quantization", "none", "4bit", "8bit"),
+    *(
+        Row(f"training.{name}", "preference", mlx=_NO_PREFERENCES)
+        for name in ("beta", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight")
+    ),
     *_works(
         "training.eval_steps", "training.save_steps", "training.save_total_limit", "training.logging_steps"
     ),

@@ -68,10 +68,10 @@ def test_json_holds_the_whole_account(soupx: Soupx) -> None:
 
 
 def test_what_the_check_refuses_in_the_result_is_a_warning(soupx: Soupx, theirs: Path) -> None:
-    theirs.write_text(AXOLOTL + "rl: dpo\n")
+    theirs.write_text(AXOLOTL + "rl: grpo\n")
     answer = soupx("migrate", "theirs.yml", "--output", "soup.yaml")
     assert answer.code == 0
-    assert "warning[torch-no-dpo]" in answer.err
+    assert "warning[torch-no-grpo]" in answer.err
     assert "next: soupx check soup.yaml" in answer.err
 
 

@@ -143,7 +143,7 @@ ROWS = [
     (None, ("--set", "training.lora.target_modules=q_pro"), 2, "pattern-without-module", "q_proj"),
     (None, ("--set", "training.lora.rank_pattern={w_proj: 4}"), 2, "pattern-without-module", "w_proj"),
     (None, ("--set", "training.lora.target_modules=(.w"), 2, "bad-pattern", "not a regular expression"),
-    (None, ("--set", "task=dpo"), 2, "torch-no-dpo", "not available on the torch backend"),
+    (None, ("--set", "task=ppo"), 2, "torch-no-ppo", "not available on the torch backend"),
     (None, ("--set", "training.precision=fp16"), 2, "torch-no-fp16", "bf16"),
     (None, ("--backend", "cuda"), 2, "usage", "cuda"),
     (no_data, (), 3, "", "train.jsonl"),
@@ -217,12 +217,12 @@ def test_a_lack_of_memory_names_the_ways_out(
     """The model asks the allocator for far more than any machine has: the real error, in the real place."""
     import torch
 
-    from soup_xb.backends.torch import session
+    from soup_xb.backends.torch import task_loss
 
     def greedy(*_: object) -> torch.Tensor:
         return torch.empty(2**55)
 
-    monkeypatch.setattr(session, "summed_loss", greedy)
+    monkeypatch.setattr(task_loss, "summed_loss", greedy)
     answer = soupx("train")
     assert answer.code == 7, answer.err
     assert "error[out-of-memory] out of memory while training" in answer.err

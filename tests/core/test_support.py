@@ -76,13 +76,14 @@ def test_the_defaults_are_refused_by_neither_backend() -> None:
 
 
 REFUSED = [
-    ("task=dpo", "dpo"),
+    ("task=ppo", "ppo"),
     ("task=vision", "vision"),
     ("task=embedding", "embedding"),
 ]
 
 
 REFUSED_ON_MLX = [
+    *((f"task={task}", task) for task in ("dpo", "ipo", "orpo", "simpo", "kto", "bco")),
     ("training.relora_steps=5", "relora"),
     ("training.lora.use_vera=true", "vera"),
     ("training.lora.target_modules=auto+experts", "experts"),
@@ -106,11 +107,6 @@ def test_what_is_not_built_is_refused_with_its_own_code(override: str, feature: 
     assert f"is not available on the {backend} backend: " in problem.message
     assert problem.where.startswith("command line: ")
     assert problem.help
-
-
-def test_preference_rows_are_refused_with_a_preference_task() -> None:
-    codes = [problem.code for problem in refusals(load("  format: preference\ntask: dpo\n"), "torch")]
-    assert codes == ["torch-no-dpo", "torch-no-preference"]
 
 
 def test_all_refusals_come_at_once_with_their_lines() -> None:

@@ -269,9 +269,9 @@ CONTRADICTIONS = {
         "where": "soup.yaml:3: output: ",
     },
     "every problem in one round": {
-        "text": LEAST + "task: dpo\ntraining: {lr: -1, lora: {r: 0, rnak: 1}}\n",
+        "text": LEAST + "task: ppo\ntraining: {lr: -1, lora: {r: 0, rnak: 1}}\n",
         "argv": "check --backend torch",
-        "code": ["torch-no-dpo", "unknown-key", "out-of-range", "out-of-range"],
+        "code": ["torch-no-ppo", "unknown-key", "out-of-range", "out-of-range"],
         "where": "soup.yaml:4: task: ",
     },
     "several refusals at once": {

@@ -18,6 +18,8 @@ from soup_xb.core.events import Event, Notice
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
 
+PAIRS = {"data.train": "pairs.jsonl"}
+
 # Another value for each key. A dict is a set of keys written together, where one alone would be refused as meaningless.
 OTHERS: dict[str, Any] = {
     "base": "other-base",
@@ -65,6 +67,11 @@ OTHERS: dict[str, Any] = {
         "training.relora_mode": "merge",
         "training.relora_rewarm_steps": 2,
     },
+    "training.beta": PAIRS | {"task": "dpo", "training.beta": 0.7},
+    "training.label_smoothing": PAIRS | {"task": "dpo", "training.label_smoothing": 0.2},
+    "training.simpo_gamma": PAIRS | {"task": "simpo", "training.simpo_gamma": 0.3},
+    "training.desirable_weight": PAIRS | {"task": "kto", "training.desirable_weight": 0.4},
+    "training.undesirable_weight": PAIRS | {"task": "kto", "training.undesirable_weight": 0.4},
     "training.lora.r": 3,
     "training.lora.alpha": 5,
     "training.lora.dropout": 0.4,
@@ -84,6 +91,11 @@ BESIDE = {
     "training.relora_reset_optimizer": {"training.relora_steps": 2},
     "training.relora_mode": {"training.relora_steps": 2},
     "training.relora_rewarm_steps": {"training.relora_steps": 3, "training.relora_mode": "merge"},
+    "training.beta": PAIRS | {"task": "dpo"},
+    "training.label_smoothing": PAIRS | {"task": "dpo"},
+    "training.simpo_gamma": PAIRS | {"task": "simpo"},
+    "training.desirable_weight": PAIRS | {"task": "kto"},
+    "training.undesirable_weight": PAIRS | {"task": "kto"},
 }
 # It changes memory and time alone; the torch and contract tests see the blocks run twice.
 SEEN_ELSEWHERE = {"training.gradient_checkpointing"}
@@ -104,7 +116,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_f
     lines = chat_file.read_text().splitlines()
     (place / "train.jsonl").write_text("\n".join(lines[:30]))
     (place / "other.jsonl").write_text("\n".join(lines[20:45]))
+    (place / "pairs.jsonl").write_text("\n".join(map(pair, lines[:16])))
     return place
+
+
+def pair(line: str) -> str:
+    """A row of preferences out of a conversation."""
+    question, answer = json.loads(line)["messages"]
+    return json.dumps(
+        {"chosen": [question, answer], "rejected": [question, answer | {"content": "No idea."}]}
+    )
 
 
 def values_of(key: str) -> dict[str, Any]:

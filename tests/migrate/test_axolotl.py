@@ -270,8 +270,8 @@ def test_one_key_at_a_time(accounted: Accounted, values: Values, line: str, key:
 
 
 def test_a_preference_task_is_carried_and_the_check_says_what_it_says(accounted: Accounted) -> None:
-    done = accounted(LEAST + "rl: dpo\n", ok=False)
-    assert "task: dpo" in done.text
+    done = accounted(LEAST + "rl: grpo\n", ok=False)
+    assert "task: grpo" in done.text
 
 
 def test_a_task_that_is_none_of_ours_ends_the_migration() -> None:

@@ -40,9 +40,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., Path]:
-    """Writes a config that saves after every step; keyword arguments are keys of `training`."""
+    """Writes a config that saves after every step; keyword arguments are keys of `training`, and `task`."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(map(_pair, chat_file.read_text("utf-8").splitlines())), "utf-8")
 
-    def write(backend: str, **training: Any) -> Path:
+    def write(backend: str, task: str = "sft", **training: Any) -> Path:
         settings = {
             "max_steps": 6,
             "save_steps": 1,
@@ -54,7 +56,12 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
         content = {
             "base": str(tiny_llama),
             "backend": backend,
-            "data": {"train": str(chat_file), "val_split": 0.1, "max_length": 128},
+            "task": task,
+            "data": {
+                "train": str(chat_file if task == "sft" else pairs),
+                "val_split": 0.1,
+                "max_length": 128,
+            },
             "training": settings,
             "output": str(tmp_path / "out"),
         }
@@ -63,6 +70,13 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
         return file
 
     return write
+
+
+def _pair(line: str) -> str:
+    """A row of preferences out of a conversation: its answer, and that answer with doubts."""
+    question, answer = json.loads(line)["messages"]
+    doubtful = {**answer, "content": f"Perhaps. {answer['content'][:8]}"}
+    return json.dumps({"prompt": [question], "chosen": [answer], "rejected": [doubtful]}) + "\n"
 
 
 @pytest.fixture

@@ -27,6 +27,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "relora_warmup_ratio": 0.0,
         "lora": {"r": 4, "init_strategy": "pissa"},
     },
+    "dpo": {"task": "dpo", "eval_steps": 2, "lora": {"r": 4, "dropout": 0.2}},
+    "dpo relora merge": {
+        "task": "dpo",
+        "relora_steps": 4,
+        "relora_warmup_ratio": 0.0,
+        "relora_mode": "merge",
+    },
+    "simpo accumulation": {"task": "simpo", "gradient_accumulation_steps": 3},
+    "kto odd tail": {"task": "kto", "batch_size": 7, "gradient_accumulation_steps": 2},
+    "bco": {"task": "bco", "eval_steps": 2},
 }
 # 45 rows are trained on: with 8 rows a step an epoch ends after step 6.
 CUTS = (3, 6, 11)
@@ -34,9 +44,15 @@ CELLS = [
     (backend, kind)
     for kind in KINDS
     for backend in ("torch", "mlx")
-    if backend == "torch" or "relora" not in kind
+    if backend == "torch" or not {"relora_steps", "task"} & KINDS[kind].keys()
 ]
-SAMPLE = {("torch", "relora merge"), ("torch", "odd tail"), ("mlx", "pissa"), ("mlx", "dropout")}
+SAMPLE = {
+    ("torch", "relora merge"),
+    ("torch", "odd tail"),
+    ("mlx", "pissa"),
+    ("mlx", "dropout"),
+    ("torch", "bco"),
+}
 
 
 @pytest.mark.parametrize(

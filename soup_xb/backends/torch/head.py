@@ -35,12 +35,13 @@ def head_on_positions(model: Any, positions: torch.Tensor) -> Iterator[None]:
 
 @frozen(eq=False)
 class BatchTensors:
-    """A MicroBatch on the device; see soup_xb.core.batches."""
+    """A MicroBatch on the device; see soup_xb.core.batches. `counts` are the targets of each row."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
     position_ids: torch.Tensor | None
+    counts: tuple[int, ...]
 
     @classmethod
     def of(cls, batch: MicroBatch, place: torch.device) -> BatchTensors:
@@ -51,16 +52,31 @@ class BatchTensors:
             torch.from_numpy(batch.positions).to(place),
             torch.from_numpy(batch.targets).to(place),
             None if ids is None else torch.from_numpy(ids.astype(np.int64)).to(place),
+            tuple(batch.row_targets.tolist()),
         )
 
 
 def summed_loss(model: Any, batch: BatchTensors) -> torch.Tensor:
-    """Sum of the cross-entropies (nats) at `positions`, in float32.
+    """Sum of the cross-entropies (nats) at `positions`, in float32."""
+    return functional.cross_entropy(_logits(model, batch), batch.targets, reduction="sum")
+
+
+def row_log_probabilities(model: Any, batch: BatchTensors) -> torch.Tensor:
+    """Log-probability (nats) of each row's targets, their sum, float32 (rows,)."""
+    each = -functional.cross_entropy(_logits(model, batch), batch.targets, reduction="none")
+    if not batch.counts:
+        return each
+    # Targets stand row by row; a sum over a slice has one order, which scattered additions do not have.
+    return torch.stack([row.sum() for row in each.split(batch.counts)])
+
+
+def _logits(model: Any, batch: BatchTensors) -> torch.Tensor:
+    """Float32 logits (n, vocabulary) at `positions`.
 
     Rows are padded on the right: causal attention keeps padding out of every real token's sight, so no mask is
     needed. Position ids that restart tell transformers where a document ends, and attention does not cross it.
     """
     with head_on_positions(model, batch.positions):
         packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        logits = model(input_ids=batch.tokens, use_cache=False, **packed).logits
-    return functional.cross_entropy(logits[0].float(), batch.targets, reduction="sum")
+        logits: torch.Tensor = model(input_ids=batch.tokens, use_cache=False, **packed).logits
+    return logits[0].float()

@@ -17,15 +17,17 @@ from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
 from soup_xb.backends.torch.base_kind import text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
-from soup_xb.backends.torch.head import BatchTensors, summed_loss
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
 from soup_xb.backends.torch.patches.expert_dropout import expert_dropout
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
+from soup_xb.backends.torch.preference_task import log_probabilities, task_loss
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
+from soup_xb.backends.torch.task_loss import TaskLoss
+from soup_xb.backends.torch.task_state import load_task_state, save_task_state
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.errors import Problem
@@ -76,6 +78,7 @@ class TorchSession:
         self._description = describe_model(model, clippable.wrappers)
         self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
+        self._loss: TaskLoss = task_loss(settings.objective, processes, device.torch_device)
         if settings.gradient_checkpointing and settings.weights:
             self._checkpoint_activations()
 
@@ -105,6 +108,9 @@ class TorchSession:
         """One update; dropout masks are a function of seed, step and process."""
         optimizer = self._trained(self._optimizer)
         adapters = self._trained(self._adapters)
+        divisor = self._loss.divisor(step)
+        with memory_guard("training"):
+            self._loss.begin(self.model, micro_batches)
         torch.manual_seed(step_seed(self.settings.seed, "dropout", step.step, self.process))
         total = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
         optimizer.zero_grad()
@@ -112,29 +118,43 @@ class TorchSession:
         try:
             with memory_guard("training"):
                 for batch in micro_batches:
-                    loss = summed_loss(self.model, BatchTensors.of(batch, self._device.torch_device))
-                    (loss / step.target_tokens).backward()
+                    loss = self._loss.summed(self.model, batch)
+                    (loss / divisor).backward()
                     total += loss.detach()
         finally:
             adapters.train(False)
         self._processes.sum_([total])
         self._processes.sum_(optimizer.gradients())
-        mean = total.item() / step.target_tokens
+        mean = total.item() / divisor
+        _, means = self._loss.finish(training=True)
         if not math.isfinite(mean):
             return StepResult(mean, math.nan, applied=False)
         norm, applied = optimizer.step(step.learning_rate)
         optimizer.zero_grad()
-        return StepResult(mean, norm, applied)
+        return StepResult(mean, norm, applied, means)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
         """Loss without dropout; every process evaluates its share."""
         totals = torch.zeros(2, dtype=torch.float64, device=self._device.torch_device)
         with torch.no_grad(), self._with_adapter(adapter), memory_guard("evaluating"):
+            self._loss.begin(self.model, micro_batches)
             for batch in micro_batches:
-                totals[0] += summed_loss(self.model, BatchTensors.of(batch, self._device.torch_device))
+                totals[0] += self._loss.summed(self.model, batch)
                 totals[1] += batch.target_tokens
         self._processes.sum_([totals])
-        return LossSum(float(totals[0].item()), int(totals[1].item()))
+        examples, means = self._loss.finish(training=False)
+        return LossSum(float(totals[0].item()), int(totals[1].item()), examples, means)
+
+    def log_probabilities(self, shares: Sequence[tuple[Array, MicroBatch]], count: int) -> Array:
+        """Log-probability of each row's targets under the true base."""
+        found = torch.zeros(count, dtype=torch.float64, device=self._device.torch_device)
+        with torch.no_grad(), self._with_adapter(False), memory_guard("asking the base about the answers"):
+            for places, batch in shares:
+                values = log_probabilities(self.model, batch, self._device.torch_device)
+                found[torch.from_numpy(places).to(found.device)] = values.double()
+        self._processes.sum_([found])
+        result: Array = found.cpu().numpy()
+        return result
 
     def restart(self, settings: RestartSettings) -> RestartResult:
         """Prune the factors, or merge them into the base and begin new ones."""
@@ -149,12 +169,14 @@ class TorchSession:
         """Factors, what they started from, pieces of merges, and optimizer state."""
         save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
+        save_task_state(self._loss.state(), folder)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         load_adapters(self._trained(self._adapters), folder)
         if optimizer:
             self._trained(self._optimizer).load(folder)
+            self._loss.load(load_task_state(self._loss.state(), folder))
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base, or VeRA's vectors and projections."""

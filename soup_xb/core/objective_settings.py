@@ -1,0 +1,26 @@
+"""What a config's task optimizes, with the numbers that the file gives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import fields
+
+from soup_xb.core.config import JUDGED, PAIRED, Config
+from soup_xb.core.objectives import OBJECTIVES
+
+# Keys that carry their task's name.
+_KEYS = {"gamma": "simpo_gamma"}
+
+
+def objective_of(config: Config) -> Any:
+    """The objective of a preference task (see core.objectives), None for tasks that learn tokens.
+
+    A key that the file leaves open has the objective's own default.
+    """
+    if config.task not in (*PAIRED, *JUDGED):
+        return None
+    kind = OBJECTIVES[config.task]
+    names = [attribute.name for attribute in fields(kind)]
+    asked = {name: getattr(config.training, _KEYS.get(name, name)) for name in names}
+    return kind(**{name: value for name, value in asked.items() if value is not None})

@@ -1,0 +1,75 @@
+"""What the base thinks of every answer, before the first step: read where an earlier start left it, else computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from attrs import evolve
+
+from soup_xb.core.config import REFERENCED
+from soup_xb.core.errors import Problem
+from soup_xb.core.events import Notice
+from soup_xb.core.plan import Plan
+from soup_xb.core.preference_batches import sequence_batches
+from soup_xb.core.preferences import LearnedRow
+from soup_xb.core.reference import Reference, read_reference, reference_key, write_reference
+from soup_xb.core.run_folder import REFERENCE
+from soup_xb.core.session import ScoringSession
+
+if TYPE_CHECKING:
+    from soup_xb.keeper import RunKeeper
+    from soup_xb.train import Opened
+
+Array = np.ndarray[Any, Any]
+
+
+def plan_with_reference(run: Opened, keeper: RunKeeper) -> Plan:
+    """The plan with the base's log-probabilities, where the task measures against them; else the plan itself.
+
+    A resumed run reads what its first start wrote, in its own folder or in that of the checkpoint, so that it goes on
+    with the same bytes. The values are computed anew on every process where one of them finds no file, or one that
+    is torn or belongs to other data or another base.
+    """
+    plan, config = run.plan, run.loaded.config
+    if config.task not in REFERENCED:
+        return plan
+    path = Path(config.output) / REFERENCE
+    facts = {
+        "data": keeper.facts.data,
+        "base": config.base,
+        "precision": run.session.precision,
+        "quantization": config.training.quantization,
+    }
+    key = reference_key(facts, run.base.path)
+    shapes = {"train": _shape(plan.rows, plan.rows), "evaluation": _shape(plan.evaluation, plan.rows)}
+    places = [path] if keeper.resumed_from is None else [path, keeper.resumed_from.parents[1] / REFERENCE]
+    kept = (read_reference(place, key, shapes) for place in places)
+    found = next((reference for reference in kept if reference is not None), None)
+    if run.session.agree(int(found is None)) or found is None:
+        found = _computed(run)
+        if keeper.folder is not None:
+            answers = sum(rows * sequences for rows, sequences in shapes.values())
+            text = f"the base's log-probabilities of {answers:,} answers are in `{REFERENCE}`"
+            keeper.emit(Notice(Problem("reference", text)))
+    if keeper.folder is not None:
+        write_reference(path, key, found)
+    return evolve(plan, reference=found)
+
+
+def _computed(run: Opened) -> Reference:
+    session, plan = cast("ScoringSession", run.session), run.plan
+    parts = []
+    for rows in (plan.rows, plan.evaluation):
+        shape = _shape(rows, plan.rows)
+        batches = sequence_batches(
+            rows, plan.config.training.batch_size, plan.pad_id, session.process, session.processes
+        )
+        parts.append(session.log_probabilities(batches, shape[0] * shape[1]).reshape(shape))
+    return Reference(*parts)
+
+
+def _shape(rows: Sequence[LearnedRow], alike: Sequence[LearnedRow]) -> tuple[int, int]:
+    return len(rows), len(alike[0].sequences)

@@ -1,0 +1,187 @@
+"""Preference rows: how they are written, what they become, and which rows meet in a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from soup_xb.core.config_file import parse_config
+from soup_xb.core.errors import ConfigError, DataError
+from soup_xb.core.example_file import ExampleReader
+from soup_xb.core.examples import Message, Source, TokenRow
+from soup_xb.core.preference_batches import collate_rows, sequence_batches
+from soup_xb.core.preference_formats import formats_of
+from soup_xb.core.preferences import JudgedRow, PairRow, prompt_tokens, rows_for_task
+from soup_xb.core.reference import Reference, read_reference, reference_key, write_reference
+
+SOURCE = Source("rows.jsonl", 7)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASK, YES, NO = turn("user", "Well?"), turn("assistant", "Yes."), turn("assistant", "No.")
+
+
+def read(row: dict[str, Any], task: str = "dpo", name: str = "auto") -> Any:
+    [example] = ExampleReader(iter([(SOURCE, row)]), name, "rows.jsonl", formats_of(task))
+    return example
+
+
+def token_row(prompt: list[int], answer: list[int], line: int = 1) -> TokenRow:
+    return TokenRow(prompt + answer, [False] * len(prompt) + [True] * len(answer), Source("rows.jsonl", line))
+
+
+def pairs(count: int = 6) -> tuple[PairRow, ...]:
+    return tuple(
+        PairRow(
+            token_row([10 + index, 5], [20 + index] * (index + 1)), token_row([10 + index, 5], [40 + index])
+        )
+        for index in range(count)
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASK], "chosen": [YES], "rejected": [NO]},
+        {"chosen": [ASK, YES], "rejected": [ASK, NO]},
+        {"prompt": "Well?", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+    ],
+    ids=["prompt as turns", "whole conversations", "the prompt told twice"],
+)
+def test_conversations_are_trained_on_from_where_their_sides_part(row: dict[str, Any]) -> None:
+    example = read(row)
+    for side, answer in ((example.chosen, "Yes."), (example.rejected, "No.")):
+        assert side.messages == (Message("user", "Well?"), Message("assistant", answer))
+        assert side.first_trained == 1
+
+
+def test_texts_have_their_prompt_before_both_answers() -> None:
+    example = read({"prompt": "1+1=", "chosen": "2", "rejected": "3"})
+    assert (example.chosen.prompt, example.chosen.completion) == ("1+1=", "2")
+    assert (example.rejected.prompt, example.rejected.completion) == ("1+1=", "3")
+
+
+def test_an_answer_with_a_verdict_is_one_example() -> None:
+    example = read({"prompt": "1+1=", "completion": "3", "label": False}, "kto")
+    assert (example.answer.completion, example.desirable) == ("3", False)
+
+
+FAILURES = [
+    ("dpo", {"prompt": "a", "completion": "b", "label": True}, "unpaired-rows"),
+    ("dpo", {"messages": [ASK, YES]}, "unknown-columns"),
+    ("sft", {"chosen": [ASK, YES], "rejected": [ASK, NO]}, "preference-rows"),
+    ("dpo", {"chosen": [ASK, YES], "rejected": [turn("user", "Oh?"), NO]}, "no-shared-prompt"),
+    ("dpo", {"chosen": [YES], "rejected": [NO]}, "no-shared-prompt"),
+    ("dpo", {"prompt": "Else?", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "other-prompt"),
+    ("dpo", {"chosen": "a", "rejected": "b"}, "missing-field"),
+    ("dpo", {"prompt": "a", "chosen": "b", "rejected": [NO]}, "mistyped-field"),
+    ("dpo", {"prompt": [ASK], "chosen": "b", "rejected": "c"}, "mistyped-field"),
+    ("dpo", {"prompt": "a", "chosen": None, "rejected": "c"}, "null-field"),
+    ("kto", {"prompt": "a", "completion": "b", "label": 1}, "mistyped-field"),
+    ("kto", {"prompt": "a", "completion": "b"}, "unknown-columns"),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "code"), FAILURES)
+def test_a_row_of_another_kind_is_an_error_with_its_place(task: str, row: dict[str, Any], code: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(row, task)
+    problem = caught.value.problems[0]
+    assert problem.code == code
+    assert problem.where.startswith("rows.jsonl:7")
+
+
+def test_judging_tasks_take_the_two_sides_of_a_pair_one_by_one() -> None:
+    rows = rows_for_task(pairs(2), "bco", 100)
+    assert [(row.answer.tokens[-1], row.desirable) for row in rows if isinstance(row, JudgedRow)] == [
+        (20, True), (40, False), (21, True), (41, False),
+    ]  # fmt: skip
+
+
+def test_kto_measures_drift_on_answers_to_other_prompts() -> None:
+    for row in rows_for_task(pairs(3), "kto", 100):
+        assert isinstance(row, JudgedRow)
+        assert row.mismatched is not None
+        np.testing.assert_array_equal(prompt_tokens(row.mismatched), prompt_tokens(row.answer))
+        mine, other = int(row.answer.tokens[0]) - 10, int(row.mismatched.tokens[-1]) % 20
+        assert mine != other
+    alone = rows_for_task(pairs(1), "kto", 3)
+    assert [int(row.mismatched.tokens[-1]) for row in alone if isinstance(row, JudgedRow) and row.mismatched] == [
+        40, 20,
+    ]  # fmt: skip
+
+
+def test_a_micro_batch_holds_all_chosen_and_then_all_rejected_answers() -> None:
+    rows = pairs(3)
+    batch = collate_rows(rows, np.arange(6.0).reshape(3, 2), 0)
+    assert [int(tokens[2]) for tokens in batch.tokens] == [20, 21, 22, 40, 41, 42]
+    assert batch.row_targets.tolist() == [1, 2, 3, 1, 1, 1]
+    assert batch.comparison is not None
+    assert batch.comparison.reference is not None
+    assert batch.comparison.reference.tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_the_base_is_asked_about_every_answer_once() -> None:
+    rows = rows_for_task(pairs(5), "kto", 100)
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    seen: dict[int, list[int]] = {}
+    for process in range(3):
+        for places, batch in sequence_batches(rows, 4, 0, process, 3):
+            for place, tokens, length in zip(places, batch.tokens, batch.lengths, strict=False):
+                assert place not in seen
+                seen[int(place)] = tokens[:length].tolist()
+    assert seen == {place: row.tokens.tolist() for place, row in enumerate(sequences)}
+
+
+def test_references_are_read_back_exactly_and_only_where_they_belong(tmp_path: Any) -> None:
+    path = tmp_path / "reference.safetensors"
+    reference = Reference(np.random.default_rng(0).normal(size=(5, 2)), np.zeros((0, 2)))
+    shapes = {"train": (5, 2), "evaluation": (0, 2)}
+    write_reference(path, "key", reference)
+    found = read_reference(path, "key", shapes)
+    assert found is not None
+    np.testing.assert_array_equal(found.train, reference.train)
+    assert read_reference(path, "another key", shapes) is None
+    assert read_reference(path, "key", {**shapes, "train": (4, 2)}) is None
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(whole)
+    assert read_reference(path, "key", shapes) is None
+    path.write_bytes(b"")
+    assert read_reference(path, "key", shapes) is None
+    assert read_reference(tmp_path / "none", "key", shapes) is None
+
+
+def test_other_weights_under_the_same_name_have_another_key(tmp_path: Any) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    first = reference_key({"data": "x"}, tmp_path)
+    assert reference_key({"data": "x"}, tmp_path) == first
+    assert reference_key({"data": "y"}, tmp_path) != first
+    weights.write_bytes(b"12")
+    assert reference_key({"data": "x"}, tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("task: dpo\ndata: {train: x, packing: true}", "data.packing"),
+        ("task: dpo\ndata: {train: x, format: messages}", "data.format"),
+        ("task: dpo\ndata: {train: x, format: unpaired-preference}", "data.format"),
+        ("task: sft\ndata: {train: x, format: preference}", "data.format"),
+        ("data: {train: x}\ntraining: {beta: 0.1}", "training.beta"),
+        ("task: ipo\ndata: {train: x}\ntraining: {label_smoothing: 0.1}", "training.label_smoothing"),
+        ("task: dpo\ndata: {train: x}\ntraining: {simpo_gamma: 0.1}", "training.simpo_gamma"),
+        ("task: bco\ndata: {train: x}\ntraining: {desirable_weight: 2}", "training.desirable_weight"),
+    ],
+)
+def test_what_a_task_does_not_read_is_refused(text: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(f"base: tiny\n{text}\n", "soup.yaml")
+    [problem] = caught.value.problems
+    assert problem.where.endswith(where)
