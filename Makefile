@@ -8,7 +8,7 @@ TESTED := tests soup_xb/core soup_xb/demo soup_xb/migrate --doctest-modules
 PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term:skip-covered
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all torture docs lint format clean
+.PHONY: demo test test-all torture audit docs lint format clean
 
 # Fine-tune a small real model for a minute or two, and show what it learned; on MLX as well, where it is installed.
 demo: $(VENV)/installed-demo
@@ -26,6 +26,11 @@ test-all: lint
 # Kills, corruptions, full disks, fuzzing and long runs, all of them; prints a table of counts.
 torture: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest tests/torture tests/fuzz
+
+# Known vulnerabilities of the installed packages; it asks the package registry, so no test does it.
+audit: $(VENV)/installed-test
+	$(PIP) pip-audit
+	$(VENV)/bin/python -m pip_audit --skip-editable
 
 # The pages of docs/ as a site in site/; a link or an anchor that leads nowhere fails.
 docs: $(VENV)/installed-docs

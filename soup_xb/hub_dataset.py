@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.examples import Row, Source
+
+# The datasets library names a reader by its module. `cache` is what one of the others has read before.
+_READERS = "datasets.packaged_modules."
+_KINDS = ("parquet", "arrow", "json", "csv", "text", "cache")
 
 
 def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     """The rows of one split; a source's line is the row's number.
 
     Raises DataError for a dataset that is neither cached nor reachable, a split or subset that it does not
-    have, and one that wants to run code.
+    have, and one whose files are no tables of text.
     """
     try:
         import datasets
@@ -24,7 +29,10 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
             help="`pip install datasets`, or name a local file.",
         ) from error
     try:
-        rows = datasets.load_dataset(name, name=subset, split=split)
+        builder = datasets.load_dataset_builder(name, name=subset)
+        _check_kind(builder, name)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
     except ConnectionError as error:
         raise DataError(
             "dataset-not-cached",
@@ -43,6 +51,19 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     if len(rows) == 0:
         raise DataError("data-empty", "holds no rows", where=name)
     return ((Source(name, number), row) for number, row in enumerate(rows, start=1))
+
+
+def _check_kind(builder: Any, name: str) -> None:
+    """Refuse what the library would read by other means than tables of text: archives may hold pickles."""
+    modules = [kind.__module__ for kind in type(builder).__mro__ if kind.__module__.startswith(_READERS)]
+    kind = modules[0].removeprefix(_READERS).partition(".")[0] if modules else type(builder).__module__
+    if kind not in _KINDS:
+        raise DataError(
+            "dataset-kind",
+            f"its files are of the kind `{kind}`, which is not read",
+            where=name,
+            help="take a dataset of Parquet, Arrow, JSON, CSV or text files, or bring its rows into a local file.",
+        )
 
 
 def _first_line(error: Exception) -> str:

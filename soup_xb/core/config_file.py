@@ -26,8 +26,8 @@ from soup_xb.core.yaml_text import write_yaml
 from soup_xb.core.yaml_tree import Node, read_yaml
 
 DEFAULT_PATH = Path("soup.yaml")
-# A file with more unknown keys than this is no config; the rest is counted, not listed.
-_MOST_UNKNOWN = 20
+# A file with more unknown or doubled keys than this is no config; the rest is counted, not listed.
+_MOST_LISTED = 20
 
 __all__ = ["LoadedConfig", "config_dict", "dump_config", "load_config", "parse_config"]
 
@@ -46,7 +46,11 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Loade
     Raises ConfigError with every problem of the text and of the overrides; where there is one, what the backend
     refuses is among them.
     """
-    root, problems = read_yaml(text, source)
+    root, duplicates = read_yaml(text, source)
+    problems = duplicates[:_MOST_LISTED]
+    if len(duplicates) > _MOST_LISTED:
+        more = len(duplicates) - _MOST_LISTED
+        problems.append(Problem("duplicate-key", f"{more} more keys are given twice", source))
     if root is None or root.value is None:
         raise ConfigError("config-empty", "the file is empty", where=source, help=LEAST)
     if not isinstance(root.value, dict):
@@ -110,11 +114,11 @@ def _with_keys_below(keys: Iterable[str]) -> Iterator[str]:
 def _fault_problems(faults: Sequence[Fault], source: str, lines: Mapping[str, int]) -> Iterator[Problem]:
     unknown = [fault for fault in faults if fault.refusal.code == "unknown-key"]
     unknown.sort(key=lambda fault: lines.get(fault.key, 0))
-    for fault in unknown[:_MOST_UNKNOWN]:
+    for fault in unknown[:_MOST_LISTED]:
         where = place(source, lines, fault.key).removesuffix(fault.name) + safe_text(fault.name)
         yield Problem("unknown-key", "no such key", where, suggestion(fault.name, fault.section))
-    if len(unknown) > _MOST_UNKNOWN:
-        yield Problem("unknown-key", f"{len(unknown) - _MOST_UNKNOWN} more keys are unknown", source)
+    if len(unknown) > _MOST_LISTED:
+        yield Problem("unknown-key", f"{len(unknown) - _MOST_LISTED} more keys are unknown", source)
     for fault in faults:
         if fault.refusal.code != "unknown-key":
             where = place(source, lines, fault.key)

@@ -424,6 +424,16 @@ def test_an_access_token_is_refused_and_never_shown() -> None:
         assert "aBcDaBcD" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("line", "code"), [("k{}: 1", "unknown-key"), ("base: x", "duplicate-key")])
+def test_thousands_of_wrong_keys_are_counted_and_not_listed(line: str, code: str) -> None:
+    text = "base: tiny\ndata: {train: x}\n" + "".join(f"{line.format(index)}\n" for index in range(1000))
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "soup.yaml")
+    found = [problem for problem in caught.value.problems if problem.code == code]
+    assert len(found) == 21
+    assert any("980 more keys" in problem.message for problem in found)
+
+
 _NAMES = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=30).filter(str.strip)
 _SETTING = {
     "text": _NAMES,

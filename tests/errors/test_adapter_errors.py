@@ -163,6 +163,11 @@ PAIRS = {
         "where": f"{SETTINGS}: ",
         "words": "not a regular expression",
     },
+    "a pattern that runs away": {
+        "arrange": settings(alpha_pattern={"(?:.|..|...)*[A-Z]": 3}),
+        "code": "damaged-adapter",
+        "words": "takes more than",
+    },
 }
 
 ANOTHER_BASE = {
@@ -200,8 +205,13 @@ def test_a_wrong_adapter_is_answered_in_one_shape_by_every_command(
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_factors_that_do_not_belong_together_are_refused_on_both_engines(
-    name: str, backend: str, adapter: Path, check: Callable[[Any], Any]
+    name: str,
+    backend: str,
+    adapter: Path,
+    check: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("soup_xb.core.patterns.SECONDS_PER_PATTERN", 0.2)
     row: dict[str, Any] = {"exit": 4, **PAIRS[name]}
     check({**row, "argv": f"{COMMANDS['generate']} --backend {backend}"})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,3 +350,25 @@ def test_wrong_data_is_answered_in_one_shape(name: str, check: Callable[[Any], A
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_tools_write_is_taken(name: str, check: Callable[[Any], Any]) -> None:
     check(ACCEPTED[name])
+
+
+def test_a_dataset_whose_archives_may_hold_pickles_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The datasets library reads a folder as it reads the hub."""
+    import datasets
+
+    from soup_xb.core.errors import DataError
+    from soup_xb.hub_dataset import hub_rows
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "train.tar", "w") as archive:
+        entry = tarfile.TarInfo("weights.pth")
+        entry.size = 2
+        archive.addfile(entry, io.BytesIO(b"xx"))
+    with pytest.raises(DataError) as caught:
+        hub_rows(str(tmp_path / "set"), None, "train")
+    (problem,) = caught.value.problems
+    assert problem.code == "dataset-kind"
+    assert "`webdataset`" in problem.message

@@ -1,0 +1,81 @@
+"""What a fuzz run met: how many inputs were taken or refused, with which codes, and which took longest."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+
+# So that the test files share their mutations.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# Of processor time, for one input; a busy machine does not count.
+LONGEST_SECONDS = 1.0
+
+
+@define
+class Met:
+    """The inputs of one suite."""
+
+    taken: int = 0
+    codes: Counter[str] = field(factory=Counter)
+    seconds: float = 0.0
+    slowest: str = ""
+
+    @property
+    def refused(self) -> int:
+        return sum(self.codes.values())
+
+
+MET = pytest.StashKey[dict[str, Met]]()
+
+
+@pytest.fixture(scope="session")
+def met(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """`with met(suite)(input):` lets our own errors pass, counts them, and fails on any other and on a slow input."""
+    from soup_xb.core.errors import SoupError
+
+    suites = request.config.stash.setdefault(MET, {})
+
+    def suite(name: str) -> Callable[[object], Any]:
+        tally = suites.setdefault(name, Met())
+
+        @contextmanager
+        def one(given: object) -> Iterator[None]:
+            began = time.process_time()
+            try:
+                yield
+            except SoupError as error:
+                assert error.exit_code in (2, 3, 4, 5), error
+                for problem in error.problems:
+                    assert problem.render().replace("\n", "").isprintable()
+                tally.codes[error.problems[0].code] += 1
+            else:
+                tally.taken += 1
+            seconds = time.process_time() - began
+            if seconds > tally.seconds:
+                tally.seconds, tally.slowest = seconds, repr(given)[:160]
+            assert seconds < LONGEST_SECONDS, f"{seconds:.2f} s"
+
+        return one
+
+    return suite
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    suites = config.stash.get(MET, {})
+    if not suites:
+        return
+    terminalreporter.section("fuzzing")
+    for name, tally in suites.items():
+        terminalreporter.write_line(
+            f"{tally.taken + tally.refused:8,}  {name}: {tally.taken:,} taken, {tally.refused:,} refused with "
+            f"{len(tally.codes)} codes; slowest {tally.seconds:.2f} s: {tally.slowest}"
+        )
