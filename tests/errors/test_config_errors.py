@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from soup_xb.core.config import KEYS
+from soup_xb.core.dependent_keys import DEPENDENCES
 from soup_xb.core.support_rows import ROWS as FEATURES
 
 LEAST = "base: tiny\ndata:\n  train: rows.jsonl\n"
@@ -346,12 +347,18 @@ def test_what_people_write_is_taken(name: str, check: Callable[[Any], Any]) -> N
 
 
 def _asking(row: Any) -> list[str]:
-    """`--set` words that ask for the feature of a support row, with a companion where it cannot stand alone."""
-    if row.choice:
-        companions = {"relora_mode": ["--set", "training.relora_steps=5"]}
-        return ["--set", f"{row.key}={row.choice}", *companions.get(row.key.rpartition(".")[2], [])]
-    kind = KEYS[row.key].kind
-    return ["--set", f"{row.key}={'true' if kind == 'boolean' else 5}"]
+    """`--set` words that ask for the feature of a support row, with the keys that it means something beside."""
+    wanted: dict[str, object] = {}
+    for dependence in DEPENDENCES:
+        if dependence.key == row.key:
+            wanted[dependence.on] = 5 if dependence.absent else dependence.values[0]
+    if row.key == "data.format":
+        wanted["task"] = {"preference": "dpo", "unpaired-preference": "kto"}[row.choice]
+    key = KEYS[row.key]
+    # Another value than the default that its range holds.
+    value = {"boolean": "true", "number": 0.25}.get(key.kind, 5)
+    wanted[row.key] = row.choice or value
+    return [word for name, asked in wanted.items() for word in ("--set", f"{name}={asked}")]
 
 
 REFUSED = [
@@ -366,24 +373,19 @@ REFUSED = [
     ("backend", "row"), REFUSED, ids=[f"{backend}-{row.name}" for backend, row in REFUSED]
 )
 def test_each_feature_that_a_backend_refuses_says_because_and_instead(
-    backend: str, row: Any, check: Callable[[Any], Any]
+    backend: str, row: Any, soupx: Callable[..., Any], workplace: Path
 ) -> None:
-    answer = check(
-        {
-            "text": LEAST,
-            "argv": " ".join(["check", "--backend", backend, *_asking(row)]),
-            "exit": 2,
-            "code": f"{backend}-no-{row.feature}"
-            if row.key != "data.format"
-            # The format is refused by the task as well, and each key is told once.
-            else "contradiction",
-            "where": f"command line: {row.key}: ",
-        }
-    )
+    (workplace / "soup.yaml").write_text(LEAST)
+    answer = soupx("check", "--backend", backend, *_asking(row))
+    assert answer.code == 2, answer.err
     no = row.answer(backend)
-    if row.key != "data.format":
-        assert no.because in answer.err
-        assert no.instead.rstrip(".") in answer.err
+    lines = answer.err.splitlines()
+    told = next(place for place, line in enumerate(lines) if f"error[{backend}-no-{row.feature}]" in line)
+    assert f"command line: {row.key}: " in lines[told]
+    assert no.because in lines[told]
+    assert no.instead.rstrip(".") in lines[told + 1]
+    codes = [line.partition("]")[0] for line in lines if line.startswith("error[")]
+    assert all(f"[{backend}-no-" in code for code in codes), answer.err
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])

@@ -14,6 +14,7 @@ import pytest
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
 CHAT = {"messages": [USER, ASSISTANT]}
+PAIR = {"prompt": "Hello", "chosen": "Hello.", "rejected": "What?"}
 TEXT = '{"text": "Once upon a time"}\n'
 
 
@@ -238,6 +239,18 @@ ROWS_OF_DATA = {
         "words": ("`colour`", "`taste`"),
         "help": "alpaca (instruction, output)",
     },
+    "preference rows for a task that has none": {
+        **file("a.jsonl", [PAIR]),
+        "argv": "train --set data.train=a.jsonl",
+        "code": "preference-rows",
+        "where": "a.jsonl:1: ",
+        "words": "task: dpo",
+    },
+    "conversations for a preference task": {
+        "argv": "train --backend torch --set task=dpo",
+        "code": "unknown-columns",
+        "where": "train.jsonl:1: ",
+    },
     "another format in the middle": {
         **file("a.jsonl", [CHAT, {"text": "a"}]),
         "code": "mixed-formats",
@@ -312,6 +325,12 @@ ACCEPTED = {
         "argv": "train",
         "exit": 0,
         "tells": ("1 row left out, with nothing to learn", "train.jsonl:10"),
+    },
+    "preference rows whose answers are the same": {
+        **file("a.jsonl", [PAIR] * 8 + [{**PAIR, "rejected": "Hello."}] * 2),
+        "argv": "train --backend torch --set task=dpo --set data.train=a.jsonl",
+        "exit": 0,
+        "tells": ("warning[equal-answers]", "2 rows left out"),
     },
     "columns that nothing is made of": {
         **file("train.jsonl", [{**CHAT, "source": "web"}] * 9),
