@@ -211,7 +211,8 @@ def on_a_terminal(place: Path, *answers: str) -> tuple[int, str]:
 
 
 def test_the_questions_end_in_a_file_and_the_next_command(place: Path) -> None:
-    code, screen = on_a_terminal(place, "2\n", "\n", "2\n", "3\n")
+    code_template = [template.name for template in list_templates(shipped_folder())].index("code") + 1
+    code, screen = on_a_terminal(place, f"{code_template}\n", "\n", "2\n", "3\n")
     assert code == 0, screen
     assert "next: soupx train\r\n" in screen
     loaded = load_config(place / "soup.yaml").config
