@@ -98,7 +98,8 @@ def test_padding_to_the_grid_changes_no_loss(opener: Opener) -> None:
     plain._gradients = Gradients(plain.model, plain._adapters, compiled=False)
     expected = train(plain, plan)
     result = train(padded, plan)
-    assert [r.loss for r in result] == pytest.approx([r.loss for r in expected], abs=1e-6)
+    # A few roundings of float32: products of other shapes are summed in another order.
+    assert [r.loss for r in result] == pytest.approx([r.loss for r in expected], rel=5e-7)
     assert [r.grad_norm for r in result] == pytest.approx([r.grad_norm for r in expected], rel=1e-5)
 
 

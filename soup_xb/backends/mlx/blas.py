@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import os
+import platform
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
 
 from attrs import frozen
 
-_PACKAGE = "cmeel-openblas"
-_FORTRAN = "libgfortran.so.5"
+# Built by the SciPy project with kernels for every processor; the one that fits is chosen as it loads.
+_PACKAGE = "scipy-openblas32"
+_PREFIX = "scipy_"
+# What MLX's library takes from BLAS and LAPACK.
+SYMBOLS = (
+    *(f"cblas_{kind}gemm" for kind in "sdc"),
+    *(
+        f"{kind}{name}_"
+        for kind in "sd"
+        for name in ("geqrf", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")
+    ),
+    *(f"{kind}{name}_" for kind in "sdc" for name in ("geev", "gesdd")),
+    "cheevd_",
+)
+_JUMPS = {"x86_64": "jmp {}@PLT", "aarch64": "b {}"}
 
 
 @frozen
@@ -29,7 +45,8 @@ class Blas:
 def load_openblas() -> Blas:
     """Put OpenBLAS in front of the wheel's BLAS, once, before mlx.core is imported; without one nothing changes.
 
-    Its symbols are made global, so that they are found first when MLX's library binds `cblas_sgemm`.
+    Its symbols are made global under their plain names, so that they are found first when MLX's library binds
+    `cblas_sgemm`.
     """
     if sys.platform != "linux":
         return Blas("Accelerate", True, "macOS brings its own")
@@ -51,7 +68,7 @@ def blas_in_use() -> Blas:
 
 def find_openblas() -> Path | None:
     """The library of the installed OpenBLAS package."""
-    return _packaged(_PACKAGE, "libopenblas.so")
+    return _packaged(_PACKAGE, "libscipy_openblas.so")
 
 
 def measure_gflops(size: int = 1024, repeats: int = 5) -> float:
@@ -70,38 +87,36 @@ def measure_gflops(size: int = 1024, repeats: int = 5) -> float:
 
 
 def _load(library: Path) -> Blas:
-    try:
-        openblas = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        if _FORTRAN not in str(error):
-            raise
-        _load_fortran_runtime()
-        openblas = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    openblas.openblas_get_config.restype = ctypes.c_char_p
-    config = openblas.openblas_get_config().decode()
-    threads = openblas.openblas_get_num_threads()
-    return Blas(" ".join(config.split()[:2]), True, f"{config}, {threads} threads")
+    openblas = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    _load_plain_names()
+    config = openblas.scipy_openblas_get_config
+    config.restype = ctypes.c_char_p
+    text = config().decode()
+    threads = openblas.scipy_openblas_get_num_threads()
+    return Blas(" ".join(text.split()[:2]), True, f"{text}, {threads} threads")
 
 
-def _load_fortran_runtime() -> None:
-    """Load the Fortran runtime that MLX's wheel carries, under the name by which OpenBLAS asks for it.
+def _load_plain_names() -> None:
+    """Make each of SYMBOLS a global function that jumps to the package's, whose names carry a prefix.
 
-    Wheels rename the libraries they carry; the copy in memory gets the plain name back. Raises OSError.
+    The library of jumps is made by the C compiler, which MLX asks for its own compiled steps too. Raises OSError.
     """
-    renamed = _packaged("mlx-cpu", "libgfortran-")
-    if renamed is None:
-        raise OSError(f"{_FORTRAN} is not installed")
-    for companion in sorted(renamed.parent.glob("libquadmath*")):
-        ctypes.CDLL(str(companion))
-    own = renamed.name.encode() + b"\0"
-    image = renamed.read_bytes().replace(own, _FORTRAN.encode().ljust(len(own), b"\0"))
-    descriptor = os.memfd_create(_FORTRAN)
-    try:
-        with os.fdopen(descriptor, "wb", closefd=False) as memory:
-            memory.write(image)
-        ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
+    compiler, jump = shutil.which("cc") or shutil.which("g++"), _JUMPS.get(platform.machine())
+    if compiler is None or jump is None:
+        raise OSError(
+            f"no C compiler for {platform.machine()} was found, which gives its functions their plain names"
+        )
+    lines = (
+        f".globl {name}\n.type {name}, %function\n{name}: {jump.format(_PREFIX + name)}\n" for name in SYMBOLS
+    )
+    with tempfile.TemporaryDirectory(prefix="soupx-blas-") as folder:
+        source, made = Path(folder, "names.s"), Path(folder, "names.so")
+        source.write_text(".text\n" + "".join(lines) + '.section .note.GNU-stack,"",%progbits\n', "ascii")
+        command = [compiler, "-shared", "-nostdlib", "-o", str(made), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise OSError(f"the C compiler failed: {done.stderr.strip()[-200:]}")
+        ctypes.CDLL(str(made), mode=ctypes.RTLD_GLOBAL)
 
 
 def _packaged(package: str, prefix: str) -> Path | None:
