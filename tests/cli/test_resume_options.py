@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ Config = Callable[..., Path]
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Config:
+def rows(tmp_path: Path, chat_file: Path) -> Path:
+    """Rows of the test's own, which it may change."""
+    return Path(shutil.copy(chat_file, tmp_path / "rows.jsonl"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Config:
     """Writes a small config that saves every third step; keyword arguments are keys of `training`."""
 
     def write(backend: str = "torch", **training: Any) -> Path:
@@ -31,7 +38,7 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Config:
         content = {
             "base": str(tiny_llama),
             "backend": backend,
-            "data": {"train": str(chat_file), "val_split": 0.1, "max_length": 128},
+            "data": {"train": str(rows), "val_split": 0.1, "max_length": 128},
             "training": settings,
             "output": str(tmp_path / "out"),
         }
@@ -99,10 +106,10 @@ def test_a_section_names_all_its_keys_and_the_data_itself(
 
 
 def test_rows_that_changed_under_the_same_name_are_noticed_and_can_be_allowed(
-    soupx: Soupx, config: Config, cut: Path, chat_file: Path
+    soupx: Soupx, config: Config, cut: Path, rows: Path
 ) -> None:
-    lines = chat_file.read_text().splitlines()
-    chat_file.write_text("\n".join(lines[: len(lines) // 2]))
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[: len(lines) // 2]))
     change = ("train", config(), "--resume-from", cut)
     refused = soupx(*change)
     assert refused.code == 5
