@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from attrs import frozen
 
 from soup_xb import __version__
 from soup_xb.core import staging
-from soup_xb.core.adapter_file import Factors, read_adapter, write_adapter
+from soup_xb.core.adapter_file import Factors, write_adapter
 from soup_xb.core.config_file import dump_config
 from soup_xb.core.coverage_text import coverage_rows
 from soup_xb.core.durable import disk_errors, write_text
-from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.events import EvalEvent, Event, StepEvent
+from soup_xb.core.errors import Problem
+from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
 from soup_xb.core.examples import Message
 from soup_xb.core.metrics import read_events
 from soup_xb.core.model_card import CardFacts, model_card
 from soup_xb.core.modules import group_adapters, reachable_names
+from soup_xb.core.proof import check_effect, prove
 from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.run_record import RunRecord
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from soup_xb.train import Opened
 
 ANSWER_TOKENS = 120
+_VERA_FORMAT = Problem(
+    "vera-format",
+    "the adapter is in PEFT's VeRA format, which mlx-lm, vLLM and llama.cpp do not read; `soupx export` writes the "
+    "plain LoRA that it equals",
+)
 
 
 @frozen
@@ -54,33 +59,26 @@ class Outcome:
         return self.folder / "report.html"
 
 
-def save_adapter(run: Opened, folder: RunFolder) -> None:
+def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
     """Write the portable adapter with its tokenizer and card, proven by reading it back, in one piece.
 
-    Raises ModelError when what is on the disk is not what was trained.
+    Returns what the user should know about it. Raises ModelError, and publishes nothing, when what is on the disk does
+    not do what the live model does, or adds nothing to the base.
     """
     factors = run.session.factors()
     names = reachable_names([module for module in run.session.describe().modules if not module.experts])
     with disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         staged = staging.start(folder.adapter)
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
-        _prove(staged, factors)
+        proof = prove(run.session, run.plan.adapters, staged, factors)
+        check_effect(proof, run.plan, staged)
         run.tokenizer.save(staged)
         rank = run.plan.adapters.modules[0].rank if run.plan.adapters.use_vera else _largest_rank(factors)
         card = _card(run, read_events(folder.metrics), rank)
         write_text(staged / "README.md", card)
         staging.publish(staged, folder.adapter)
-
-
-def adapter_notices(run: Opened) -> tuple[Problem, ...]:
-    """What the user should know about the adapter that was written."""
-    if not run.plan.adapters.use_vera:
-        return ()
-    text = (
-        "the adapter is in PEFT's VeRA format, which mlx-lm, vLLM and llama.cpp do not read; "
-        "`soupx export` writes the plain LoRA that it equals"
-    )
-    return (Problem("vera-format", text),)
+    notices = [*proof.notices(), *([_VERA_FORMAT] if run.plan.adapters.use_vera else [])]
+    return (*map(Notice, notices), *(Notice(problem, warning=True) for problem in proof.warnings()))
 
 
 def answer_prompts(run: Opened, prompts: Sequence[str]) -> tuple[Sample, ...]:
@@ -105,22 +103,6 @@ def save_report(run: Opened, folder: RunFolder, record: RunRecord, samples: Sequ
         coverage=coverage_rows(run.coverage, run.session.backend),
     )
     write_report(folder, facts)
-
-
-def _prove(staged: Path, factors: Factors) -> None:
-    saved = read_adapter(staged).factors
-    same = saved.keys() == factors.keys() and all(
-        np.array_equal(saved[name][factor], array)
-        for name, arrays in factors.items()
-        for factor, array in arrays.items()
-    )
-    if not same:
-        raise ModelError(
-            "adapter-not-saved",
-            "the adapter read back from the disk is not the one that was trained",
-            where=str(staged),
-            help="check the disk; the last checkpoint can be resumed.",
-        )
 
 
 def _largest_rank(factors: Factors) -> int:

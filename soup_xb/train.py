@@ -15,7 +15,7 @@ from soup_xb.core.config import Config
 from soup_xb.core.config_file import LoadedConfig
 from soup_xb.core.coverage import Coverage, cover
 from soup_xb.core.coverage_text import coverage_notices
-from soup_xb.core.errors import ConfigError, Problem, StoppedError
+from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
 from soup_xb.core.events import Listener, Notice, StartEvent
 from soup_xb.core.gemma4 import check_towers
 from soup_xb.core.launch import launched_processes
@@ -30,7 +30,7 @@ from soup_xb.core.stop import stop_on_signals
 from soup_xb.dataset import load_dataset
 from soup_xb.hub import resolve_base
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
-from soup_xb.outcome import Outcome, adapter_notices, answer_prompts, save_adapter, save_report
+from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.referencing import plan_with_reference
 from soup_xb.resume import ResumeRequest
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
@@ -186,13 +186,24 @@ def _stop_if_asked(run: Opened, keeper: RunKeeper, result: LoopResult) -> None:
 
 def _finish(run: Opened, keeper: RunKeeper, result: LoopResult, prompts: Sequence[str]) -> Outcome:
     folder: RunFolder | None = keeper.folder
-    samples = answer_prompts(run, prompts) if folder else ()
-    if folder:
-        save_adapter(run, folder)
-        for problem in adapter_notices(run):
-            keeper.emit(Notice(problem))
-    record = keeper.ended(result, "finished")
-    if folder:
-        save_report(run, folder, record, samples)
-    run.session.agree(0)
+    with _first_awaited(run.session):
+        samples = answer_prompts(run, prompts) if folder else ()
+        if folder:
+            for notice in save_adapter(run, folder):
+                keeper.emit(notice)
+        record = keeper.ended(result, "finished")
+        if folder:
+            save_report(run, folder, record, samples)
     return Outcome(record, Path(run.loaded.config.output), samples)
+
+
+@contextmanager
+def _first_awaited(session: Session) -> Iterator[None]:
+    """Inside, the first process works and the others wait for it; where it fails, they end too."""
+    try:
+        yield
+    except Exception:
+        session.agree(1)
+        raise
+    if session.agree(0):
+        raise ModelError("first-process-failed", "the first process could not finish the run, and says why")

@@ -13,6 +13,7 @@ import numpy as np
 from attrs import field, frozen
 
 from soup_xb.core.batches import MicroBatch
+from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
 from soup_xb.core.modules import AdapterModule, Module
 
@@ -207,6 +208,12 @@ class Session(Protocol):
 
         Those of expert weights are stacks, the expert first. With DoRA also "lora_magnitude_vector" (out_features,).
         VeRA's factors are its own: see core.vera.
+        """
+
+    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+        """What the live layer adds for the inputs of core.deviation, on this process alone.
+
+        `adapter` and `factors` are a saved adapter's; they decide nothing but which layer it is, and DoRA's norms.
         """
 
     def load_factors(self, factors: Mapping[str, Mapping[str, Array]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from soup_xb.backends.mlx.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors
+from soup_xb.backends.mlx.addition import live_addition
 from soup_xb.backends.mlx.checkpointing import CheckpointedBlocks
 from soup_xb.backends.mlx.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.mlx.generation import generate_tokens
@@ -25,7 +26,9 @@ from soup_xb.backends.mlx.optimizer import Optimizer
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.step import Gradients
 from soup_xb.core.batches import MicroBatch
+from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import ModelError, Problem
+from soup_xb.core.modules import AdapterModule
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.session import (
     AdapterPlan,
@@ -137,6 +140,10 @@ class MlxSession:
         """The adapter as a plain LoRA on the untouched base."""
         factors: Mapping[str, Mapping[str, Array]] = self._trained(self._adapters).factors()
         return factors
+
+    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+        """What the live layer adds to its base."""
+        return live_addition(self._trained(self._adapters), adapter, factors)
 
     def load_factors(self, factors: Factors) -> None:
         """Set the adapter's factors."""

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
+from soup_xb.backends.torch.addition import base_outputs, live_addition
 from soup_xb.backends.torch.base_kind import text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.init import weight_starts
@@ -30,7 +31,9 @@ from soup_xb.backends.torch.task_loss import TaskLoss
 from soup_xb.backends.torch.task_state import load_task_state, save_task_state
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.batches import MicroBatch
+from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
+from soup_xb.core.modules import AdapterModule
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.session import (
     AdapterPlan,
@@ -79,6 +82,8 @@ class TorchSession:
         self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
         self._loss: TaskLoss = task_loss(settings.objective, processes, device.torch_device)
+        # The layers' outputs before restarts fold adapters into their weights.
+        self._true_outputs: Mapping[str, Array] = {}
         if settings.gradient_checkpointing and settings.weights:
             self._checkpoint_activations()
 
@@ -101,6 +106,8 @@ class TorchSession:
                 with expert_dropout(plan, self._description.model_type) as notices:
                     self._adapters = Adapters(self.model, plan, starts)
                 self._patch_notices += notices
+                if plan.merges:
+                    self._true_outputs = base_outputs(self._adapters)
             self._adapters.train(False)
             self._optimizer = Optimizer(self._adapters.parameters(), self.settings.optimizer)
 
@@ -181,6 +188,10 @@ class TorchSession:
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base, or VeRA's vectors and projections."""
         return self._trained(self._adapters).factors()
+
+    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+        """What the live layer adds to its true base."""
+        return live_addition(self._trained(self._adapters), adapter, factors, self._true_outputs)
 
     def load_factors(self, factors: Factors) -> None:
         """Set the adapter's factors."""
