@@ -133,6 +133,7 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
         seed=training.seed,
         weights=weights,
         objective=objective_of(config),
+        router_aux_loss_coef=training.router_aux_loss_coef,
     )
 
 

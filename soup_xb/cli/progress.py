@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
@@ -97,8 +98,9 @@ def event_line(event: EvalEvent | RestartEvent | SaveEvent | Notice) -> str:
     if isinstance(event, Notice):
         return notice_line(event)
     if isinstance(event, EvalEvent):
-        further = means_words(event.means) if event.means else [f"perplexity {event.perplexity:.2f}"]
-        loss = "  ".join([f"loss {event.loss:.4f}", *further])
+        # The loss of some tasks is no mean over tokens, and has no perplexity.
+        further = [] if math.isnan(event.perplexity) else [f"perplexity {event.perplexity:.2f}"]
+        loss = "  ".join([f"loss {event.loss:.4f}", *further, *means_words(event.means)])
         return f"eval step {event.step}  {loss}  {duration_text(event.seconds)}"
     if isinstance(event, RestartEvent):
         entries = f"{count_text(event.pruned)} of {count_text(event.entries)} entries pruned"

@@ -153,6 +153,11 @@ class TrainingConfig:
     simpo_gamma: float = number(1.0, "simpo: margin by which a chosen answer should win.", Range(0, 1000))
     desirable_weight: float = number(1.0, "kto: weight of the desirable answers.", Range(0, 1000))
     undesirable_weight: float = number(1.0, "kto: weight of the undesirable answers.", Range(0, 1000))
+    router_aux_loss_coef: float | None = number(
+        None,
+        "Mixtures of experts: weight of the loss that spreads tokens over the experts. Absent: off.",
+        Range(0, 10, above=True),
+    )
     lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
 
 

@@ -105,6 +105,12 @@ DEPENDENCES = (
         help="remove this key: the task does not weigh the two kinds of answers.",
     ),
     Dependence(
+        "training.router_aux_loss_coef",
+        "task",
+        ("sft", "pretrain", *PREFERENCES),
+        help="remove this key: the task has no such term.",
+    ),
+    Dependence(
         "training.warmup_ratio",
         "training.warmup_steps",
         (None,),

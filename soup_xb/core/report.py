@@ -115,6 +115,7 @@ def report_html(facts: ReportFacts) -> str:
         curves_missing=missing,
         evals=evals,
         eval_means=list(dict.fromkeys(name for event in evals for name in event.means)),
+        has_perplexity=any(not math.isnan(event.perplexity) for event in evals),
         restarts=[event for event in facts.events if isinstance(event, RestartEvent)],
         notices=_notices(facts.events),
         started=_time_text(facts.record.started),

@@ -37,6 +37,7 @@ class SessionSettings:
     """How to open a base. `base` is a local folder; `weights=False` gives its structure alone.
 
     `objective` is that of a preference task (see core.objectives), None where tokens are learned.
+    `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none.
     """
 
     base: Path
@@ -47,6 +48,7 @@ class SessionSettings:
     seed: int
     weights: bool = True
     objective: Any = None
+    router_aux_loss_coef: float | None = None
 
 
 @frozen

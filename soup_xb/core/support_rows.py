@@ -146,6 +146,14 @@ _TRAINING = (
         Row(f"training.{name}", "preference", mlx=_NO_PREFERENCES)
         for name in ("beta", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight")
     ),
+    Row(
+        "training.router_aux_loss_coef",
+        "router-loss",
+        mlx=No(
+            "the mlx engine opens no mixture of experts whose router could be balanced",
+            "remove the key, or run with --backend torch.",
+        ),
+    ),
     *_works(
         "training.eval_steps", "training.save_steps", "training.save_total_limit", "training.logging_steps"
     ),

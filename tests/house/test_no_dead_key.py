@@ -72,6 +72,7 @@ OTHERS: dict[str, Any] = {
     "training.simpo_gamma": PAIRS | {"task": "simpo", "training.simpo_gamma": 0.3},
     "training.desirable_weight": PAIRS | {"task": "kto", "training.desirable_weight": 0.4},
     "training.undesirable_weight": PAIRS | {"task": "kto", "training.undesirable_weight": 0.4},
+    "training.router_aux_loss_coef": 0.1,
     "training.lora.r": 3,
     "training.lora.alpha": 5,
     "training.lora.dropout": 0.4,

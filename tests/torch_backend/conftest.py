@@ -13,8 +13,9 @@ import pytest
 from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.examples import Source, TokenRow
 from soup_xb.core.modules import resolve_adapters
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
-from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.plan import Plan, make_plan
+from soup_xb.core.session import Session
+from soup_xb.train import session_settings
 
 Attached = Callable[..., tuple[Session, Plan]]
 
@@ -156,16 +157,7 @@ def attached(tiny_llama: Path) -> Iterator[Attached]:
         adapter = LoraConfig(**{"r": 4, "alpha": 8, **(lora or {})})
         settings = TrainingConfig(**{"max_steps": 8, "lr": 5e-3, "lora": adapter, **training})
         config = Config(base=str(base), data=DataConfig(train=("rows.jsonl",)), training=settings)
-        session = open_session(
-            SessionSettings(
-                base=base,
-                precision=settings.precision,
-                quantization=settings.quantization,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                optimizer=optimizer_settings(settings),
-                seed=settings.seed,
-            )
-        )
+        session = open_session(session_settings(config, base))
         sessions.append(session)
         resolution = resolve_adapters(session.describe().modules, adapter, {})
         plan = make_plan(config, resolution, _rows(24, 0), _rows(5, 1), pad_id=0)

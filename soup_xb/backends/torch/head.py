@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from attrs import frozen
+from attrs import evolve, frozen
 
 from soup_xb.core.batches import MicroBatch
 
@@ -68,6 +68,11 @@ def row_log_probabilities(model: Any, batch: BatchTensors) -> torch.Tensor:
         return each
     # Targets stand row by row; a sum over a slice has one order, which scattered additions do not have.
     return torch.stack([row.sum() for row in each.split(batch.counts)])
+
+
+def pass_through(model: Any, batch: BatchTensors) -> None:
+    """A forward for what hooks see of it: the head has no position to work on."""
+    _logits(model, evolve(batch, positions=batch.positions[:0]))
 
 
 def _logits(model: Any, batch: BatchTensors) -> torch.Tensor:

@@ -27,6 +27,7 @@ from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
 from soup_xb.backends.torch.preference_task import log_probabilities, task_loss
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
+from soup_xb.backends.torch.router_balance import RouterBalance, check_router
 from soup_xb.backends.torch.task_loss import TaskLoss
 from soup_xb.backends.torch.task_state import load_task_state, save_task_state
 from soup_xb.backends.torch.vera import VeraAdapters
@@ -82,6 +83,11 @@ class TorchSession:
         self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
         self._loss: TaskLoss = task_loss(settings.objective, processes, device.torch_device)
+        if settings.router_aux_loss_coef is not None:
+            check_router(model)
+            self._loss = RouterBalance(
+                self._loss, settings.router_aux_loss_coef, processes, device.torch_device
+            )
         # The layers' outputs before restarts fold adapters into their weights.
         self._true_outputs: Mapping[str, Array] = {}
         if settings.gradient_checkpointing and settings.weights:
