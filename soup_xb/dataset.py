@@ -8,19 +8,22 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from attrs import frozen
 
 from soup_xb.core.config import DataConfig
 from soup_xb.core.data import read_rows
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.example_file import ExampleReader
-from soup_xb.core.examples import Row, TokenRow
+from soup_xb.core.examples import Row
 from soup_xb.core.formats import Formats
+from soup_xb.core.judged_rows import rows_for_task
 from soup_xb.core.packing import pack, packing_notice, split_long
 from soup_xb.core.places import local_path
 from soup_xb.core.preference_formats import EVERY_FORMAT, formats_of
-from soup_xb.core.preferences import LearnedRow, rows_for_task
+from soup_xb.core.preferences import LearnedRow
 from soup_xb.core.random_numbers import permutation
+from soup_xb.core.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.core.schedule import floor_share
 from soup_xb.encoding import BATCH
@@ -36,8 +39,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 class Dataset:
     """Token rows in the order of the files. `evaluation` is empty where nothing is held out."""
 
-    train: tuple[LearnedRow, ...]
-    evaluation: tuple[LearnedRow, ...]
+    train: Rows
+    evaluation: Rows
     format: str
     notices: tuple[Problem, ...]
     warnings: tuple[Problem, ...] = ()
@@ -47,7 +50,7 @@ class Dataset:
 class TokenFile:
     """One file as token rows. `count` is the number of rows in the file, `unlearnable` of those without a target."""
 
-    rows: tuple[LearnedRow, ...]
+    rows: Rows
     format: str
     reason: str
     count: int
@@ -68,8 +71,8 @@ def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: st
     longest = sys.maxsize if task == "pretrain" else data.max_length
     train = [_tokenize(_reader(entry, data, task), tokenizer, longest) for entry in data.train]
     held_out = [_tokenize(_reader(entry, data, task), tokenizer, longest) for entry in data.eval]
-    rows = tuple(row for file in train for row in file.rows)
-    evaluation = tuple(row for file in held_out for row in file.rows)
+    rows = join_rows([file.rows for file in train])
+    evaluation = join_rows([file.rows for file in held_out])
     if data.val_split > 0:
         rows, evaluation = split_rows(rows, data.val_split, seed)
     rows, evaluation = (rows_for_task(part, task, data.max_length) for part in (rows, evaluation))
@@ -83,18 +86,16 @@ def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: st
     return Dataset(rows, evaluation, formats, tuple(notices), tuple(warnings))
 
 
-def _packed(rows: Sequence[LearnedRow], length: int) -> tuple[TokenRow, ...]:
-    documents = [row for row in rows if isinstance(row, TokenRow)]
-    return pack([piece for row in documents for piece in split_long(row, length)], length)
+def _packed(rows: Rows, length: int) -> Rows:
+    return pack(split_long(rows, length), length) if len(rows) else rows
 
 
 def load_file(
     path: Path, format: str, tokenizer: ChatTokenizer, max_length: int
-) -> tuple[tuple[TokenRow, ...], tuple[Problem, ...]]:
+) -> tuple[Rows, tuple[Problem, ...]]:
     """The token rows of one `sft` file, and what the user should know about them. Raises as `load_dataset` does."""
-    reader = ExampleReader(read_rows(path), format, str(path))
-    file = _tokenize(reader, tokenizer, max_length)
-    return tuple(row for row in file.rows if isinstance(row, TokenRow)), file.notices
+    file = _tokenize(ExampleReader(read_rows(path), format, str(path)), tokenizer, max_length)
+    return file.rows, file.notices
 
 
 def tokenize_file(
@@ -104,9 +105,7 @@ def tokenize_file(
     return _tokenize(ExampleReader(read_rows(path), format, str(path), formats), tokenizer, max_length)
 
 
-def split_rows(
-    rows: Sequence[LearnedRow], share: float, seed: int
-) -> tuple[tuple[LearnedRow, ...], tuple[LearnedRow, ...]]:
+def split_rows(rows: Sequence[LearnedRow], share: float, seed: int) -> tuple[Rows, Rows]:
     """Rows to train on and rows held out, `floor(share * rows)` of them but at least one; order is kept.
 
     Raises DataError where no row would be left to train on.
@@ -121,9 +120,11 @@ def split_rows(
             where="data.val_split",
             help=f"add rows, or lower `data.val_split` (now {share:g}) or set it to 0.",
         )
-    held_out = set(permutation(len(rows), seed, "val_split")[:count].tolist())
-    train = tuple(row for index, row in enumerate(rows) if index not in held_out)
-    return train, tuple(rows[index] for index in sorted(held_out))
+    known = as_rows(rows)
+    is_held_out = np.zeros(len(known), dtype=np.bool_)
+    is_held_out[permutation(len(known), seed, "val_split")[:count]] = True
+    train, held_out = (np.flatnonzero(mask) for mask in (~is_held_out, is_held_out))
+    return SelectedRows(known, train), SelectedRows(known, held_out)
 
 
 def _reader(entry: str, data: DataConfig, task: str) -> ExampleReader:
@@ -149,7 +150,7 @@ def _tokenize(reader: ExampleReader, tokenizer: ChatTokenizer, max_length: int) 
     notices = (*reader.notices(), *tally.notices(), *(tokenizer.notices() if tally.chats else ()))
     detection = reader.detection
     return TokenFile(
-        rows=tuple(rows),
+        rows=as_rows(rows),
         format=detection.name,
         reason=detection.reason,
         count=reader.count,

@@ -24,6 +24,7 @@ from soup_xb.core.loop import LoopResult
 from soup_xb.core.metrics import losses_until
 from soup_xb.core.plan import Plan
 from soup_xb.core.restart_watch import WINDOW
+from soup_xb.core.rows import combined
 from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
 from soup_xb.core.run_record import RunRecord, read_record
 from soup_xb.core.vera import shared_entries
@@ -31,7 +32,6 @@ from soup_xb.resume import (
     SETTINGS_FILE,
     ResumePoint,
     check_request,
-    data_fingerprint,
     find_resume_point,
     run_settings,
     settings_fingerprint,
@@ -59,7 +59,7 @@ class RunKeeper:
             backend=run.session.backend,
             processes=run.session.processes,
             config=settings_fingerprint(self.settings),
-            data=data_fingerprint((*run.plan.rows, *run.plan.evaluation)),
+            data=combined(run.plan.rows.fingerprint, run.plan.evaluation.fingerprint),
             versions=versions(),
             bytes_expected=checkpoint_bytes(run.plan),
         )

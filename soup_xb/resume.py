@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from attrs import frozen
 
 from soup_xb.core.checkpoint import Checkpoint, CheckpointFacts, newest_whole, read_checkpoint
@@ -16,7 +14,6 @@ from soup_xb.core.checkpoint_manifest import fingerprint
 from soup_xb.core.config import KEYS, Config
 from soup_xb.core.config_file import config_dict
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem
-from soup_xb.core.preferences import LearnedRow, side_names
 from soup_xb.core.suggest import did_you_mean
 
 SETTINGS_FILE = "settings.json"
@@ -116,20 +113,6 @@ def run_settings(config: Config) -> dict[str, Any]:
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
     """Fingerprint of the settings that decide the numbers of a run."""
     return fingerprint({key: value for key, value in settings.items() if key not in _FREE | _TOLD})
-
-
-def data_fingerprint(rows: Sequence[LearnedRow]) -> str:
-    """sha256 of every token, every trained mark, every document's beginning and every verdict, in order."""
-    digest = hashlib.sha256()
-    for name, row in (
-        (name, row) for one in rows for name, row in zip(side_names(one), one.sequences, strict=True)
-    ):
-        digest.update(name.encode())
-        digest.update(row.length.to_bytes(8, "little"))
-        digest.update(row.tokens.tobytes())
-        digest.update(np.packbits(row.trained).tobytes())
-        digest.update(np.array(row.documents, dtype="<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _warm_start(checkpoint: Checkpoint) -> ResumePoint:

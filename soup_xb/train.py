@@ -74,8 +74,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         keeper = RunKeeper(run, options, folder, listeners)
         if keeper.is_complete():
             return Outcome(keeper.record, output, already_complete=True)
-        sequences = [sequence for row in run.plan.rows for sequence in row.sequences]
-        check_apart(run.session, sequences, run.plan.pad_id)
+        check_apart(run.session, run.plan.rows, run.plan.pad_id)
         _attach(run)
         done = keeper.start()
         with failure_noted(keeper), stop_on_signals() as stop:

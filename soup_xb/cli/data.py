@@ -83,7 +83,7 @@ def _rows(file: Path, data_format: str) -> tuple[dict[str, Any], tuple[Problem, 
 
 
 def _counts(tokens: TokenFile) -> dict[str, Any]:
-    lengths = sorted(row.length for row in tokens.rows)
+    lengths = sorted(tokens.rows.facts.lengths.tolist())
     return {
         "format": tokens.format,
         "reason": tokens.reason,
@@ -91,8 +91,8 @@ def _counts(tokens: TokenFile) -> dict[str, Any]:
         "trained_rows": len(tokens.rows),
         "nothing_to_learn": tokens.unlearnable,
         "truncated": tokens.truncated,
-        "tokens": sum(row.real_tokens for row in tokens.rows),
-        "target_tokens": sum(row.target_tokens for row in tokens.rows),
+        "tokens": int(tokens.rows.facts.tokens.sum()),
+        "target_tokens": int(tokens.rows.facts.targets.sum()),
         "lengths": {
             "shortest": lengths[0],
             "median": lengths[len(lengths) // 2],

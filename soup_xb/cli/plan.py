@@ -44,7 +44,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         for problem in run.session.notices()[1:]:
             click.echo(f"note: {problem.message}", err=True)
         training = loaded.config.training
-        longest = max(row.length for row in run.plan.rows)
+        longest = int(run.plan.rows.facts.lengths.max())
         memory = estimate_memory(
             run.session.describe(),
             run.plan.adapters.modules,

@@ -9,6 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.examples import TokenRow
+from soup_xb.core.made import Made
 from soup_xb.core.random_numbers import permutation
 
 # Rows are sorted by length inside a window of so many micro-batches: wide enough for rows of nearly equal length
@@ -67,7 +68,7 @@ class MicroBatch:
         return int(self.lengths.sum())
 
 
-def epoch_batches(lengths: Array, batch_size: int, seed: int, epoch: int) -> list[Array]:
+def epoch_batches(lengths: Array, batch_size: int, seed: int, epoch: int) -> Sequence[Array]:
     """Row indices of each micro-batch of an epoch, every row once; a function of seed and epoch.
 
     Rows are shuffled, sorted by length inside windows so that padding stays small, cut into micro-batches, and
@@ -75,18 +76,22 @@ def epoch_batches(lengths: Array, batch_size: int, seed: int, epoch: int) -> lis
     """
     order = permutation(len(lengths), "rows", seed, epoch)
     window = WINDOW * batch_size
-    batches = []
     for start in range(0, len(order), window):
         rows = order[start : start + window]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return [batches[index] for index in permutation(len(batches), "batches", seed, epoch)]
+        order[start : start + window] = rows[np.argsort(lengths[rows], kind="stable")]
+    # A window is a whole number of micro-batches, so cutting the order is cutting the windows.
+    batches = _cut(order, batch_size)
+    turns = permutation(len(batches), "batches", seed, epoch)
+    return Made(len(batches), lambda turn: batches[int(turns[turn])])
 
 
-def eval_batches(lengths: Array, batch_size: int) -> list[Array]:
+def eval_batches(lengths: Array, batch_size: int) -> Sequence[Array]:
     """Row indices of each evaluation micro-batch, longest rows first, so that a lack of memory shows at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    return _cut(np.argsort(-np.asarray(lengths), kind="stable"), batch_size)
+
+
+def _cut(order: Array, size: int) -> Sequence[Array]:
+    return Made(-(-len(order) // size), lambda index: order[index * size : (index + 1) * size])
 
 
 def process_share(rows: Array, process: int, processes: int) -> Array:

@@ -7,55 +7,130 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from soup_xb.core.batches import collate
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.examples import TokenRow
+from soup_xb.core.preferences import LearnedRow
+from soup_xb.core.row_facts import plain_facts
+from soup_xb.core.rows import Rows, as_rows, combined
 from soup_xb.core.session import Session
+
+Array = np.ndarray[Any, Any]
 
 # Two short documents show whether the second sees the first; rounding is far smaller than what that does.
 _PROBE = 48
+# Lengths that are Python numbers at one time.
+_BLOCK = 65_536
 _TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
-def split_long(row: TokenRow, length: int) -> list[TokenRow]:
-    """A document as pieces of at most `length` tokens; a piece without a target is left out.
+class Pieces(Rows):
+    """Documents as pieces of at most `length` tokens, in their order; a piece without a target is left out.
 
     The first token of a piece is not learned: nothing comes before it.
     """
-    if row.length <= length:
-        return [row]
-    pieces = [
-        TokenRow(row.tokens[start : start + length], row.trained[start : start + length], row.source)
-        for start in range(0, row.length, length)
-    ]
-    return [piece for piece in pieces if piece.target_tokens]
+
+    def __init__(self, rows: Rows, length: int) -> None:
+        self._rows = rows
+        sizes = rows.facts.lengths.astype(np.int64)
+        counts = -(-sizes // length)
+        owners = np.repeat(np.arange(len(rows)), counts)
+        starts = length * (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts))
+        lengths = np.minimum(sizes[owners] - starts, length)
+        targets = rows.facts.targets.astype(np.int64)[owners]
+        for index in np.flatnonzero(counts > 1):
+            first = np.searchsorted(owners, index)
+            marks = _document(rows.row(int(index))).trained
+            for piece in range(first, first + counts[index]):
+                begin = starts[piece]
+                targets[piece] = marks[begin + 1 : begin + lengths[piece]].sum()
+        kept = np.flatnonzero((targets > 0) | (counts[owners] == 1))
+        self._owners, self._starts = owners[kept], starts[kept]
+        self._cut = counts[self._owners] > 1
+        self.facts = plain_facts(lengths[kept], targets[kept])
+
+    def row(self, index: int) -> TokenRow:
+        """The piece of a number."""
+        document = _document(self._rows.row(int(self._owners[index])))
+        if not self._cut[index]:
+            return document
+        here = slice(int(self._starts[index]), int(self._starts[index] + self.facts.lengths[index]))
+        return TokenRow(document.tokens[here], document.trained[here], document.source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the documents, and where they are cut."""
+        return combined("pieces", self._rows.fingerprint, self._owners, self._starts)
 
 
-def pack(rows: Sequence[TokenRow], length: int) -> tuple[TokenRow, ...]:
-    """Rows put together into sequences of at most `length` tokens, in the order of their first row.
+class PackedRows(Rows):
+    """Documents put together into sequences of at most `length` tokens, in the order of their first document.
 
-    The longest go first, each into the sequence that it fills best. Raises ValueError for a row that is longer.
+    The longest go first, each into the sequence that it fills best. Raises ValueError for one that is longer.
     """
-    return tuple(_joined([rows[index] for index in group]) for group in _groups(rows, length))
+
+    def __init__(self, rows: Rows, length: int) -> None:
+        self._rows = rows
+        self._members, self._ends = _groups(rows.facts.lengths, length)
+        self.facts = plain_facts(self._summed(rows.facts.lengths), self._summed(rows.facts.targets))
+
+    def row(self, index: int) -> TokenRow:
+        """The sequence of a number."""
+        start = int(self._ends[index - 1]) if index else 0
+        members = self._members[start : self._ends[index]]
+        return _joined([_document(self._rows.row(int(member))) for member in members])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the documents, and which are together."""
+        return combined("packed", self._rows.fingerprint, self._members, self._ends)
+
+    @property
+    def first_packed(self) -> TokenRow | None:
+        """The first sequence that holds several documents."""
+        several = np.flatnonzero(np.diff(self._ends, prepend=0) > 1)
+        return self.row(int(several[0])) if len(several) else None
+
+    def _summed(self, values: Array) -> Array:
+        totals = np.concatenate([[0], np.cumsum(values[self._members], dtype=np.int64)])
+        return np.diff(totals[np.concatenate([[0], self._ends])])
 
 
-def packing_notice(documents: int, sequences: Sequence[TokenRow], length: int) -> Problem:
+def split_long(rows: Sequence[LearnedRow], length: int) -> Rows:
+    """Documents as pieces of at most `length` tokens."""
+    known = as_rows(rows)
+    return Pieces(known, length) if len(known) and known.facts.lengths.max() > length else known
+
+
+def pack(rows: Sequence[LearnedRow], length: int) -> Rows:
+    """Rows put together into sequences of at most `length` tokens. Raises ValueError for a row that is longer."""
+    return PackedRows(as_rows(rows), length)
+
+
+def _document(row: LearnedRow) -> TokenRow:
+    assert isinstance(row, TokenRow)
+    return row
+
+
+def packing_notice(documents: int, sequences: Rows, length: int) -> Problem:
     """How many documents became how many sequences, and how full those are."""
-    filled = sum(row.length for row in sequences) / (len(sequences) * length) if sequences else 0.0
+    filled = int(sequences.facts.lengths.sum()) / (len(sequences) * length) if len(sequences) else 0.0
     text = f"{documents:,} documents in {len(sequences):,} sequences of {length:,} tokens, {filled:.1%} full"
     return Problem("packing", text)
 
 
-def check_apart(session: Session, rows: Sequence[TokenRow], pad_id: int) -> None:
+def check_apart(session: Session, rows: Sequence[LearnedRow], pad_id: int) -> None:
     """Raise ModelError where the base lets a document see the one before it in its sequence.
 
     Models with a recurrent state do. Two documents are evaluated together and one by one.
     """
-    packed = next((row for row in rows if len(row.documents) > 1), None)
+    packed = as_rows(rows).first_packed
     if packed is None:
         return
     first, second = (_probe(packed, index) for index in (0, 1))
@@ -78,33 +153,53 @@ def _probe(row: TokenRow, index: int) -> TokenRow:
     return TokenRow(tokens, np.arange(tokens.size) > 0, row.source)
 
 
-def _groups(rows: Sequence[TokenRow], length: int) -> list[list[int]]:
-    """Indices of the rows of each sequence."""
-    groups: list[list[int]] = []
-    # Room that is left -> sequences with that room; `rooms` has the keys in order.
-    by_room: dict[int, list[int]] = {}
-    rooms: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: (-rows[index].length, index)):
-        size = rows[index].length
-        if size > length:
-            raise ValueError(f"a row of {size} tokens does not fit a sequence of {length}")
-        place = bisect_left(rooms, size)
-        if place == len(rooms):
-            groups.append([])
-            group, room = len(groups) - 1, length
+def _groups(lengths: Array, length: int) -> tuple[Array, Array]:
+    """The rows of each sequence: their indices, sequence by sequence, and where each sequence ends in them."""
+    if len(lengths) and lengths.max() > length:
+        raise ValueError(f"a row of {lengths.max()} tokens does not fit a sequence of {length}")
+    group_of = np.empty(len(lengths), dtype=np.int64)
+    fitting = _BestFit(length)
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        group_of[block] = [fitting.place(size) for size in lengths[block].tolist()]
+    firsts = np.full(fitting.groups, len(lengths), dtype=np.int64)
+    np.minimum.at(firsts, group_of, np.arange(len(lengths)))
+    turns = np.empty(fitting.groups, dtype=np.int64)
+    turns[np.argsort(firsts)] = np.arange(fitting.groups)
+    group_of = turns[group_of]
+    members = np.argsort(group_of, kind="stable")
+    return members, np.cumsum(np.bincount(group_of, minlength=fitting.groups))
+
+
+class _BestFit:
+    """Sequences that are being filled: each document goes where it leaves the least room."""
+
+    def __init__(self, length: int) -> None:
+        self.groups = 0
+        self._length = length
+        # Room that is left -> sequences with that room; `_rooms` has the keys in order.
+        self._by_room: dict[int, list[int]] = {}
+        self._rooms: list[int] = []
+
+    def place(self, size: int) -> int:
+        """The number of the sequence that a document of `size` tokens goes into."""
+        at = bisect_left(self._rooms, size)
+        if at == len(self._rooms):
+            group, room = self.groups, self._length
+            self.groups += 1
         else:
-            room = rooms[place]
-            group = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room]
-                rooms.pop(place)
-        groups[group].append(index)
+            room = self._rooms[at]
+            group = self._by_room[room].pop()
+            if not self._by_room[room]:
+                del self._by_room[room]
+                self._rooms.pop(at)
         left = room - size
-        if left not in by_room:
-            by_room[left] = []
-            insort(rooms, left)
-        by_room[left].append(group)
-    return sorted(sorted(group) for group in groups)
+        if left not in self._by_room:
+            self._by_room[left] = []
+            insort(self._rooms, left)
+        self._by_room[left].append(group)
+        return group
 
 
 def _joined(rows: Sequence[TokenRow]) -> TokenRow:

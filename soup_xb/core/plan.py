@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches, process_share
+from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches
 from soup_xb.core.config import Config, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution
-from soup_xb.core.preference_batches import collate_rows
+from soup_xb.core.preference_batches import micro_batches
 from soup_xb.core.preferences import JudgedRow, LearnedRow
 from soup_xb.core.reference import Reference
+from soup_xb.core.rows import Rows, as_rows
 from soup_xb.core.schedule import LearningRates, restart_steps, steps_every, warmup_steps
 from soup_xb.core.session import AdapterPlan, OptimizerSettings, RestartSettings
 
@@ -29,8 +30,8 @@ class Plan:
 
     config: Config
     adapters: AdapterPlan
-    rows: tuple[LearnedRow, ...]
-    evaluation: tuple[LearnedRow, ...]
+    rows: Rows
+    evaluation: Rows
     pad_id: int
     steps_per_epoch: int
     total_steps: int
@@ -54,11 +55,11 @@ class Plan:
 
     def target_tokens(self, step: int) -> int:
         """Targets of `step`, over all micro-batches and processes."""
-        return sum(self.rows[row].target_tokens for rows in self.step_rows(step) for row in rows)
+        return sum(int(self.rows.facts.targets[rows].sum()) for rows in self.step_rows(step))
 
     def real_tokens(self, step: int) -> int:
         """Tokens of `step` without padding, over all micro-batches and processes."""
-        return sum(self.rows[row].real_tokens for rows in self.step_rows(step) for row in rows)
+        return sum(int(self.rows.facts.tokens[rows].sum()) for rows in self.step_rows(step))
 
     def examples(self, step: int) -> int:
         """Rows of `step` (pairs, for tasks that compare two answers), over all micro-batches and processes."""
@@ -67,13 +68,13 @@ class Plan:
     def micro_batches(self, step: int, process: int = 0, processes: int = 1) -> list[MicroBatch]:
         """One process's padded micro-batches of `step`."""
         known = None if self.reference is None else self.reference.train
-        return _shared(self.rows, known, self.step_rows(step), (process, processes), self.pad_id)
+        return list(micro_batches(self.rows, known, self.step_rows(step), (process, processes), self.pad_id))
 
-    def eval_micro_batches(self, process: int = 0, processes: int = 1) -> list[MicroBatch]:
-        """One process's padded micro-batches of the held-out rows."""
+    def eval_micro_batches(self, process: int = 0, processes: int = 1) -> Sequence[MicroBatch]:
+        """One process's padded micro-batches of the held-out rows, each made when it is asked for."""
         known = None if self.reference is None else self.reference.evaluation
-        batches = eval_batches(_lengths(self.evaluation), self.config.training.batch_size)
-        return _shared(self.evaluation, known, batches, (process, processes), self.pad_id)
+        batches = eval_batches(self.evaluation.facts.lengths, self.config.training.batch_size)
+        return micro_batches(self.evaluation, known, batches, (process, processes), self.pad_id)
 
     def restart(self, step: int) -> RestartSettings:
         """The restart at the end of `step`."""
@@ -82,42 +83,24 @@ class Plan:
             step, training.relora_mode, training.relora_prune_ratio, training.relora_reset_optimizer
         )
 
-    def _epoch(self, epoch: int) -> list[np.ndarray[Any, Any]]:
+    def _epoch(self, epoch: int) -> Sequence[np.ndarray[Any, Any]]:
         return _cached_epoch(self, epoch)
 
 
 @lru_cache(maxsize=2)
-def _cached_epoch(plan: Plan, epoch: int) -> list[np.ndarray[Any, Any]]:
+def _cached_epoch(plan: Plan, epoch: int) -> Sequence[np.ndarray[Any, Any]]:
     training = plan.config.training
-    lengths = _lengths(plan.rows)
+    lengths = plan.rows.facts.lengths
     if isinstance(plan.rows[0], JudgedRow):
         # Good and bad answers often differ in length: sorted by it, a step would see one kind alone.
         lengths = np.zeros_like(lengths)
     return epoch_batches(lengths, training.batch_size, training.seed, epoch)
 
 
-def _lengths(rows: Sequence[LearnedRow]) -> np.ndarray[Any, Any]:
-    return np.array([row.length for row in rows], dtype=np.int64)
-
-
-def _shared(
-    rows: Sequence[LearnedRow],
-    references: np.ndarray[Any, Any] | None,
-    batches: Sequence[np.ndarray[Any, Any]],
-    share_of: tuple[int, int],
-    pad_id: int,
-) -> list[MicroBatch]:
-    """The share of one process (its number, and how many there are) of each batch of row indices."""
-    shares = (process_share(batch, *share_of) for batch in batches)
-    return [
-        collate_rows([rows[row] for row in share], None if references is None else references[share], pad_id)
-        for share in shares
-    ]
-
-
-def held_out_batches(rows: Sequence[LearnedRow], batch_size: int, pad_id: int) -> list[MicroBatch]:
+def held_out_batches(rows: Sequence[LearnedRow], batch_size: int, pad_id: int) -> Sequence[MicroBatch]:
     """Padded micro-batches of rows to evaluate outside a run."""
-    return _shared(rows, None, eval_batches(_lengths(rows), batch_size), (0, 1), pad_id)
+    known = as_rows(rows)
+    return micro_batches(known, None, eval_batches(known.facts.lengths, batch_size), (0, 1), pad_id)
 
 
 def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
@@ -135,12 +118,13 @@ def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
 def make_plan(
     config: Config,
     resolution: Resolution,
-    rows: tuple[LearnedRow, ...],
-    evaluation: tuple[LearnedRow, ...],
+    rows: Sequence[LearnedRow],
+    evaluation: Sequence[LearnedRow],
     pad_id: int,
 ) -> Plan:
     """Decide a run. Raises ConfigError where a restart is asked for that would never happen."""
     training = config.training
+    rows, evaluation = as_rows(rows), as_rows(evaluation)
     micro_batches = -(-len(rows) // training.batch_size)
     steps_per_epoch = -(-micro_batches // training.gradient_accumulation_steps)
     total_steps = training.max_steps or training.epochs * steps_per_epoch

@@ -10,7 +10,9 @@ from attrs import evolve
 
 from soup_xb.core.batches import Comparison, MicroBatch, collate, eval_batches, process_share
 from soup_xb.core.examples import TokenRow
+from soup_xb.core.made import Made
 from soup_xb.core.preferences import JudgedRow, LearnedRow, PairRow
+from soup_xb.core.rows import Rows, as_rows
 
 Array = np.ndarray[Any, Any]
 
@@ -46,14 +48,41 @@ def _judged(rows: Sequence[JudgedRow], references: Array | None, pad_id: int) ->
     return evolve(collate([row.answer for row in rows], pad_id), comparison=comparison)
 
 
+def micro_batches(
+    rows: Rows,
+    references: Array | None,
+    batches: Sequence[Array],
+    share_of: tuple[int, int],
+    pad_id: int,
+) -> Sequence[MicroBatch]:
+    """The share of one process (its number, and how many there are) of each batch of row indices, made when asked for.
+
+    `references` is as in `collate_rows`, for all rows.
+    """
+
+    def make(index: int) -> MicroBatch:
+        share = process_share(batches[index], *share_of)
+        return collate_rows(
+            [rows[row] for row in share], None if references is None else references[share], pad_id
+        )
+
+    return Made(len(batches), make)
+
+
 def sequence_batches(
     rows: Sequence[LearnedRow], size: int, pad_id: int, process: int, processes: int
-) -> list[tuple[Array, MicroBatch]]:
-    """Every sequence of every row once, one process's share: `(places, batch)` each.
+) -> Sequence[tuple[Array, MicroBatch]]:
+    """Every sequence of every row once, one process's share: `(places, batch)` each, made when asked for.
 
     A place counts through the rows and, in each, through its sequences, as the flattened references do.
     """
-    sequences = [sequence for row in rows for sequence in row.sequences]
-    lengths = np.array([sequence.length for sequence in sequences], dtype=np.int64)
-    shares = (process_share(batch, process, processes) for batch in eval_batches(lengths, size))
-    return [(share, collate([sequences[place] for place in share], pad_id)) for share in shares]
+    known = as_rows(rows)
+    lengths = known.facts.sequence_lengths
+    batches = eval_batches(lengths.reshape(-1), size)
+
+    def make(index: int) -> tuple[Array, MicroBatch]:
+        share = process_share(batches[index], process, processes)
+        places = (divmod(int(place), lengths.shape[1]) for place in share)
+        return share, collate([known.row(row).sequences[side] for row, side in places], pad_id)
+
+    return Made(len(batches), make)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 
-from soup_xb.core.config import JUDGED
 from soup_xb.core.examples import Source, TokenRow
 
 Array = np.ndarray[Any, Any]
@@ -109,54 +107,9 @@ def side_names(row: LearnedRow) -> tuple[str, ...]:
 
 def prompt_tokens(row: TokenRow) -> Array:
     """The tokens before the first target, int32."""
-    return row.tokens[: _first_target(row)]
+    return row.tokens[: first_target(row)]
 
 
-def rows_for_task(rows: Sequence[LearnedRow], task: str, max_length: int) -> tuple[LearnedRow, ...]:
-    """The rows as a task learns them: kto and bco judge the two sides of a pair one by one.
-
-    KTO's rows get their mismatched answers here, once for the whole set, so that neither the order of rows, nor
-    accumulation, nor the number of processes has a part in them.
-    """
-    if task not in JUDGED:
-        return tuple(rows)
-    judged = list(_judged(rows))
-    return tuple(_with_mismatches(judged, max_length) if task == "kto" else judged)
-
-
-def _judged(rows: Iterable[LearnedRow]) -> Iterator[JudgedRow]:
-    for row in rows:
-        if isinstance(row, PairRow):
-            yield JudgedRow(row.chosen, desirable=True)
-            yield JudgedRow(row.rejected, desirable=False)
-        elif isinstance(row, JudgedRow):
-            yield row
-
-
-def _with_mismatches(rows: Sequence[JudgedRow], max_length: int) -> list[JudgedRow]:
-    """Each row with the answer of the next row that has another prompt; where all share one, of the next row."""
-    prompts = [prompt_tokens(row.answer).tobytes() for row in rows]
-    following, partners = 0, [0] * len(rows)
-    # Twice around, from the end: the first time the end does not know yet what the beginning holds.
-    for index in reversed(range(2 * len(rows))):
-        here, after = index % len(rows), (index + 1) % len(rows)
-        following = after if prompts[after] != prompts[here] else partners[after]
-        partners[here] = following
-    if len(set(prompts)) == 1:
-        partners = [(index + 1) % len(rows) for index in range(len(rows))]
-    return [
-        evolve(row, mismatched=_swapped(row.answer, rows[partner].answer, max_length))
-        for row, partner in zip(rows, partners, strict=True)
-    ]
-
-
-def _swapped(row: TokenRow, other: TokenRow, max_length: int) -> TokenRow:
-    """The prompt of one row with the answer of another, cut from the right."""
-    start, answer = _first_target(row), _first_target(other)
-    tokens = np.concatenate([row.tokens[:start], other.tokens[answer:]])[:max_length]
-    trained = np.concatenate([np.zeros(start, dtype=np.bool_), other.trained[answer:]])[:max_length]
-    return TokenRow(tokens, trained, row.source)
-
-
-def _first_target(row: TokenRow) -> int:
+def first_target(row: TokenRow) -> int:
+    """Where the first target stands."""
     return int(np.flatnonzero(row.trained)[0])

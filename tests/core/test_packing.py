@@ -38,11 +38,11 @@ def test_positions_restart_with_each_document_and_its_first_token_is_no_target()
 
 
 def test_a_long_document_is_cut_and_only_what_nothing_precedes_is_not_learned() -> None:
-    pieces = split_long(row(21), 8)
+    pieces = split_long([row(21)], 8)
     assert [piece.length for piece in pieces] == [8, 8, 5]
     assert [piece.target_tokens for piece in pieces] == [7, 7, 4]
-    assert split_long(row(17), 8)[-1].length == 8
-    assert split_long(row(8), 8)[0].length == 8
+    assert split_long([row(17)], 8)[-1].length == 8
+    assert split_long([row(8)], 8)[0].length == 8
 
 
 def test_a_row_that_fits_no_sequence_is_a_fault() -> None:
