@@ -133,6 +133,9 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
         weights=weights,
         objective=objective_of(config),
         router_aux_loss_coef=training.router_aux_loss_coef,
+        sharding=training.sharding,
+        cpu_offload=training.cpu_offload,
+        process_timeout=training.process_timeout,
     )
 
 
@@ -187,7 +190,9 @@ def _stop_if_asked(run: Opened, keeper: RunKeeper, result: LoopResult) -> None:
 def _finish(run: Opened, keeper: RunKeeper, result: LoopResult, prompts: Sequence[str]) -> Outcome:
     folder: RunFolder | None = keeper.folder
     with _first_awaited(run.session):
-        samples = answer_prompts(run, prompts) if folder else ()
+        # Where the base is cut over the processes, it answers with all of them.
+        together = run.loaded.config.training.sharding != "none"
+        samples = answer_prompts(run, prompts) if folder or together else ()
         if folder:
             for notice in save_adapter(run, folder):
                 keeper.emit(notice)

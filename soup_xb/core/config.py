@@ -115,6 +115,17 @@ class TrainingConfig:
     quantization: str = choice(
         "none", ("none", "4bit", "8bit"), "Quantize the base while loading, in the backend's own format."
     )
+    sharding: str = choice(
+        "none",
+        ("none", "fsdp"),
+        "How several processes hold the base: each the whole of it, or each a part of every block (FSDP2).",
+    )
+    cpu_offload: bool = switch(
+        False, "fsdp: keep each process's part of the base in CPU memory between its uses."
+    )
+    process_timeout: int = integer(
+        1800, "Seconds that one of several processes waits for the others before the run ends.", 1, 86_400
+    )
     gradient_checkpointing: bool = switch(False, "Recompute activations going backward: less memory, slower.")
     eval_steps: int | None = integer(None, "Evaluate every so many steps.", 1, _MOST_STEPS)
     save_steps: int | None = integer(None, "Write a checkpoint every so many steps.", 1, _MOST_STEPS)

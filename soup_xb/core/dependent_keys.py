@@ -63,6 +63,12 @@ DEPENDENCES = (
         help="write `training.relora_steps` too, or remove this key.",
     ),
     *_only(
+        "training.sharding",
+        "fsdp",
+        "training.cpu_offload",
+        help="write `sharding: fsdp` too, or remove this key.",
+    ),
+    *_only(
         "training.relora_mode",
         "prune",
         "training.relora_prune_ratio",

@@ -37,7 +37,8 @@ class SessionSettings:
     """How to open a base. `base` is a local folder; `weights=False` gives its structure alone.
 
     `objective` is that of a preference task (see core.objectives), None where tokens are learned.
-    `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none.
+    `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none. `sharding` is how
+    several processes hold the base (see the config), `process_timeout` the seconds that one waits for the others.
     """
 
     base: Path
@@ -49,6 +50,9 @@ class SessionSettings:
     weights: bool = True
     objective: Any = None
     router_aux_loss_coef: float | None = None
+    sharding: str = "none"
+    cpu_offload: bool = False
+    process_timeout: int = 1800
 
 
 @frozen

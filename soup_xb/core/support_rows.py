@@ -130,6 +130,15 @@ _NO_FP16 = No(
     "use `precision: bf16`, which has the range of float32, or fp32.",
 )
 
+_NO_FSDP = No(
+    "FSDP is torch's; processes of MLX share the rows, and each holds the whole base",
+    "remove `training.sharding`, or quantize the base with `training.quantization: 4bit`.",
+)
+_NO_TIMEOUT = No(
+    "the processes of an mlx ring wait for each other without a limit",
+    "remove the key.",
+)
+
 _TRAINING = (
     *_works("training", "training.epochs", "training.max_steps", "training.lr", "training.batch_size"),
     *_works("training.gradient_accumulation_steps", "training.gradient_checkpointing", "training.seed"),
@@ -142,6 +151,10 @@ _TRAINING = (
     *_choices("training.precision", "auto", "fp32", "bf16"),
     Row("training.precision=fp16", "fp16", torch=_NO_FP16, mlx=_NO_FP16),
     *_choices("training.quantization", "none", "4bit", "8bit"),
+    *_choices("training.sharding", "none"),
+    Row("training.sharding=fsdp", "fsdp", mlx=_NO_FSDP),
+    Row("training.cpu_offload", "fsdp", mlx=_NO_FSDP, follows="training.sharding=fsdp"),
+    Row("training.process_timeout", "process-timeout", mlx=_NO_TIMEOUT),
     *(
         Row(f"training.{name}", "preference", mlx=_NO_PREFERENCES)
         for name in ("beta", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight")

@@ -53,6 +53,8 @@ OTHERS: dict[str, Any] = {
     "training.seed": 7,
     "training.precision": "bf16",
     "training.quantization": "8bit",
+    "training.sharding": "fsdp",
+    "training.cpu_offload": {"training.sharding": "fsdp", "training.cpu_offload": True},
     "training.eval_steps": 1,
     "training.save_steps": 1,
     "training.save_total_limit": 1,
@@ -87,6 +89,7 @@ OTHERS: dict[str, Any] = {
 }
 # What such a key is compared with: the run that has its companions and not the key itself.
 BESIDE = {
+    "training.cpu_offload": {"training.sharding": "fsdp"},
     "training.relora_warmup_ratio": {"training.relora_steps": 1},
     "training.relora_prune_ratio": {"training.relora_steps": 2},
     "training.relora_reset_optimizer": {"training.relora_steps": 2},
@@ -98,8 +101,9 @@ BESIDE = {
     "training.desirable_weight": PAIRS | {"task": "kto"},
     "training.undesirable_weight": PAIRS | {"task": "kto"},
 }
-# It changes memory and time alone; the torch and contract tests see the blocks run twice.
-SEEN_ELSEWHERE = {"training.gradient_checkpointing"}
+# The first changes memory and time alone; the torch and contract tests see the blocks run twice. The second is about
+# several processes, one of which hangs; the tests of sharded runs stop one.
+SEEN_ELSEWHERE = {"training.gradient_checkpointing", "training.process_timeout"}
 PATTERNS = ("training.lora.rank_pattern", "training.lora.alpha_pattern")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -104,6 +105,20 @@ def in_a_process() -> Callable[..., subprocess.Popen[str]]:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **(environment or {})},
             preexec_fn=starve,
         )
+
+    return start
+
+
+@pytest.fixture
+def launched(in_a_process: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
+    """`launched(N, ...)` starts `soupx` as N processes behind torchrun, on a port that is free."""
+
+    def start(processes: int, *words: object, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options)
+        return in_a_process(*words, launcher=(*launcher, "--master-port", str(port)))
 
     return start
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from soup_xb.backends.torch.expert_layers import add_piece, base_weight, is_stored_transposed
 from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
 from soup_xb.backends.torch.injection import inject
+from soup_xb.backends.torch.sharding import compute_device, own_part
 from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.errors import ModelError
 from soup_xb.core.factors import random_factor
@@ -122,7 +123,9 @@ class Adapters:
 
     def fold(self, name: str, piece: Piece) -> None:
         """Add a piece to the base's own weight, and remember it."""
-        add_piece(base_weight(self.layers[name]).data, piece, partial(self.delta, name))
+        with torch.no_grad():
+            mine, rows = own_part(base_weight(self.layers[name]))
+            add_piece(mine, piece, partial(self.delta, name), rows)
         self.pieces[name].append(piece)
 
     def begin(self, name: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any], start: Start | None) -> None:
@@ -157,7 +160,7 @@ class Adapters:
         if adapter.experts:
             layer.take_over(adapter, ADAPTER)
         else:
-            place = base_weight(layer).device
+            place = compute_device(base_weight(layer))
             layer.lora_A[ADAPTER] = DownFactor(adapter.a_shape, place)
             layer.lora_B[ADAPTER] = UpFactor(adapter.b_shape, place)
         start = self.starts.get(adapter.name)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from soup_xb.backends.torch.adapters import ADAPTER, Adapters
 from soup_xb.backends.torch.expert_layers import base_weight, is_stored_transposed
 from soup_xb.backends.torch.init import weight_matrix
+from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.deviation import Addition, probe_inputs
 from soup_xb.core.modules import AdapterModule
@@ -35,8 +36,12 @@ def live_addition(
     adapter: AdapterModule,
     factors: Mapping[str, Array],
     true: Mapping[str, Array],
+    merged: Mapping[str, Array],
 ) -> Addition:
-    """See Session.addition; `true` are `base_outputs` where merges may have been folded into the base."""
+    """See Session.addition; `true` are `base_outputs` where merges may have been folded into the base.
+
+    `merged` are those after the last merge, where a base that is cut over the processes cannot be asked by one.
+    """
     layer = adapters.layers[adapter.name]
     with torch.no_grad():
         if adapters.plan.use_dora:
@@ -46,8 +51,9 @@ def live_addition(
             return Addition(added, roundoff)
         # The base holds what merges folded into it, rounded once for each of them.
         before, folded = true[adapter.name], len(adapters.pieces[adapter.name])
+        now = merged[adapter.name] if adapter.name in merged else _base_output(layer, adapter)
         return Addition(
-            added + (_base_output(layer, adapter) - before),
+            added + (now - before),
             roundoff,
             base=before,
             base_roundoff=_roundoff(base_weight(layer).dtype) * math.sqrt(1 + folded),
@@ -117,7 +123,9 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -
 def _stacked_addition(layer: Any, adapter: AdapterModule) -> Array:
     """The adapted stack with zeros for the base's: made whole, as each forward makes it."""
     module, leaf, weight = layer.get_base_layer(), layer.parameter_name, layer.get_param()
-    module.__dict__[leaf] = weight.new_zeros(()).expand(weight.shape)
+    module.__dict__[leaf] = torch.zeros((), dtype=weight.dtype, device=compute_device(weight)).expand(
+        weight.shape
+    )
     try:
         return _stack_output(layer.adapted_weight(), layer, adapter)
     finally:
@@ -126,7 +134,7 @@ def _stacked_addition(layer: Any, adapter: AdapterModule) -> Array:
 
 def _base_output(layer: Any, adapter: AdapterModule) -> Array:
     """Weight times inputs of a plain base (merges go into no other), float64: small sums are looked for in it."""
-    weight = base_weight(layer)
+    weight = whole(base_weight(layer))
     stack = weight if adapter.experts else weight.unsqueeze(0)
     transposed = is_stored_transposed(layer) or isinstance(layer.get_base_layer(), Conv1D)
     inputs = torch.from_numpy(probe_inputs(adapter.name, adapter.in_features)).double()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from attrs import frozen
 
-from soup_xb.backends.torch.processes import Processes
+from soup_xb.backends.torch.processes import Processes, lost_process
 from soup_xb.core.errors import ConfigError, ResourceError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,7 +67,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def memory_guard(doing: str) -> Iterator[None]:
-    """Turn a lack of memory into a message with the ways out. Raises ResourceError."""
+    """Turn a lack of memory, and of the other processes, into a message with the ways out. Raises ResourceError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -75,6 +75,8 @@ def memory_guard(doing: str) -> Iterator[None]:
     except RuntimeError as error:
         if "allocate memory" in str(error) or "out of memory" in str(error):
             raise _out_of_memory(doing) from error
+        if lost := lost_process(error):
+            raise lost from error
         raise
 
 

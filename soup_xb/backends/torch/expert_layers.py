@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 
+from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.pieces import Piece
 
@@ -58,7 +59,7 @@ def base_weight(layer: Any) -> torch.nn.Parameter:
 
 def expert_matrices(module: Any, leaf: str) -> Iterator[torch.Tensor]:
     """The weight (out_features, in_features) of each expert in turn."""
-    for weight in getattr(module, leaf).detach():
+    for weight in whole(getattr(module, leaf).detach()):
         yield weight.T if _is_transposed(module) else weight
 
 
@@ -67,16 +68,20 @@ def is_stored_transposed(layer: Any) -> bool:
     return isinstance(layer, ParamWrapper) and _is_transposed(layer.get_base_layer())
 
 
-def add_piece(weight: torch.Tensor, piece: Piece, delta: Callable[[Piece], torch.Tensor]) -> None:
+def add_piece(
+    weight: torch.Tensor, piece: Piece, delta: Callable[[Piece], torch.Tensor], rows: slice = slice(None)
+) -> None:
     """Add a piece to a weight in place, in float32, rounded once to its own format; `delta` gives what it adds.
+
+    `rows` are those of a larger weight that the given one is, of a stack its experts.
 
     Experts are taken one after the other: a float32 copy of their whole stack can be larger than all else.
     """
     if piece.a.ndim == 3:
-        for matrix, a, b in zip(weight, piece.a, piece.b, strict=True):
+        for matrix, a, b in zip(weight, piece.a[rows], piece.b[rows], strict=True):
             add_piece(matrix, Piece(a, b), delta)
         return
-    weight.copy_((weight.float() + delta(piece)).to(weight.dtype))
+    weight.copy_((weight.float() + delta(piece)[rows]).to(weight.dtype))
 
 
 class StackedFactor(torch.nn.Module):
@@ -104,7 +109,7 @@ class ExpertLayer(ParamWrapper):
 
     def take_over(self, adapter: AdapterModule, name: str) -> None:
         """Put stacked factors, not yet set, in the place of PEFT's flat ones."""
-        place = self.get_param().device
+        place = compute_device(self.get_param())
         self.lora_A[name] = StackedFactor(adapter.a_shape, place)
         self.lora_B[name] = StackedFactor(adapter.b_shape, place)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.expert_layers import expert_matrices
 from soup_xb.backends.torch.processes import Processes
+from soup_xb.backends.torch.sharding import compute_device, is_cut, is_sharded, whole
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
@@ -66,11 +67,12 @@ def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[s
     # eigh and thin QR hardly gain from threads inside, so the modules are spread over them. bitsandbytes moves a
     # layer's state about while it dequantizes, which only one thread may do.
     threads = torch.get_num_threads()
-    algebra = TorchAlgebra(torch.device("cpu") if model.device.type == "mps" else model.device)
+    place = compute_device(next(model.parameters()))
+    algebra = TorchAlgebra(torch.device("cpu") if place.type == "mps" else place)
     workers = 1 if getattr(model, "is_quantized", False) else min(threads, _MOST_WORKERS, len(mine) or 1)
 
-    def start(adapter: AdapterModule) -> Start | None:
-        weights = _weights(model, adapter)
+    def start(adapter: AdapterModule, matrices: Iterable[torch.Tensor] | None = None) -> Start | None:
+        weights = _finite(_matrices(model, adapter) if matrices is None else matrices)
         try:
             if adapter.experts:
                 return stacked_start(plan.init_strategy, weights, adapter, algebra)
@@ -78,9 +80,14 @@ def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[s
         except _NotFiniteError:
             return None
 
-    # The number of threads is a setting of each thread.
-    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(threads // workers)) as pool:
-        found = list(pool.map(start, mine))
+    if is_sharded(model):
+        found = [start(adapter, matrices) for adapter, matrices in _gathered(model, plan, processes)]
+    else:
+        # The number of threads is a setting of each thread.
+        with ThreadPoolExecutor(
+            workers, initializer=lambda: torch.set_num_threads(threads // workers)
+        ) as pool:
+            found = list(pool.map(start, mine))
     # A process that stopped alone would leave the others waiting for its share.
     places = range(processes.process, len(plan.modules), processes.processes)
     broken = [place + 1 for place, one in zip(places, found, strict=True) if one is None]
@@ -88,20 +95,40 @@ def weight_starts(model: Any, plan: AdapterPlan, processes: Processes) -> dict[s
     if last:
         raise _not_finite(plan.modules[last - 1])
     starts = {adapter.name: one for adapter, one in zip(mine, found, strict=True) if one is not None}
-    return _shared(starts, plan, processes, model.device) if processes.many else starts
+    return _shared(starts, plan, processes, place) if processes.many else starts
 
 
 class _NotFiniteError(Exception):
     """A weight has values that are not finite."""
 
 
-def _weights(model: Any, adapter: AdapterModule) -> Iterator[torch.Tensor]:
-    """The weight of a module, float32 (out_features, in_features), or that of each of its experts."""
+def _matrices(model: Any, adapter: AdapterModule) -> Iterator[torch.Tensor]:
+    """The weight of a module (out_features, in_features), or that of each of its experts."""
     if adapter.experts:
         path, _, leaf = adapter.name.rpartition(".")
-        matrices = expert_matrices(model.get_submodule(path), leaf)
-    else:
-        matrices = iter([weight_matrix(model.get_submodule(adapter.name))])
+        return expert_matrices(model.get_submodule(path), leaf)
+    return iter([weight_matrix(model.get_submodule(adapter.name))])
+
+
+def _gathered(
+    model: Any, plan: AdapterPlan, processes: Processes
+) -> Iterator[tuple[AdapterModule, list[torch.Tensor]]]:
+    """The modules of this process with their weights, out of parts that lie on all of them.
+
+    As many weights are gathered, one after the other, as there are processes, each of which keeps one to work on.
+    """
+    for first in range(0, len(plan.modules), processes.processes):
+        kept = None
+        for place, adapter in enumerate(plan.modules[first : first + processes.processes]):
+            matrices = list(_matrices(model, adapter))
+            if place == processes.process:
+                kept = adapter, matrices
+        if kept is not None:
+            yield kept
+
+
+def _finite(matrices: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The matrices in float32, where QR and eigh are to be had. Raises _NotFiniteError."""
     for matrix in matrices:
         # Metal has neither QR nor eigh.
         weight = matrix.float().cpu() if matrix.device.type == "mps" else matrix.float()
@@ -114,7 +141,8 @@ def _weights(model: Any, adapter: AdapterModule) -> Iterator[torch.Tensor]:
 def weight_matrix(module: Any) -> torch.Tensor:
     """The weight (out_features, in_features) of a linear layer, plain or quantized, in the format that it gives."""
     with torch.no_grad():
-        weight: torch.Tensor = dequantize_module_weight(module).detach()
+        weight = module.weight
+        weight = whole(weight.detach()) if is_cut(weight) else dequantize_module_weight(module).detach()
         return weight.T if isinstance(module, Conv1D) else weight
 
 

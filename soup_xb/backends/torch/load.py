@@ -36,7 +36,7 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     config = read_config(folder)
     quantization = _quantization(settings.quantization, folder, device)
     with memory_guard("loading the base"):
-        with foreign_errors(partial(_unreadable, folder)):
+        with foreign_errors(partial(unreadable, folder)):
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 settings.base,
                 config=config,
@@ -48,7 +48,7 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
                 output_loading_info=True,
                 **quantization,
             )
-        _check_loading(folder, report)
+        check_loading(folder, report)
         if not quantization and not folder.quantization:
             model.to(device.torch_device)
     model.requires_grad_(False)
@@ -57,13 +57,13 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     return model
 
 
-def outline_base(path: Path) -> Any:
+def outline_base(path: Path, dtype: torch.dtype | None = None) -> Any:
     """The base's modules on the meta device: names and shapes without memory."""
     folder = inspect_base(path, weights=False)
     config = read_config(folder)
-    with torch.device("meta"), foreign_errors(partial(_unreadable, folder)):
+    with torch.device("meta"), foreign_errors(partial(unreadable, folder)):
         return transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, **_OWN_IMPLEMENTATIONS
+            config, dtype=dtype, trust_remote_code=False, **_OWN_IMPLEMENTATIONS
         )
 
 
@@ -71,7 +71,7 @@ def read_config(folder: BaseFolder) -> Any:
     """The base's config as transformers reads it. Raises ModelError for a type that is not trained here."""
     if folder.model_type not in transformers.CONFIG_MAPPING:
         raise unknown_type(folder, transformers.__version__)
-    with foreign_errors(partial(_unreadable, folder)):
+    with foreign_errors(partial(unreadable, folder)):
         config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
@@ -173,7 +173,8 @@ def _keep_quantized_layers_trainable(model: Any) -> None:
             module.training = True
 
 
-def _check_loading(folder: BaseFolder, report: Any) -> None:
+def check_loading(folder: BaseFolder, report: Any) -> None:
+    """Raise ModelError where transformers found weights missing, or of another shape."""
     missing = sorted(report["missing_keys"])
     mismatched = sorted(str(key) for key in report["mismatched_keys"])
     if missing or mismatched:
@@ -186,7 +187,8 @@ def _check_loading(folder: BaseFolder, report: Any) -> None:
         )
 
 
-def _unreadable(folder: BaseFolder, reason: str) -> ModelError:
+def unreadable(folder: BaseFolder, reason: str) -> ModelError:
+    """The error about a base that transformers cannot open."""
     if "ignore_mismatched_sizes" in reason:
         return ModelError(
             "incomplete-weights",

@@ -164,6 +164,8 @@ class PreferenceTask:
             for batch in batches:
                 other = None if batch.comparison is None else batch.comparison.mismatched
                 if other is None or other.comparison is None:
+                    # This process has no row of this micro-batch; a sharded model runs everywhere or nowhere.
+                    log_probabilities(model, batch, self._place)
                     continue
                 ratios = log_probabilities(model, other, self._place) - self._tensor(
                     other.comparison.reference

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from soup_xb.core.errors import ConfigError
+from soup_xb.core.errors import ConfigError, ResourceError
+
+_TIMED_OUT = re.compile(r"(?i)timed? ?out.*?(\d+) ?ms")
+_CLOSED = re.compile(r"(?i)connection (was )?(closed|reset|refused)|broken pipe|remote process exited")
+_GO_ON = "the last checkpoint is whole: start all of them again with `--resume`."
 
 
 @frozen
@@ -30,7 +37,8 @@ class Processes:
         if not self.many or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
+        with peer_guard():
+            dist.all_reduce(flat)
         start = 0
         for tensor in tensors:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
@@ -41,7 +49,8 @@ class Processes:
         if not self.many:
             return value
         shared = torch.tensor([value], dtype=torch.int64, device=_message_device())
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        with peer_guard():
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return int(shared.item())
 
     def leave(self) -> None:
@@ -50,10 +59,11 @@ class Processes:
             dist.destroy_process_group()
 
 
-def join_processes() -> Processes:
+def join_processes(timeout: int) -> Processes:
     """Join the processes that a launcher started, over NCCL on CUDA and gloo elsewhere.
 
-    Raises ConfigError where they do not find each other.
+    From then on one that waits `timeout` seconds for another gives up. Raises ConfigError where they do not find
+    each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes()
@@ -62,7 +72,9 @@ def join_processes() -> Processes:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group(
+                "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout)
+            )
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
                 "launch-failed",
@@ -71,6 +83,36 @@ def join_processes() -> Processes:
                 help="launch with `torchrun --nproc-per-node N -m soup_xb train FILE`.",
             ) from error
     return Processes(dist.get_rank(), dist.get_world_size(), local)
+
+
+@contextmanager
+def peer_guard() -> Iterator[None]:
+    """Turn the silence or the end of another process into a message. Raises ResourceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def lost_process(error: RuntimeError) -> ResourceError | None:
+    """What to say of an error that comes from another process's silence or end, None for any other."""
+    text = str(error)
+    waited = _TIMED_OUT.search(text)
+    if waited:
+        message = (
+            f"another process did not answer within {int(waited[1]) / 1000:g} s, so that this one gave up"
+        )
+        cure = f"look at what the others say; {_GO_ON} A longer wait is `training.process_timeout`."
+        return ResourceError("process-silent", message, where="training.process_timeout", help=cure)
+    if _CLOSED.search(text):
+        message = (
+            "the connection to another process is closed: it was killed, or ended by an error of its own"
+        )
+        return ResourceError("process-lost", message, help=f"look at what the others say; {_GO_ON}")
+    return None
 
 
 def _message_device() -> str:

@@ -28,6 +28,8 @@ from soup_xb.backends.torch.preference_task import log_probabilities, task_loss
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
 from soup_xb.backends.torch.router_balance import RouterBalance, check_router
+from soup_xb.backends.torch.sharded_load import load_sharded, sharding_notices
+from soup_xb.backends.torch.sharding import is_sharded
 from soup_xb.backends.torch.task_loss import TaskLoss
 from soup_xb.backends.torch.task_state import load_task_state, save_task_state
 from soup_xb.backends.torch.vera import VeraAdapters
@@ -55,11 +57,13 @@ def open_session(settings: SessionSettings) -> TorchSession:
     """Join the processes, choose a device, and open the base on it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    processes = join_processes()
+    processes = join_processes(settings.process_timeout)
     device = choose_device(settings.precision, processes)
     if not settings.weights:
         return TorchSession(outline_base(settings.base), settings, device, processes)
-    return TorchSession(load_base(settings, device), settings, device, processes)
+    sharded = settings.sharding == "fsdp" and processes.many
+    model = load_sharded(settings, device, processes) if sharded else load_base(settings, device)
+    return TorchSession(model, settings, device, processes)
 
 
 class TorchSession:
@@ -90,12 +94,15 @@ class TorchSession:
             )
         # The layers' outputs before restarts fold adapters into their weights.
         self._true_outputs: Mapping[str, Array] = {}
+        # The same after a restart, of a base of which this process holds a part.
+        self._merged_outputs: Mapping[str, Array] = {}
         if settings.gradient_checkpointing and settings.weights:
             self._checkpoint_activations()
 
     def notices(self) -> tuple[Problem, ...]:
         """The device and the precision with their reason, what was opened, and what each patch did."""
-        return (Problem("device", self._device.reason), *self._patch_notices)
+        sharding = sharding_notices(self.settings, self._processes)
+        return (Problem("device", self._device.reason), *sharding, *self._patch_notices)
 
     def describe(self) -> BaseDescription:
         """The base's structure."""
@@ -174,6 +181,7 @@ class TorchSession:
         adapters = self._trained(self._adapters)
         with memory_guard("restarting the adapters"):
             result = restart_adapters(adapters, settings)
+            self._measure_merges()
         if settings.mode == "merge" or settings.reset_optimizer:
             self._trained(self._optimizer).reset(factor_names(adapters))
         return result
@@ -187,6 +195,7 @@ class TorchSession:
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         load_adapters(self._trained(self._adapters), folder)
+        self._measure_merges()
         if optimizer:
             self._trained(self._optimizer).load(folder)
             self._loss.load(load_task_state(self._loss.state(), folder))
@@ -197,7 +206,8 @@ class TorchSession:
 
     def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
         """What the live layer adds to its true base."""
-        return live_addition(self._trained(self._adapters), adapter, factors, self._true_outputs)
+        adapters = self._trained(self._adapters)
+        return live_addition(adapters, adapter, factors, self._true_outputs, self._merged_outputs)
 
     def load_factors(self, factors: Factors) -> None:
         """Set the adapter's factors."""
@@ -253,6 +263,11 @@ class TorchSession:
         self._patches.close()
         self._processes.leave()
         self._optimizer = self._adapters = self.model = None
+
+    def _measure_merges(self) -> None:
+        # Every process is here, and at the end of a run the first one alone asks for them.
+        if self._true_outputs and is_sharded(self.model):
+            self._merged_outputs = base_outputs(self._trained(self._adapters))
 
     def _with_adapter(self, adapter: bool) -> Any:
         if adapter or self._adapters is None:

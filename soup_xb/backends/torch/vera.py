@@ -14,6 +14,7 @@ from peft.tuners.vera.layer import VeraLayer
 from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.adapters import ADAPTER, Factors, check_reach
+from soup_xb.backends.torch.sharding import compute_device
 from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.pieces import Piece
 from soup_xb.core.session import AdapterPlan
@@ -100,7 +101,7 @@ class VeraAdapters:
 
     def _start(self, name: str, arrays: Mapping[str, Array]) -> None:
         layer = self.layers[name]
-        place = layer.get_base_layer().weight.device
+        place = compute_device(layer.get_base_layer().weight)
         for factor in _LAMBDAS:
             vector = torch.from_numpy(arrays[factor]).to(place)
             getattr(layer, factor)[ADAPTER] = torch.nn.Parameter(vector, requires_grad=True)
@@ -116,7 +117,7 @@ class VeraAdapters:
     def _project(self, arrays: Mapping[str, Array]) -> None:
         """Put the projections into the one dictionary that all layers share."""
         layer = next(iter(self.layers.values()))
-        place = layer.get_base_layer().weight.device
+        place = compute_device(layer.get_base_layer().weight)
         for name in _PROJECTIONS:
             getattr(layer, name)[ADAPTER] = torch.from_numpy(np.ascontiguousarray(arrays[name])).to(place)
 
