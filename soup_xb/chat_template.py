@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.examples import Message
 from soup_xb.core.places import local_path
 from soup_xb.core.units import bytes_text
 from soup_xb.rendering import RENDERER, RunawayError
+from soup_xb.tool_spelling import ToolSpelling, size
 
 LARGEST_TEMPLATE = 256 * 1024
 # What a template may write around the turns: a fixed part, and a multiple of what the turns hold.
@@ -34,22 +36,31 @@ class RenderError(Exception):
 
 @frozen(eq=False)
 class ChatTemplate:
-    """A template with the special tokens that it may write, by name; `where` names it in errors."""
+    """A template with the special tokens that it may write, by name; `where` names it in errors.
+
+    `spelling` is how it takes tool calls, which soup_xb.tool_template finds out.
+    """
 
     text: str
     tokens: Mapping[str, str]
     where: str
+    spelling: ToolSpelling = field(factory=ToolSpelling)
 
-    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], generation_prompt: bool = False, tools: Sequence[str] = ()
+    ) -> str:
         """The conversation as text, with the head of an assistant turn after it where `generation_prompt` is set.
+
+        `tools` are the functions that may be called, each as JSON text.
 
         Raises RenderError where the template refuses it or writes far more than the turns hold, and ModelError
         where it takes more time or memory than any template needs.
         """
         request = {
-            "turns": [{"role": message.role, "content": message.content} for message in messages],
+            "turns": [self.spelling.turn(message) for message in messages],
+            "tools": [json.loads(tool) for tool in tools],
             "generation_prompt": generation_prompt,
-            "room": _RENDERING_ROOM + _RENDERING_GROWTH * sum(len(message.content) for message in messages),
+            "room": _RENDERING_ROOM + _RENDERING_GROWTH * size(messages, tools),
             "tokens": dict(self.tokens),
         }
         try:

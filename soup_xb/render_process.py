@@ -31,10 +31,10 @@ _FAILURES = (
 def serve() -> None:
     """Answer requests, one JSON object a line, until stdin ends.
 
-    A request holds `turns`, `generation_prompt`, `room` (the longest rendering, in characters), `seconds`,
-    `tokens` (special tokens by name) and, where it is another one than before, `template`. An answer holds
-    `text`, or `error` with `kind` and `line`. `kind` is the name of the exception, or `size` for a rendering
-    beyond `room`.
+    A request holds `turns`, `tools` (JSON schemas of functions), `generation_prompt`, `room` (the longest
+    rendering, in characters), `seconds`, `tokens` (special tokens by name) and, where it is another one than
+    before, `template`. An answer holds `text`, or `error` with `kind` and `line`. `kind` is the name of the
+    exception, or `size` for a rendering beyond `room`.
     """
     # Ctrl-C reaches every process of the terminal; this one ends with its parent, when stdin does.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -77,6 +77,7 @@ def _rendered(template: str, request: dict[str, Any]) -> str:
 
     rendered, _ = render_jinja_template(
         conversations=[request["turns"]],
+        tools=request["tools"] or None,
         chat_template=template,
         add_generation_prompt=request["generation_prompt"],
         continue_final_message=False,

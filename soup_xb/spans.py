@@ -8,19 +8,24 @@ the turn. Where an earlier turn is written otherwise than a last one, two more r
 - all turns, with a mark in place of this turn's content: what stands before the content and after it;
 - the turns up to it, with the mark: which part of what stands after belongs to this turn.
 
+A turn that calls tools is found in its own way; see soup_xb.call_spans.
+
 A turn that the template does not show word for word (Qwen3 leaves the thoughts of earlier turns out) is not
 trained on: what is shown is not what the data says.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
+from soup_xb.call_spans import CallTurn
 from soup_xb.chat_template import ChatTemplate, RenderError
 from soup_xb.core.examples import ChatExample, Message
+from soup_xb.tool_template import with_tools
 
 # A private-use character: no template strips, escapes or splits at it.
 _MARK = "\uf8f5"
@@ -55,26 +60,41 @@ class EndTokens:
         return self._pattern.search(text)
 
 
-def mark_assistant_turns(example: ChatExample, template: ChatTemplate, ends: EndTokens) -> Markup:
-    """Render a conversation and find what the assistant wrote in it. Raises RenderError where it is refused."""
+def mark_assistant_turns(
+    example: ChatExample, template: ChatTemplate, ends: EndTokens, turn_end: str = ""
+) -> Markup:
+    """Render a conversation and find what the assistant wrote in it; `turn_end` is the function's of that name.
+
+    Raises RenderError where it is refused, ModelError where the template leaves out its tools.
+    """
     messages = example.messages
     turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
     turns = [index for index in turns if index >= example.first_trained]
     if not turns:
         return Markup("", (), reason="no assistant turn")
-    filled = [index for index in turns if messages[index].content.strip()]
+    filled = [index for index in turns if messages[index].content.strip() or messages[index].calls]
     if not filled:
         return Markup("", (), reason="every assistant turn is empty")
-    text = template.render(messages)
-    found = [_Turn(messages, index, template).span(text, ends) for index in filled]
+    if example.uses_tools:
+        template = with_tools(template, example)
+    text = template.render(messages, tools=example.tools)
+    found = [_Turn(messages, index, template, example.tools, turn_end).span(text, ends) for index in filled]
     spans = tuple(span for span in found if span is not None)
     return Markup(
         text,
         spans,
         rewritten=len(found) - len(spans),
-        hidden=sum(m.role != "assistant" and m.content.strip() not in text for m in messages),
+        hidden=sum(message.role != "assistant" and not _stands_in(text, message) for message in messages),
         reason="" if spans else "the chat template does not show what the assistant says",
     )
+
+
+def _stands_in(text: str, message: Message) -> bool:
+    """Whether the content is shown; templates may write what a tool answered as a JSON text."""
+    content = message.content.strip()
+    if content in text:
+        return True
+    return message.role == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
 def turn_end(template: ChatTemplate, ends: EndTokens) -> str | None:
@@ -98,23 +118,33 @@ class _Turn:
     messages: Sequence[Message]
     index: int
     template: ChatTemplate
+    tools: Sequence[str]
+    turn_end: str
 
     def span(self, text: str, ends: EndTokens) -> Span | None:
         """Where the turn stands in the whole rendering, from the generation prompt to its end token."""
         try:
-            prompt = self.template.render(self.messages[: self.index], generation_prompt=True)
+            prompt = self.template.render(self.messages[: self.index], True, self.tools)
         except RenderError:
             # Some templates refuse a conversation that the assistant opens, or that a system turn alone precedes.
             prompt = ""
         try:
+            if self.messages[self.index].calls:
+                turn = CallTurn(
+                    self.messages, self.index, self.template, self.tools, self.turn_end, mark=_MARK
+                )
+                return turn.span(text, prompt)
             return self._added(text, prompt, ends) or self._marked(text, prompt, ends)
         except (RenderError, _UnmarkedError):
             return None
 
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        return self.template.render(messages, tools=self.tools)
+
     def _added(self, text: str, prompt: str, ends: EndTokens) -> Span | None:
         """The span where prompt, turn and the whole are each the beginning of the next."""
         count = self.index + 1
-        shown = text if count == len(self.messages) else self.template.render(self.messages[:count])
+        shown = text if count == len(self.messages) else self._rendered(self.messages[:count])
         if not prompt or not shown.startswith(prompt) or not text.startswith(shown):
             return None
         content = self.messages[self.index].content.strip()
@@ -144,7 +174,7 @@ class _Turn:
     def _around(self, count: int) -> tuple[str, str]:
         """What stands before and after this turn's content in the rendering of the first `count` turns."""
         marked = [*self.messages[: self.index], Message("assistant", _MARK)]
-        return _around_mark(self.template.render([*marked, *self.messages[self.index + 1 : count]]))
+        return _around_mark(self._rendered([*marked, *self.messages[self.index + 1 : count]]))
 
     def _is_shown(self, text: str, before: str, start: int) -> bool:
         """Whether a text that ends with the turn's content shows it word for word; white space may differ."""

@@ -147,7 +147,7 @@ class ChatTokenizer:
         if isinstance(example, ChatExample):
             template = self._chat_template()
             try:
-                return mark_assistant_turns(example, template, self.ends)
+                return mark_assistant_turns(example, template, self.ends, self.turn_end or "")
             except RenderError as error:
                 raise DataError(
                     "template-refuses",

@@ -23,20 +23,45 @@ Row = tuple[Source, dict[str, Any]]
 
 
 @frozen
+class ToolCall:
+    """A call in an assistant's turn; `arguments` is the JSON text of an object, `id` empty where the row has none."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@frozen
 class Message:
-    """One turn. `role` is system, user, assistant or tool."""
+    """One turn. `role` is system, user, assistant or tool.
+
+    `calls` are an assistant's; a tool's turn has the `name` of the function and the `call_id` that it answers, each
+    empty where the row does not tell.
+    """
 
     role: str
     content: str
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
 
 
 @frozen
 class ChatExample:
-    """A conversation; the assistant's turns from the turn `first_trained` on are trained on."""
+    """A conversation; the assistant's turns from the turn `first_trained` on are trained on.
+
+    `tools` are the functions that it may call, each as JSON text.
+    """
 
     messages: tuple[Message, ...]
     source: Source
     first_trained: int = 0
+    tools: tuple[str, ...] = ()
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are declared or called."""
+        return bool(self.tools) or any(message.calls for message in self.messages)
 
 
 @frozen

@@ -11,7 +11,9 @@ from attrs import frozen
 from soup_xb.core.errors import DataError
 from soup_xb.core.examples import AnyExample, ChatExample, CompletionExample, Example, Message, Row, Source
 from soup_xb.core.format_errors import known_formats, other_format, unknown_columns
-from soup_xb.core.turns import checked_text, extra_turn_keys, mistyped, read_text, read_turns
+from soup_xb.core.row_text import checked_text, mistyped, read_text
+from soup_xb.core.tool_rows import check_declared, read_tools
+from soup_xb.core.turns import extra_turn_keys, read_turns
 
 
 @frozen
@@ -147,7 +149,9 @@ def _with_system(
 
 def _read_conversation(column: str) -> Callable[[Mapping[str, Any], Source], Example]:
     def read(row: Mapping[str, Any], source: Source) -> Example:
-        return ChatExample(_with_system(row, read_turns(row, column, source), source), source)
+        turns, tools = read_turns(row, column, source), read_tools(row, source)
+        check_declared(turns, tools, f"{source}: {column}")
+        return ChatExample(_with_system(row, turns, source), source, tools=tools)
 
     return read
 
@@ -157,7 +161,10 @@ def read_prompt_completion(row: Mapping[str, Any], source: Source) -> Example:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         prompt = read_turns(row, "prompt", source)
         completion = read_turns(row, "completion", source)
-        return ChatExample(prompt + completion, source, first_trained=len(prompt))
+        tools = read_tools(row, source)
+        check_declared(prompt, tools, f"{source}: prompt")
+        check_declared(completion, tools, f"{source}: completion")
+        return ChatExample(prompt + completion, source, len(prompt), tools)
     if isinstance(row["prompt"], str) and isinstance(row["completion"], list):
         raise mistyped(f"{source}: completion", "text, as the prompt is", row["completion"])
     if isinstance(row["prompt"], list) and isinstance(row["completion"], str):
@@ -173,12 +180,12 @@ def _read_plain_text(row: Mapping[str, Any], source: Source) -> Example:
 # In the order in which detection asks: datasets often carry the flat text of a conversation beside it.
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
-        "messages": Format(("messages",), _read_conversation("messages"), ("system",), ("messages",)),
+        "messages": Format(("messages",), _read_conversation("messages"), ("system", "tools"), ("messages",)),
         "sharegpt": Format(
-            ("conversations",), _read_conversation("conversations"), ("system",), ("conversations",)
+            ("conversations",), _read_conversation("conversations"), ("system", "tools"), ("conversations",)
         ),
         "prompt-completion": Format(
-            ("prompt", "completion"), read_prompt_completion, turns=("prompt", "completion")
+            ("prompt", "completion"), read_prompt_completion, ("tools",), turns=("prompt", "completion")
         ),
         "alpaca": Format(("instruction", "output"), _read_alpaca, ("input", "system", "history")),
         "text": Format(("text",), _read_plain_text),

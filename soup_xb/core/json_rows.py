@@ -90,6 +90,11 @@ def decoded(raw: bytes, source: Source) -> str:
         ) from error
 
 
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError (or RecursionError) for what no row may hold either."""
+    return _DECODER.decode(text)
+
+
 class _Cursor:
     """A walk over the values in a text, counting lines."""
 

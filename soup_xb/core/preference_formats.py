@@ -18,7 +18,9 @@ from soup_xb.core.examples import (
     Source,
 )
 from soup_xb.core.formats import FORMATS, Format, read_prompt_completion
-from soup_xb.core.turns import mistyped, read_text, read_turns
+from soup_xb.core.row_text import mistyped, read_text
+from soup_xb.core.tool_rows import read_tools
+from soup_xb.core.turns import read_turns
 
 _SIDES = ("chosen", "rejected")
 
@@ -49,16 +51,16 @@ def _read_pair(row: Mapping[str, Any], source: Source) -> PreferenceExample:
 def _conversations(row: Mapping[str, Any], source: Source) -> tuple[ChatExample, ChatExample]:
     """Both sides as conversations whose turns after the prompt are trained on."""
     chosen, rejected = (read_turns(row, side, source) for side in _SIDES)
+    tools = read_tools(row, source)
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         turns = read_turns(row, "prompt", source)
-        return ChatExample(turns + chosen, source, len(turns)), ChatExample(
-            turns + rejected, source, len(turns)
-        )
+        better, worse = (ChatExample(turns + side, source, len(turns), tools) for side in (chosen, rejected))
+        return better, worse
     start = _shared_turns(chosen, rejected, source)
     if prompt is not None:
         _check_same_prompt(read_text(row, "prompt", f"{source}: "), chosen[:start], source)
-    return ChatExample(chosen, source, start), ChatExample(rejected, source, start)
+    return ChatExample(chosen, source, start, tools), ChatExample(rejected, source, start, tools)
 
 
 def _shared_turns(chosen: tuple[Message, ...], rejected: tuple[Message, ...], source: Source) -> int:
@@ -96,9 +98,9 @@ def _read_judged(row: Mapping[str, Any], source: Source) -> JudgedExample:
 
 PREFERENCES: Mapping[str, Format] = MappingProxyType(
     {
-        "preference": Format(_SIDES, _read_pair, ("prompt",), _SIDES),
+        "preference": Format(_SIDES, _read_pair, ("prompt", "tools"), _SIDES),
         "unpaired-preference": Format(
-            ("prompt", "completion", "label"), _read_judged, turns=("prompt", "completion")
+            ("prompt", "completion", "label"), _read_judged, ("tools",), turns=("prompt", "completion")
         ),
     }
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from attrs import evolve
+
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import Message, Source
-from soup_xb.core.json_rows import kind
+from soup_xb.core.examples import Message, Source, ToolCall
+from soup_xb.core.row_text import checked_text, mistyped, read_text
 from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.tool_rows import read_calls, read_said_calls
 
 # The names that datasets give to a role -> the name that chat templates know.
 ROLES: Mapping[str, str] = MappingProxyType(
@@ -27,14 +31,17 @@ ROLES: Mapping[str, str] = MappingProxyType(
         "function_response": "tool",
         "observation": "tool",
         "ipython": "tool",
+        "tool_response": "tool",
+        "function_call": "assistant",
+        "tool_call": "assistant",
     }
 )
+# Roles whose text is not said but calls tools, as sharegpt rows write it.
+_CALLING = ("function_call", "tool_call")
 # How a turn spells its role and its text.
 _SPELLINGS = (("role", "content"), ("from", "value"))
 # Keys of a turn that change what the model should learn; dropping them would train on something else.
 _MEANINGFUL = (
-    "tool_calls",
-    "function_call",
     "reasoning_content",
     "reasoning",
     "thinking",
@@ -42,58 +49,31 @@ _MEANINGFUL = (
     "train",
     "loss",
 )
+_OF_TOOLS = ("tool_calls", "function_call", "tool_call_id")
 _SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {}, 1)
 
 
 def read_turns(row: Mapping[str, Any], column: str, source: Source) -> tuple[Message, ...]:
     """The turns in a column: `{role, content}` or `{from, value}` each, content a text or a list of texts.
 
-    Raises DataError naming the turn and the field.
+    An assistant's turn may hold tool calls, and a tool's what it answered. Raises DataError naming the turn and the
+    field.
     """
     turns = row[column]
     if not isinstance(turns, list):
         raise mistyped(f"{source}: {column}", "a list of turns", turns)
-    return tuple(_turn(turn, f"{source}: {column}[{index}]") for index, turn in enumerate(turns))
+    return _with_names([_turn(turn, f"{source}: {column}[{index}]") for index, turn in enumerate(turns)])
 
 
 def extra_turn_keys(row: Mapping[str, Any], column: str) -> Iterator[str]:
     """The keys of the turns that nothing is made of."""
-    known = {key for spelling in _SPELLINGS for key in spelling} | set(_MEANINGFUL)
+    known = {key for spelling in _SPELLINGS for key in spelling} | {*_MEANINGFUL, *_OF_TOOLS}
     for turn in row[column]:
+        role = ROLES.get(turn.get("role", turn.get("from")))
+        used = known | {"name"} if role == "tool" else known
         yield from (
-            f"{column}[].{key}" for key, value in turn.items() if key not in known and value is not None
+            f"{column}[].{key}" for key, value in turn.items() if key not in used and value is not None
         )
-
-
-def read_text(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A text under a key. Raises DataError where it is missing, null, or no text."""
-    if key not in row:
-        found = ", ".join(f"`{name}`" for name in row) or "nothing"
-        raise DataError("missing-field", f"is missing; found {found}", where=f"{where}{key}")
-    value = row[key]
-    if not isinstance(value, str):
-        raise mistyped(f"{where}{key}", "text", value)
-    return checked_text(value, f"{where}{key}")
-
-
-def checked_text(text: str, where: str) -> str:
-    """The text itself. Raises DataError where it cannot be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            "broken-text",
-            f"holds half of a surrogate pair at character {error.start + 1}",
-            where=where,
-            help="write the character whole, as UTF-8.",
-        ) from error
-    return text
-
-
-def mistyped(where: str, wanted: str, value: Any) -> DataError:
-    """The error of a value that is null or of another type."""
-    code = "null-field" if value is None else "mistyped-field"
-    return DataError(code, f"must be {wanted}, got {kind(value)}", where=where)
 
 
 def _turn(turn: Any, where: str) -> Message:
@@ -117,14 +97,48 @@ def _turn(turn: Any, where: str) -> Message:
             where=f"{where}.{role_key}",
             help=did_you_mean(written.lower()[:50], ROLES) or f"known roles: {', '.join(ROLES)}.",
         )
-    return Message(role, _content(turn, text_key, where))
+    if written in _CALLING:
+        said = read_text(turn, text_key, f"{where}.")
+        return Message(role, "", calls=read_said_calls(said, f"{where}.{text_key}"))
+    calls = read_calls(turn, role, where)
+    content = _content(turn, text_key, where, calls=bool(calls), free=role == "tool")
+    if role != "tool":
+        return Message(role, content, calls)
+    name, call_id = (_optional(turn, key, where) for key in ("name", "tool_call_id"))
+    return Message(role, content, name=name, call_id=call_id)
 
 
-def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
-    parts = turn.get(key)
-    if not isinstance(parts, list):
+def _with_names(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns, each tool's with the name of the function that it answers for.
+
+    That is the call of its id, else the next one of the assistant's turn before.
+    """
+    named, waiting = [], list[ToolCall]()
+    for turn in turns:
+        if turn.role == "assistant":
+            waiting = list(turn.calls)
+        elif turn.role == "tool" and waiting:
+            by_id = next((call for call in waiting if call.id and call.id == turn.call_id), waiting[0])
+            waiting.remove(by_id)
+            turn = evolve(turn, name=turn.name or by_id.name)
+        named.append(turn)
+    return tuple(named)
+
+
+def _optional(turn: Mapping[str, Any], key: str, where: str) -> str:
+    return "" if turn.get(key) is None else read_text(turn, key, f"{where}.")
+
+
+def _content(turn: Mapping[str, Any], key: str, where: str, calls: bool, free: bool) -> str:
+    """The text of a turn; it may be missing beside `calls`, and any JSON where it is `free`."""
+    content = turn.get(key)
+    if content is None and calls:
+        return ""
+    if free and isinstance(content, dict):
+        return checked_text(json.dumps(content, ensure_ascii=False), f"{where}.{key}")
+    if not isinstance(content, list):
         return read_text(turn, key, f"{where}.")
-    return "".join(_part(part, f"{where}.{key}[{index}]") for index, part in enumerate(parts))
+    return "".join(_part(part, f"{where}.{key}[{index}]") for index, part in enumerate(content))
 
 
 def _part(part: Any, where: str) -> str:

@@ -100,3 +100,28 @@ def test_a_failure_is_one_message_and_its_exit_code(rows, base, arguments, exit_
     assert done.returncode == exit_code, done.stderr
     assert code in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_calls_and_answers_of_a_row_with_tools_are_shown_as_trained(tmp_path, base):
+    template = (
+        "{{ tools[0] | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    row = {
+        "tools": [{"name": "look", "description": "Look.", "parameters": {"type": "object"}}],
+        "messages": [
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"at": "shelf"}}]},
+            {"role": "tool", "content": "a book"},
+            {"role": "assistant", "content": "On the shelf."},
+        ],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    done = soupx("data", tmp_path / "rows.jsonl", "--base", base, "--chat-template", template)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "<|im_start|>assistant ‹{"
+        '"name": "look", "arguments": {"at": "shelf"}}<|im_end|>›<|im_start|>tool a book<|im_end|>'
+        "<|im_start|>assistant ‹On the shelf.<|im_end|>›"
+    ) in done.stdout

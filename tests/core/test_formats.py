@@ -180,10 +180,10 @@ FAILURES = [
     ),
     (
         "messages",
-        {"messages": [*USER, turn("assistant", "") | {"tool_calls": [{"id": 1}]}]},
+        {"messages": [*USER, turn("assistant", "") | {"thinking": "Hm."}]},
         "unsupported-turn",
         ": messages[1]",
-        "`tool_calls`",
+        "`thinking`",
     ),
     (
         "messages",
@@ -269,8 +269,31 @@ def test_a_row_of_another_format_in_the_middle_stops_the_reader():
     assert caught.value.problems[0].where == "rows.jsonl:8"
 
 
-COLUMNS = ["text", "prompt", "completion", "instruction", "input", "output", "history", "system", "messages"]
-KEYS = ["role", "content", "from", "value", "type", "text", "tool_calls", "weight"]
+COLUMNS = [
+    "text",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "messages",
+    "tools",
+]
+KEYS = [
+    "role",
+    "content",
+    "from",
+    "value",
+    "type",
+    "text",
+    "tool_calls",
+    "weight",
+    "function",
+    "name",
+    "arguments",
+]
 LEAF = (
     st.none()
     | st.booleans()

@@ -110,4 +110,10 @@ def test_a_process_that_somebody_kills_is_told_and_replaced() -> None:
 
 
 def request() -> dict[str, Any]:
-    return {"turns": [{"role": "user", "content": "a"}], "generation_prompt": False, "room": 99, "tokens": {}}
+    return {
+        "turns": [{"role": "user", "content": "a"}],
+        "tools": [],
+        "generation_prompt": False,
+        "room": 99,
+        "tokens": {},
+    }

@@ -201,7 +201,10 @@ ROWS_OF_DATA = {
     },
     "a turn of a wizard": {**turn(role="wizard", content="x"), "code": "unknown-role", "help": "known roles"},
     "a slip in a role": {**turn(role="asistant", content="x"), "code": "unknown-role", "help": "`assistant`"},
-    "a tool call": {**turn(role="assistant", content="", tool_calls=[1]), "code": "unsupported-turn"},
+    "a thought beside the words": {
+        **turn(role="assistant", content="", reasoning_content="Hm."),
+        "code": "unsupported-turn",
+    },
     "a picture": {
         **turn(role="user", content=[{"type": "image"}]),
         "code": "unsupported-content",

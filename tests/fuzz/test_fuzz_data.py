@@ -53,6 +53,8 @@ PIECES = [
         '"text"',
         '"weight": 0',
         '"tool_calls": [1]',
+        '"tools": [{"name": "x"}]',
+        '"tool_calls": [{"name": "x", "arguments": {}}]',
         '"name": "x"',
         '"from"',
         '"messages"',
