@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.axolotl_data import read_data
+from soup_xb.migrate.preferences import AXOLOTL_NAMES, read_preferences
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -53,6 +54,7 @@ def _task(account: Account) -> None:
         account.carry("reward_model", "task", when_on("reward"))
     account.same("reward_model", "off, as here")
     account.carry("rl", "task", task_of(_TASKS))
+    read_preferences(account, AXOLOTL_NAMES)
 
 
 def _adapter(account: Account) -> None:

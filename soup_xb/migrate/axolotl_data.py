@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from soup_xb.core.dependent_keys import PREFERENCES
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.migrate.account import Account, NotCarriedError
 from soup_xb.migrate.values import always, is_on, share, whole
@@ -13,6 +14,7 @@ _BUILDERS = ("json", "csv", "parquet", "text")
 _TYPES = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt"}
 _ALPACA = "axolotl puts Alpaca's preamble around the row; here the base's chat template is used"
 _REWRITE = "such prompts are not built here; rewrite the rows as messages or as prompt and completion"
+_REWRITE_PAIRS = "such prompts are not built here; rewrite the rows with `prompt`, `chosen`, `rejected` (kto: `completion`, `label`)"
 _MIXED = "the files are written in different ways; each is told apart by its columns"
 _ANSWERS = "assistant turns alone are trained on, with their end token"
 _SAME_TURNS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
@@ -79,7 +81,11 @@ def _dataset(account: Account, prefix: str, to: str, keys: list[str]) -> None:
     _turns(account, prefix, keys)
     for key in keys:
         prompt = re.match(r"(field|type|roles|drop|shards|preprocess)", key.removeprefix(prefix))
-        account.leave(key, _REWRITE if prompt else "nothing here reads such a setting of a dataset")
+        account.leave(key, _rewrite(account) if prompt else "nothing here reads such a setting of a dataset")
+
+
+def _rewrite(account: Account) -> str:
+    return _REWRITE_PAIRS if account.values.get("task") in PREFERENCES else _REWRITE
 
 
 def _paths(value: Any) -> list[str]:
@@ -113,7 +119,7 @@ def _style(account: Account, prefix: str) -> None:
     if family == "pretrain":
         account.same(key, "`task: pretrain` says it")
     if found is None or (found == "text" and account.peek(f"{prefix}field") not in (None, "text")):
-        account.leave(key, _REWRITE)
+        account.leave(key, _rewrite(account))
         return
     if account.values.get("data.format", found) != found:
         account.withdraw("data.format", _MIXED)

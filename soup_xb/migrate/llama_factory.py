@@ -6,6 +6,7 @@ from typing import Any
 
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.migrate.account import Account
+from soup_xb.migrate.preferences import LLAMA_FACTORY_NAMES, read_preferences
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -57,6 +58,7 @@ def _task(account: Account) -> None:
         account.carry("pref_loss", "task", losses)
         account.carry("stage", "task", always(account.values.get("task", "dpo")))
     account.carry("stage", "task", task_of(_STAGES))
+    read_preferences(account, LLAMA_FACTORY_NAMES)
     account.same("do_train", "`soupx train` trains")
     kind = account.peek("finetuning_type")
     if kind == "lora":

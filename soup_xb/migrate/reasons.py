@@ -53,9 +53,14 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             do_predict predict_with_generate max_new_tokens temperature top_p top_k num_beams generate_samples*
             infer_* export_* default_system* eval eval.* advise advise.* merge_lora inference""",
         "one learning rate is used for the whole adapter": "loraplus_* lr_groups* embedding_lr*",
-        "it belongs to a task that is not trained here yet": """
-            dpo_* orpo_* kto_* simpo_* rl_* rpo_* cpo_* trl trl.* vllm vllm.* vllm_* pref_* ppo_* grpo_* reward_*
-            ref_model* ipo_* bco_* preference_* num_generations num_labels teacher_* distill_*""",
+        "a preference loss has no second term for the chosen answer's tokens here; orpo's has one of its own": """
+            pref_ftx rpo_alpha cpo_alpha dpo_ftx""",
+        "the reference is the base itself, without the adapter": """
+            ref_model* create_ref_model precompute_ref_log_probs""",
+        "nothing here reads such a setting of a preference loss": """
+            dpo_* orpo_* kto_* simpo_* rl_* pref_* ipo_* bco_* preference_*""",
+        "nothing here reads such a setting of reinforcement learning or distillation": """
+            trl trl.* vllm vllm.* vllm_* ppo_* grpo_* reward_* num_generations num_labels teacher_* distill_*""",
         "the base stays frozen; the adapter alone is trained": """
             unfrozen_parameters freeze_* lora_modules_to_save additional_target use_llama_pro *galore* *apollo*
             *badam* lisa_* expand_layers""",

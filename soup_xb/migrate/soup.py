@@ -6,6 +6,7 @@ from typing import Any
 
 from soup_xb.core.config import KEYS, TASKS
 from soup_xb.migrate.account import Account
+from soup_xb.migrate.preferences import read_preferences, soup_names
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -78,6 +79,7 @@ def _task(account: Account) -> None:
         account.carry("training.preference_loss", "task", task_of(tasks))
         account.carry("task", "task", always(account.values.get("task", "dpo")))
     account.carry("task", "task", task_of(tasks))
+    read_preferences(account, soup_names(account.values.get("task", "sft")))
     modality = account.peek("modality")
     if modality == "text":
         account.same("modality", "rows are text")

@@ -169,7 +169,7 @@ def test_a_preference_stage_takes_the_task_of_its_loss(accounted: Accounted) -> 
     assert "task: orpo" in done.text
     assert "train: org/preferences" in done.text
     assert 'quantization: "4bit"' in done.text
-    assert any(left.key == "pref_beta" for left in done.left)
+    assert {carried.to for carried in done.carried if carried.key == "pref_beta"} == {"training.beta"}
 
 
 LEAST = "model_name_or_path: tiny\nstage: sft\ndataset: a\noutput_dir: out\n"
