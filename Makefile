@@ -5,7 +5,10 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 RUFF := $(VENV)/bin/ruff
 # The examples in docstrings run too.
 TESTED := tests soup_xb/core soup_xb/demo soup_xb/migrate --doctest-modules
-PYTEST := $(VENV)/bin/python -m pytest $(TESTED) --cov=soup_xb --cov-report=term:skip-covered
+# Processes that share the tests; one that has run out takes from the other's end, so that a file's tests stay together.
+WORKERS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest $(TESTED) -n $(WORKERS) --dist worksteal \
+  --cov=soup_xb --cov-report=term:skip-covered
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all torture audit docs lint format clean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from attrs import frozen
 # Before torch or mlx is imported: tiny products are faster on one thread, and threads that spin starve each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# So that the folders of tests share modules. The tables at the end are printed by the process that runs no test, and it
+# reads this file alone.
+sys.path.insert(0, str(Path(__file__).parent))
+from case_counts import pytest_terminal_summary  # noqa: F401
 
 VOCABULARY = 320
 CHAT_TEMPLATE = (

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_two_processes
 
 from soup_xb.core.support_rows import BACKENDS
 
@@ -39,21 +36,6 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Config:
     return write
 
 
-def in_processes(backend: str, file: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    words = ["-m", "soup_xb", "train", str(file), "--backend", backend, "--output", str(output)]
-    if backend == "torch":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    else:
-        start = "from mlx._distributed_utils.launch import main; main()"
-        launcher = ["-c", start, "-n", "2", "--backend", "ring", "--", sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("lr", "lora"), [(NOTHING, {}), (1e-12, {"init_strategy": "pissa"}), (NOTHING, {"use_dora": True})]
@@ -74,9 +56,10 @@ def test_a_rate_that_moves_nothing_ends_in_an_error_that_names_it(
 def test_two_processes_end_together_where_the_first_one_finds_no_proof(
     config: Config, tmp_path: Path, backend: str
 ) -> None:
-    """Launchers hide exit codes or replace them, so `run.json` and the messages tell how it went."""
-    done = in_processes(backend, config(NOTHING), tmp_path / "out")
-    assert "error[adapter-inert]" in done.stderr + done.stdout
-    assert "error[first-process-failed]" in done.stderr + done.stdout
+    words = ("train", config(NOTHING), "--backend", backend, "--output", tmp_path / "out")
+    done = in_two_processes(backend, "-m", "soup_xb", *words)
+    assert done.codes == (4, 4), done.err
+    assert done.err.count("error[adapter-inert]") == 1
+    assert done.err.count("error[first-process-failed]") == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
     assert not (tmp_path / "out" / "adapter").exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import free_ports, in_two_processes, pair_of_free_ports
 from safetensors.numpy import load_file, save_file
 
 Config = Callable[..., Path]
@@ -46,11 +47,6 @@ def in_a_process(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.P
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-
-
-def torchrun(port: int, *words: object) -> subprocess.Popen[str]:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
-    return in_a_process(*words, launcher=launcher)
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -250,28 +246,29 @@ def test_plan_shows_the_run_without_weights(
 def test_two_processes_have_the_losses_of_one(soupx: Soupx, config: Config, tmp_path: Path) -> None:
     file = config(gradient_accumulation_steps=2, max_steps=8, eval_steps=4, save_steps=4)
     assert soupx("train", file, "--output", tmp_path / "one").code == 0
-    process = torchrun(29571, "train", file, "--output", tmp_path / "two")
+    (port,) = free_ports(1)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
+    process = in_a_process("train", file, "--output", tmp_path / "two", launcher=launcher)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
     assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-3)
     assert [step["target_tokens"] for step in two] == [step["target_tokens"] for step in one]
-    process = torchrun(29572, "train", file, "--output", tmp_path / "two", "--resume")
-    out, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert out.count("already complete at step 8") == 1
+    done = in_two_processes("torch", "-m", "soup_xb", "train", file, "--output", tmp_path / "two", "--resume")
+    assert done.codes == (0, 0), done.err
+    assert done.out.count("already complete at step 8") == 1
 
 
-def test_two_mlx_processes_have_the_losses_of_one(config: Config, tmp_path: Path) -> None:
+def test_two_mlx_processes_have_the_losses_of_one(soupx: Soupx, config: Config, tmp_path: Path) -> None:
     """mlx.launch hides exit codes, so `run.json` tells how it went."""
     file = config(gradient_accumulation_steps=2, max_steps=6, eval_steps=3, save_steps=3)
     words = ("train", file, "--backend", "mlx", "--output")
-    alone = in_a_process(*words, tmp_path / "one")
-    _, errors = alone.communicate(timeout=240)
-    assert alone.returncode == 0, errors
+    alone = soupx(*words, tmp_path / "one")
+    assert alone.code == 0, alone.err
     start = "from mlx._distributed_utils.launch import main; main()"
-    launcher = ("-c", start, "-n", "2", "--backend", "ring", "--", sys.executable)
+    port = str(pair_of_free_ports())
+    launcher = ("-c", start, "-n", "2", "--backend", "ring", "-p", port, "--", sys.executable)
     _, errors = in_a_process(*words, tmp_path / "two", launcher=launcher).communicate(timeout=240)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished", errors
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")

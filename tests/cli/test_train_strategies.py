@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from processes import in_two_processes
 
 from soup_xb.core.adapter_file import read_adapter
 from soup_xb.core.support_rows import BACKENDS
@@ -87,20 +85,13 @@ def test_the_older_spelling_of_olora_trains_the_same_adapter(
 
 
 def test_two_mlx_processes_start_alike_and_have_the_losses_of_one(
-    config: Callable[..., Path], tmp_path: Path
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """mlx.launch hides exit codes, so `run.json` tells how it went."""
-    file = config({"init_strategy": "pissa"})
-    start = "from mlx._distributed_utils.launch import main; main()"
-    launcher = ("-c", start, "-n", "2", "--backend", "ring", "--", sys.executable)
-    for name, before in (("one", ()), ("two", launcher)):
-        words = ("-m", "soup_xb", "train", str(file), "--backend", "mlx", "--output", str(tmp_path / name))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *before, *words], capture_output=True, text=True, timeout=240, env=environment
-        )
-        record = json.loads((tmp_path / name / "run.json").read_text())
-        assert record["status"] == "finished", done.stderr
+    words = ("train", config({"init_strategy": "pissa"}), "--backend", "mlx", "--output")
+    alone = soupx(*words, tmp_path / "one")
+    assert alone.code == 0, alone.err
+    together = in_two_processes("mlx", "-m", "soup_xb", *words, tmp_path / "two")
+    assert together.codes == (0, 0), together.err
     one, two = (events(tmp_path / name, "step") for name in ("one", "two"))
     assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
     assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-3)

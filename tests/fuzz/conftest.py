@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define, field
+from case_counts import Met, hand_over_fuzzing
 
 # So that the test files share their mutations.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Of processor time, for one input; a busy machine does not count.
 LONGEST_SECONDS = 1.0
-
-
-@define
-class Met:
-    """The inputs of one suite."""
-
-    taken: int = 0
-    codes: Counter[str] = field(factory=Counter)
-    seconds: float = 0.0
-    slowest: str = ""
-
-    @property
-    def refused(self) -> int:
-        return sum(self.codes.values())
 
 
 MET = pytest.StashKey[dict[str, Met]]()
@@ -69,13 +54,12 @@ def met(request: pytest.FixtureRequest) -> Callable[[str], Any]:
     return suite
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    suites = config.stash.get(MET, {})
-    if not suites:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """What a test met goes into its report, and from there into the table at the end."""
+    if call.when != "call":
         return
-    terminalreporter.section("fuzzing")
+    suites = item.config.stash.get(MET, {})
     for name, tally in suites.items():
-        terminalreporter.write_line(
-            f"{tally.taken + tally.refused:8,}  {name}: {tally.taken:,} taken, {tally.refused:,} refused with "
-            f"{len(tally.codes)} codes; slowest {tally.seconds:.2f} s: {tally.slowest}"
-        )
+        hand_over_fuzzing(item, name, tally)
+    suites.clear()

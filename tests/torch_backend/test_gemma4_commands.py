@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from processes import in_two_processes
 from safetensors.torch import load_file
 
 Soupx = Callable[..., Any]
@@ -70,25 +68,17 @@ def test_plan_names_the_inner_linears_without_weights(
     assert "warning[no-gradient]" in done.err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_tells_what_text_does_not_train_and_saves_an_adapter_for_stock_peft(
-    soupx: Soupx, config: Config, tiny_gemma4: Path, tmp_path: Path, processes: int
+    soupx: Soupx, config: Config, tiny_gemma4: Path, tmp_path: Path
 ) -> None:
     file = config(target_modules=["q_proj", "v_proj"])
-    command = [sys.executable, "-m", "soup_xb", "train", str(file)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29591"]
-        command[1:1] = launcher
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"note: {PATCH}") == 1
-    assert (
-        done.stderr.count("8 adapted modules in the vision and audio towers get no gradient from text rows")
-        == 1
-    )
     one = soupx("train", file, "--output", tmp_path / "one")
     assert one.code == 0, one.err
+    two = in_two_processes("torch", "-m", "soup_xb", "train", file)
+    assert two.codes == (0, 0), two.err
+    untrained = "8 adapted modules in the vision and audio towers get no gradient from text rows"
+    for told in (one.err, two.err):
+        assert told.count(f"note: {PATCH}") == told.count(untrained) == 1
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     factors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     moved = {name: bool(tensor.any()) for name, tensor in factors.items() if "lora_B" in name}

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from math import floor
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from processes import in_two_processes
 
 from soup_xb.core.errors import ModelError
 from soup_xb.core.events import Event, RestartEvent, StepEvent
@@ -235,15 +233,10 @@ def test_two_processes_prune_the_same_entries(
     attached: Attached, tiny_llama: Path, tmp_path: Path, strategy: str
 ) -> None:
     (tmp_path / "worker.py").write_text(WORKER, "utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        str(tmp_path / "worker.py"), str(tiny_llama), strategy, str(Path(__file__).parent), str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes(
+        "torch", tmp_path / "worker.py", tiny_llama, strategy, Path(__file__).parent, tmp_path
+    )
+    assert done.codes == (0, 0), done.err[-3000:]
     results = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("result-*.json"))]
     assert len(results) == 2
     assert results[0] == results[1]

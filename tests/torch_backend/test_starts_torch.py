@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from processes import in_two_processes
 from safetensors.numpy import load_file, save_file
 
 from soup_xb.backends.torch.init import weight_starts
@@ -256,15 +254,8 @@ def test_a_weight_that_is_not_finite_stops_both_processes(
     weights[f"{name}.weight"][0, 0] = np.inf
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "worker.py").write_text(WORKER, "utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        str(tmp_path / "worker.py"), str(base), "pissa", str(Path(__file__).parent), str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes("torch", tmp_path / "worker.py", base, "pissa", Path(__file__).parent, tmp_path)
+    assert done.codes == (0, 0), done.err[-3000:]
     results = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("result-*.json"))]
     assert len(results) == 2 and results[0] == results[1]
     assert results[0][0] == "non-finite-base" and f"`{name}`" in results[0][1]

@@ -9,34 +9,22 @@ import resource
 import socket
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-TALLY = pytest.StashKey[Counter[str]]()
+from case_counts import hand_over_cases
 
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Count cases of a suite that ended as they should; the table stands at the end of the test run."""
-    counts = request.config.stash.setdefault(TALLY, Counter())
 
     def count(suite: str, cases: int = 1) -> None:
-        counts[suite] += cases
+        hand_over_cases(request.node, suite, cases)
 
     return count
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    counts = config.stash.get(TALLY, Counter())
-    if not counts:
-        return
-    terminalreporter.section("cases that ended as they should")
-    for suite, cases in counts.items():
-        terminalreporter.write_line(f"{cases:8,}  {suite}")
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import free_ports
 
 STEPS = 200
 CASES = [
@@ -30,13 +30,6 @@ CASES = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def trained(folder: Path) -> list[int]:
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -47,7 +40,7 @@ class Started:
     """One run in one process, in two that find each other by their environment, or behind a launcher."""
 
     def __init__(self, start: Callable[..., Any], way: str, words: tuple[object, ...]) -> None:
-        port = str(free_port())
+        port = str(free_ports(1)[0])
         if way == "torchrun":
             launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
             self.all = [start(*words, launcher=launcher)]
