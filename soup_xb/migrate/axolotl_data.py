@@ -14,7 +14,10 @@ _BUILDERS = ("json", "csv", "parquet", "text")
 _TYPES = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt"}
 _ALPACA = "axolotl puts Alpaca's preamble around the row; here the base's chat template is used"
 _REWRITE = "such prompts are not built here; rewrite the rows as messages or as prompt and completion"
-_REWRITE_PAIRS = "such prompts are not built here; rewrite the rows with `prompt`, `chosen`, `rejected` (kto: `completion`, `label`)"
+_REWRITE_PAIRS = (
+    "such prompts are not built here; rewrite the rows with `prompt`, `chosen`, `rejected`, for kto `completion` "
+    "and `label`"
+)
 _MIXED = "the files are written in different ways; each is told apart by its columns"
 _ANSWERS = "assistant turns alone are trained on, with their end token"
 _SAME_TURNS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})

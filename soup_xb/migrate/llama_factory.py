@@ -169,6 +169,7 @@ def _optimizer(account: Account) -> None:
     account.add("training.weight_decay", 0.0, _DEFAULT)
     account.carry("max_grad_norm", "training.max_grad_norm", number)
     account.carry("seed", "training.seed", whole)
+    account.carry("moe_aux_loss_coef", "training.router_aux_loss_coef", number)
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
         if account.values.get("training.optimizer") == "sgd":
             account.leave(name, "it belongs to adamw")

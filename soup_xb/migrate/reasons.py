@@ -66,7 +66,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             *badam* lisa_* expand_layers""",
         "rows are text": "image_* video_* audio_* media_dir crop_to_patches",
         "the router is left as it is; `target_modules: auto+experts` reaches the experts": """
-            train_router_only moe_* router_aux* expert_*""",
+            train_router_only moe_* expert_*""",
         "no noise is added to embeddings": "neftune* noisy_embedding_alpha",
         "the schedules here fall to zero, or stay": """
             lr_scheduler_kwargs* cosine_min_lr* cosine_constant* lr_quadratic* lr_div*""",

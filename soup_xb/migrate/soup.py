@@ -163,3 +163,4 @@ def _training(account: Account) -> None:
     account.carry("training.gradient_checkpointing", "training.gradient_checkpointing", checkpointing)
     account.carry("training.packing", "data.packing", boolean)
     account.carry("training.seed", "training.seed", whole)
+    account.carry("training.moe_aux_loss_coeff", "training.router_aux_loss_coef", number)

@@ -164,6 +164,10 @@ def test_a_pissa_start_and_a_folder_of_datasets(accounted: Accounted, values: Va
     assert "full precision" in notes["optim"]
 
 
+def test_the_weight_of_the_load_balancing_loss_is_carried_over(accounted: Accounted) -> None:
+    assert "router_aux_loss_coef: 0.001" in accounted(DPO + "moe_aux_loss_coef: 0.001\n", ok=False).text
+
+
 def test_a_preference_stage_takes_the_task_of_its_loss(accounted: Accounted) -> None:
     done = accounted(DPO, ok=False)
     assert "task: orpo" in done.text
