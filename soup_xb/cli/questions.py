@@ -9,23 +9,19 @@ from typing import Any
 import click
 from attrs import frozen
 
+from soup_xb.core.config_file import parse_config
 from soup_xb.core.templates import Template
 
 _NO_GPU = "no GPU: this computer's processor"
-# A micro-batch times the accumulation is what the template has, 8 rows a step, wherever memory is scarce.
+# Where memory is scarce, rows pass one at a time.
 _MACHINES: Mapping[str, Mapping[str, Any]] = {
     "an Apple silicon Mac": {},
     "a GPU with up to 12 GB (in 4 bits, which needs soup-xb[quantization])": {
         "training.quantization": "4bit",
         "training.batch_size": 1,
-        "training.gradient_accumulation_steps": 8,
     },
     "a GPU with 16 GB or more": {},
-    _NO_GPU: {
-        "training.batch_size": 1,
-        "training.gradient_accumulation_steps": 8,
-        "data.max_length": 512,
-    },
+    _NO_GPU: {"training.batch_size": 1, "data.max_length": 512},
 }
 _SMALL_BASES = {
     "Qwen/Qwen3-0.6B": "0.6 billion weights, for a processor or a first try",
@@ -52,15 +48,24 @@ def ask(templates: Sequence[Template]) -> Answers:
     """Ask on the terminal. Raises click.Abort when the person stops."""
     names = [template.name for template in templates]
     lines = [f"{template.name}: {template.description}" for template in templates]
-    template = names[_choose("What do you want to teach?", lines)]
+    usual = names.index("chat") if "chat" in names else 0
+    template = templates[_choose("What do you want to teach?", lines, usual)]
     rows = _ask_for_rows()
     machines = list(_MACHINES)
     machine = machines[_choose("Which machine trains it?", machines)]
     values = dict(_MACHINES[machine])
-    values["base"] = _ask_for_base(template, machine)
+    if values.get("training.batch_size") == 1:
+        values["training.gradient_accumulation_steps"] = _rows_of_a_step(template)
+    values["base"] = _ask_for_base(template.name, machine)
     if rows:
         values |= {"data.train": rows, "data.format": "auto"}
-    return Answers(template, values, rows)
+    return Answers(template.name, values, rows)
+
+
+def _rows_of_a_step(template: Template) -> int:
+    """Batch times accumulation: what was learned from them at one time stays so in smaller pieces."""
+    training = parse_config(template.folder.read(template.file), template.file).config.training
+    return training.batch_size * training.gradient_accumulation_steps
 
 
 def _ask_for_rows() -> str:

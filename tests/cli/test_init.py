@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config_file import load_config
+from soup_xb.core.config_file import load_config, parse_config
 from soup_xb.core.templates import list_templates, load_sample, load_template, shipped_folder
 
 Soupx = Callable[..., Any]
@@ -220,6 +220,22 @@ def test_the_questions_end_in_a_file_and_the_next_command(place: Path) -> None:
     assert (loaded.training.quantization, loaded.training.batch_size) == ("4bit", 1)
     assert (place / "data" / "code.jsonl").read_text() == load_sample("code")
     assert "# The model to start from" in (place / "soup.yaml").read_text()
+
+
+def test_enter_alone_makes_a_chat_model(place: Path) -> None:
+    code, screen = on_a_terminal(place, "\n", "\n", "\n", "\n")
+    assert code == 0, screen
+    assert (place / "data" / "chat.jsonl").read_text() == load_sample("chat")
+
+
+def test_a_small_machine_takes_the_rows_of_a_step_one_at_a_time(place: Path) -> None:
+    templates = [template.name for template in list_templates(shipped_folder())]
+    code, screen = on_a_terminal(place, f"{templates.index('dpo') + 1}\n", "\n", "2\n", "2\n")
+    assert code == 0, screen
+    training = load_config(place / "soup.yaml").config.training
+    usual = parse_config(load_template("dpo"), "dpo.yaml").config.training
+    rows = usual.batch_size * usual.gradient_accumulation_steps
+    assert (training.batch_size, training.gradient_accumulation_steps) == (1, rows)
 
 
 def test_ones_own_rows_and_base_are_put_into_the_file(place: Path) -> None:
