@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from processes import in_two_processes
 
 from soup_xb.backends.torch.router_balance import router_logits
 from soup_xb.core.batches import MicroBatch, collate
@@ -115,11 +113,9 @@ def test_training_on_it_alone_spreads_the_tokens(balanced: Attached) -> None:
     assert found[-1] >= 1
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(tiny_experts: Bases, chat_file: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_two_processes_have_the_losses_of_one(
+    soupx: Callable[..., Any], tiny_experts: Bases, chat_file: Path, tmp_path: Path
+) -> None:
     found = []
     for processes in (1, 2):
         content = {
@@ -136,17 +132,13 @@ def test_two_processes_have_the_losses_of_one(tiny_experts: Bases, chat_file: Pa
             "output": str(tmp_path / f"out-{processes}"),
         }
         (tmp_path / "soup.yaml").write_text(json.dumps(content))
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-        words = [
-            sys.executable,
-            *launcher * (processes - 1),
-            "-m",
-            "soup_xb",
-            "train",
-            tmp_path / "soup.yaml",
-        ]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = ("train", tmp_path / "soup.yaml")
+        if processes == 1:
+            alone = soupx(*words)
+            assert alone.code == 0, alone.err
+        else:
+            both = in_two_processes("torch", "-m", "soup_xb", *words)
+            assert both.codes == (0, 0), both.err[-3000:]
         lines = (tmp_path / f"out-{processes}" / "metrics.jsonl").read_text().splitlines()
         steps = [event for event in map(json.loads, lines) if event["event"] == "step"]
         found.append([(event["loss"], event["means"]["router_aux_loss"]) for event in steps])
