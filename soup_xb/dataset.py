@@ -13,10 +13,13 @@ from attrs import frozen
 
 from soup_xb.core.config import DataConfig
 from soup_xb.core.data import read_rows
+from soup_xb.core.embedding_files import EmbeddingFacts
+from soup_xb.core.embedding_formats import embedding_formats
+from soup_xb.core.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.example_file import ExampleReader
 from soup_xb.core.examples import Row
-from soup_xb.core.formats import Formats
+from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.judged_rows import rows_for_task
 from soup_xb.core.packing import pack, packing_notice, split_long
 from soup_xb.core.places import local_path
@@ -83,6 +86,7 @@ def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: st
         rows, evaluation = _packed(rows, data.max_length), _packed(evaluation, data.max_length)
         notices[packing_notice(documents, rows, data.max_length)] = None
     warnings = dict.fromkeys(warning for file in (*train, *held_out) for warning in file.warnings)
+    warnings |= dict.fromkeys(repeated_positives([row for row in rows if isinstance(row, EmbeddingRow)]))
     return Dataset(rows, evaluation, formats, tuple(notices), tuple(warnings))
 
 
@@ -91,10 +95,20 @@ def _packed(rows: Rows, length: int) -> Rows:
 
 
 def load_file(
-    path: Path, format: str, tokenizer: ChatTokenizer, max_length: int
+    path: Path,
+    format: str,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    embedding: EmbeddingFacts | None = None,
 ) -> tuple[Rows, tuple[Problem, ...]]:
-    """The token rows of one `sft` file, and what the user should know about them. Raises as `load_dataset` does."""
-    file = _tokenize(ExampleReader(read_rows(path), format, str(path)), tokenizer, max_length)
+    """The rows of one `sft` file, or of pairs for `embedding`, and what the user should know about them.
+
+    Raises as `load_dataset` does.
+    """
+    formats = FORMATS
+    if embedding is not None:
+        formats = embedding_formats(embedding.query_prompt, embedding.document_prompt)
+    file = _tokenize(ExampleReader(read_rows(path), format, str(path), formats), tokenizer, max_length)
     return file.rows, file.notices
 
 
@@ -133,7 +147,10 @@ def _reader(entry: str, data: DataConfig, task: str) -> ExampleReader:
         rows: Iterator[Row] = read_rows(path)
     else:
         rows = hub_rows(entry, data.subset, data.split)
-    return ExampleReader(rows, "text" if task == "pretrain" else data.format, entry, formats_of(task))
+    formats = formats_of(task)
+    if task == "embedding":
+        formats = embedding_formats(data.query_prompt or "", data.document_prompt or "")
+    return ExampleReader(rows, "text" if task == "pretrain" else data.format, entry, formats)
 
 
 def _tokenize(reader: ExampleReader, tokenizer: ChatTokenizer, max_length: int) -> TokenFile:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
+
+from attrs import evolve
 
 from soup_xb.core import staging
 from soup_xb.core.adapter_file import adapter_folder, read_adapter, write_adapter
@@ -12,6 +15,9 @@ from soup_xb.core.durable import disk_errors
 from soup_xb.core.errors import ModelError, Problem, ResourceError
 from soup_xb.core.legible import mask_file
 from soup_xb.core.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_mlx_lm, write_mlx_lm
+from soup_xb.core.objectives import Embedding
+from soup_xb.core.session import EmbeddingSession
+from soup_xb.embedding_model import refuse_embeddings, save_embedding_model, saved_facts
 from soup_xb.trained import TrainedOptions, base_modules, base_of, open_trained, plan_of
 
 
@@ -32,10 +38,14 @@ def export_adapter(source: Path, target: Path, form: str, base: str | None = Non
             write_adapter(staged, plan, factors, base or "", names=())
         return ()
     saved = read_adapter(folder)
+    facts = saved_facts(saved, folder)
+    if form == "mlx-lm":
+        refuse_embeddings(saved, folder, "mlx-lm writes text")
     if not saved.is_vera:
         _refuse_same_form(folder, form, "peft")
     refuse_existing(target)
-    modules = base_modules(base or base_of(saved, folder)) if saved.is_vera else ()
+    objective = None if facts is None else Embedding(facts.scale, facts.pooling)
+    modules = base_modules(base or base_of(saved, folder), objective) if saved.is_vera else ()
     plain = saved.plain(modules, folder)
     plan = plan_of(plain, folder)
     with _published(target) as staged:
@@ -48,7 +58,7 @@ def export_adapter(source: Path, target: Path, form: str, base: str | None = Non
 
 
 def merge_adapter(options: TrainedOptions, target: Path) -> None:
-    """Write the full model, base and adapter in one, with its tokenizer.
+    """Write the full model, base and adapter in one, with its tokenizer; sentence-transformers loads one that embeds.
 
     Raises ModelError for a quantized base, ResourceError where `target` exists or the disk is full.
     """
@@ -56,7 +66,12 @@ def merge_adapter(options: TrainedOptions, target: Path) -> None:
     with open_trained(options) as trained, _published(target, trained.base.weight_bytes) as staged:
         trained.session.save_merged(staged)
         mask_file(staged / "config.json")
-        trained.tokenizer.save(staged)
+        if trained.embedding is None:
+            trained.tokenizer.save(staged)
+        else:
+            pooling = cast("EmbeddingSession", trained.session).pooling
+            facts = evolve(trained.embedding, pooling=pooling)
+            save_embedding_model(staged, facts, trained.session, trained.tokenizer)
 
 
 def refuse_existing(target: Path) -> None:

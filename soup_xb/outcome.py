@@ -25,6 +25,7 @@ from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.run_record import RunRecord
 from soup_xb.core.session import GenerationSettings
+from soup_xb.embedding_model import save_embedding_model, trained_facts
 from soup_xb.keeper import checkpoint_bytes
 from soup_xb.trained import Trained, continue_chat
 
@@ -72,7 +73,10 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         proof = prove(run.session, run.plan.adapters, staged, factors)
         check_effect(proof, run.plan, staged)
-        run.tokenizer.save(staged)
+        if run.loaded.config.task == "embedding":
+            save_embedding_model(staged, trained_facts(run), run.session, run.tokenizer)
+        else:
+            run.tokenizer.save(staged)
         rank = run.plan.adapters.modules[0].rank if run.plan.adapters.use_vera else _largest_rank(factors)
         card = _card(run, read_events(folder.metrics), rank)
         write_text(staged / "README.md", card)
@@ -120,6 +124,7 @@ def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
         modules=_module_rows(run),
         saved_rank=saved_rank,
         kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
+        embeds=config.task == "embedding",
         settings=dump_config(config),
         version=__version__,
         train_loss=steps[-1].loss if steps else None,

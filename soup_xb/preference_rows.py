@@ -6,8 +6,17 @@ from collections.abc import Iterator, Sequence
 
 from attrs import evolve
 
-from soup_xb.core.examples import AnyExample, ChatExample, Example, JudgedExample, PreferenceExample, TokenRow
+from soup_xb.core.examples import (
+    AnyExample,
+    ChatExample,
+    EmbeddingExample,
+    Example,
+    JudgedExample,
+    PreferenceExample,
+    TokenRow,
+)
 from soup_xb.core.preferences import JudgedRow, PairRow
+from soup_xb.embedding_texts import embedding_rows
 from soup_xb.tokenizer import ChatTokenizer, Tokenized
 
 EQUAL_ANSWERS = "both answers are the same tokens"
@@ -21,6 +30,8 @@ def tokenize_examples(
     A pair of which one side has nothing to learn has no row, nor has a pair of equal answers. Raises as
     `ChatTokenizer.tokenize` does.
     """
+    if any(isinstance(example, EmbeddingExample) for example in examples):
+        return embedding_rows(examples, tokenizer, max_length)
     sides = [side for example in examples for side in sides_of(example)]
     results = iter(tokenizer.tokenize_many(sides, max_length))
     return [_together(example, results) for example in examples]
@@ -28,6 +39,8 @@ def tokenize_examples(
 
 def sides_of(example: AnyExample) -> tuple[Example, ...]:
     """What of an example goes through the tokenizer: one side of most, two of a preference."""
+    if isinstance(example, EmbeddingExample):
+        return ()
     if isinstance(example, PreferenceExample):
         return (example.chosen, example.rejected)
     return (example.answer,) if isinstance(example, JudgedExample) else (example,)

@@ -69,7 +69,8 @@ class RowTally:
             "nothing-to-learn",
             f"there is nothing to learn in any of the {count:,} rows: {reasons}",
             where=self._name,
-            help="an assistant turn, a completion, a text or two different answers is what a model learns from; "
+            help="an assistant turn, a completion, a text, two different answers or two texts that belong together "
+            "is what a model learns from; "
             "`soupx data FILE --base BASE` shows the trained tokens.",
         )
 

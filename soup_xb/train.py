@@ -28,6 +28,7 @@ from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import Session, SessionSettings
 from soup_xb.core.stop import stop_on_signals
 from soup_xb.dataset import load_dataset
+from soup_xb.embedding_texts import fitted_data
 from soup_xb.hub import resolve_base
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
 from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
@@ -68,6 +69,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
     cause, among them StoppedError after a signal, with a checkpoint written.
     """
     output = Path(loaded.config.output)
+    _check_prompts(loaded, options.prompts)
     backend = choose_backend(loaded)
     check_processes(loaded, launched_processes())
     with output_folder(output, options) as folder, open_run(loaded, backend) as run:
@@ -96,16 +98,28 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     base = inspect_base(resolve_base(config.base), weights=weights)
     check_towers(loaded, base, name)
     tokenizer = open_tokenizer(base.path, config.data.chat_template)
-    dataset = load_dataset(config.data, tokenizer, config.training.seed, config.task)
+    data, cut = fitted_data(config, base, tokenizer)
+    dataset = load_dataset(data, tokenizer, config.training.seed, config.task)
     session = open_session(name, session_settings(config, base.path, weights))
     try:
         resolution, coverage = resolve_for(loaded, session)
         resolution = evolve(resolution, warnings=(*resolution.warnings, *dataset.warnings))
         plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
-        notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *dataset.notices)
+        notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *cut, *dataset.notices)
         yield Opened(loaded, base, session, tokenizer, plan, coverage, notices)
     finally:
         session.close()
+
+
+def _check_prompts(loaded: LoadedConfig, prompts: Sequence[str]) -> None:
+    """Raise ConfigError where a model without words is to answer."""
+    if prompts and loaded.config.task == "embedding":
+        raise ConfigError(
+            "embeds-only",
+            "an embedding model has no answers to give",
+            where=loaded.where("task"),
+            help="leave `--prompt` out.",
+        )
 
 
 def check_processes(loaded: LoadedConfig, processes: int) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
 from soup_xb.backends import available_backend, is_installed, open_session
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
 from soup_xb.core.base_folder import BaseFolder, inspect_base
-from soup_xb.core.errors import ModelError
+from soup_xb.core.embedding_files import EmbeddingFacts
+from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.examples import Message
 from soup_xb.core.modules import AdapterModule, Module
+from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import (
     AdapterPlan,
     GenerationSettings,
@@ -21,6 +24,7 @@ from soup_xb.core.session import (
     Session,
     SessionSettings,
 )
+from soup_xb.embedding_model import saved_facts
 from soup_xb.hub import resolve_base
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
@@ -43,12 +47,13 @@ class TrainedOptions:
 
 @frozen(eq=False)
 class Trained:
-    """A session with the adapter attached (if there is one) and its tokenizer."""
+    """A session with the adapter attached (if there is one) and its tokenizer; `embedding` for one that embeds."""
 
     session: Session
     tokenizer: ChatTokenizer
     base: BaseFolder
     has_adapter: bool
+    embedding: EmbeddingFacts | None = None
 
 
 @contextmanager
@@ -61,6 +66,14 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     saved = read_adapter(folder) if folder else None
     base = inspect_base(resolve_base(options.base or base_of(saved, folder)))
     tokenizer = open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
+    facts = saved_facts(saved, folder)
+    if facts is not None and options.backend == "mlx":
+        raise ConfigError(
+            "mlx-no-embedding",
+            "the adapter makes vectors of texts, and the mlx engine opens no encoders",
+            where=str(folder),
+            help="use `--backend torch`.",
+        )
     settings = SessionSettings(
         base=base.path,
         precision=_stored_precision(base) if options.precision == "base" else options.precision,
@@ -68,12 +81,13 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
         gradient_checkpointing=False,
         optimizer=_NO_TRAINING,
         seed=0,
+        objective=None if facts is None else Embedding(facts.scale, facts.pooling),
     )
     session = open_session(options.backend, settings)
     try:
         if saved is not None and folder is not None:
             attach_saved(session, saved, folder)
-        yield Trained(session, tokenizer, base, saved is not None)
+        yield Trained(session, tokenizer, base, saved is not None, facts)
     finally:
         session.close()
 
@@ -122,11 +136,12 @@ def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:
         init_strategy="random",
         use_rslora=bool(saved.settings.get("use_rslora")),
         seed=0,
+        task_type=str(saved.settings.get("task_type") or "CAUSAL_LM"),
     )
 
 
-def base_modules(name: str) -> tuple[Module, ...]:
-    """The modules of a base that can carry an adapter, from its structure alone, without weights."""
+def base_modules(name: str, objective: Any = None) -> tuple[Module, ...]:
+    """The modules of a base, opened for an objective, that can carry an adapter: its structure, without weights."""
     folder = inspect_base(resolve_base(name), weights=False)
     settings = SessionSettings(
         base=folder.path,
@@ -136,6 +151,7 @@ def base_modules(name: str) -> tuple[Module, ...]:
         optimizer=_NO_TRAINING,
         seed=0,
         weights=False,
+        objective=objective,
     )
     # transformers knows every type of base, mlx-lm those that are proven.
     session = open_session("torch" if is_installed("transformers") else available_backend("auto"), settings)

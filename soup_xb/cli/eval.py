@@ -1,20 +1,26 @@
-"""`soupx eval`: loss and perplexity on a file, of the base and of the adapter."""
+"""`soupx eval`: loss and perplexity, or accuracy, on a file, of the base and of the adapter."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from soup_xb.cli.options import BACKENDS, json_option
-from soup_xb.core.config import ANSWER_FORMATS
+from soup_xb.core.config import ANSWER_FORMATS, EMBEDDING_FORMAT
+
+if TYPE_CHECKING:
+    from soup_xb.core.session import LossSum
+
+FORMATS = (*ANSWER_FORMATS, EMBEDDING_FORMAT)
 
 
 @click.command()
 @click.argument("adapter", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Rows to evaluate on.")
-@click.option("--format", "data_format", type=click.Choice(ANSWER_FORMATS), default="auto", show_default=True)
+@click.option("--format", "data_format", type=click.Choice(FORMATS), default="auto", show_default=True)
 @click.option("--base", help="Hub id or folder of the base; by default the adapter's own.")
 @click.option("--batch-size", type=click.IntRange(1, 65536), default=4, show_default=True)
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True)
@@ -32,27 +38,37 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Evaluate OUT, a run's output folder or an adapter folder, against its untouched base."""
     from soup_xb.backends import available_backend
-    from soup_xb.core.loop import perplexity
     from soup_xb.core.plan import held_out_batches
     from soup_xb.dataset import load_file
     from soup_xb.trained import TrainedOptions, open_trained
 
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:
-        rows, notices = load_file(data, data_format, trained.tokenizer, max_length)
+        if trained.embedding is not None:
+            max_length = min(max_length, trained.embedding.max_length)
+        rows, notices = load_file(data, data_format, trained.tokenizer, max_length, trained.embedding)
         for problem in notices:
             click.echo(problem.render("note"), err=True)
         batches = held_out_batches(rows, batch_size, trained.tokenizer.pad_id)
         figures = {}
         for name, with_adapter in (("base", False), ("adapter", True)):
-            loss = trained.session.evaluate(batches, adapter=with_adapter)
-            figures[name] = {
-                "loss": loss.mean,
-                "perplexity": perplexity(loss.mean),
-                "target_tokens": loss.target_tokens,
-            }
+            figures[name] = _figures(trained.session.evaluate(batches, adapter=with_adapter))
     if as_json:
         click.echo(json.dumps(figures, indent=2))
         return
-    click.echo(f"{'':8} {'loss':>10} {'perplexity':>12} {'targets':>10}")
-    for name, row in figures.items():
-        click.echo(f"{name:8} {row['loss']:10.4f} {row['perplexity']:12.4f} {row['target_tokens']:10,}")
+    columns = {name: max(10, len(name) + 1) for name in figures["base"]}
+    click.echo(f"{'':8}" + "".join(f" {name.replace('_', ' '):>{width}}" for name, width in columns.items()))
+    for label, row in figures.items():
+        cells = (f" {_shown(row[name]):>{width}}" for name, width in columns.items())
+        click.echo(f"{label:8}" + "".join(cells))
+
+
+def _figures(loss: LossSum) -> dict[str, float]:
+    from soup_xb.core.loop import perplexity
+
+    if loss.examples:
+        return {"loss": loss.mean, **loss.means, "rows": loss.examples}
+    return {"loss": loss.mean, "perplexity": perplexity(loss.mean), "target_tokens": loss.target_tokens}
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

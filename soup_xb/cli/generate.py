@@ -48,8 +48,10 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.backends import available_backend
     from soup_xb.core.examples import Message
     from soup_xb.core.session import GenerationSettings
+    from soup_xb.embedding_model import refuse_to_answer
     from soup_xb.trained import TrainedOptions, continue_chat, open_trained
 
+    refuse_to_answer(adapter)
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:
         settings = GenerationSettings(max_new_tokens, temperature, trained.tokenizer.end_ids, seed)
         for prompt in prompts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import evolve
 
 from soup_xb.cli.options import config_options, json_option, load
 
@@ -44,9 +45,14 @@ def command(  # noqa: PLR0913 - one parameter an option
         for problem in run.session.notices()[1:]:
             click.echo(f"note: {problem.message}", err=True)
         training = loaded.config.training
-        longest = int(run.plan.rows.facts.lengths.max())
+        facts, description = run.plan.rows.facts, run.session.describe()
+        longest = int(facts.lengths.max())
+        if loaded.config.task == "embedding":
+            # All texts of a row go through, and there is no head.
+            longest = int(facts.tokens.max())
+            description = evolve(description, vocabulary_size=0)
         memory = estimate_memory(
-            run.session.describe(),
+            description,
             run.plan.adapters.modules,
             training,
             run.session.precision,

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StartEvent, StepEvent
+from soup_xb.core.events import (
+    ACCURACIES,
+    EvalEvent,
+    Event,
+    Notice,
+    RestartEvent,
+    SaveEvent,
+    StartEvent,
+    StepEvent,
+)
 from soup_xb.core.units import bytes_text, count_text, duration_text, rate_text
 
 if TYPE_CHECKING:
@@ -109,14 +118,12 @@ def event_line(event: EvalEvent | RestartEvent | SaveEvent | Notice) -> str:
 
 
 def means_words(means: Mapping[str, float]) -> list[str]:
-    """The two means of a preference task that say how it goes.
+    """The means that say how a task that compares texts goes.
 
     >>> means_words({"reward_accuracy": 0.75, "reward_margin": 0.125, "reward_chosen": 0.1})
     ['accuracy 75%', 'margin 0.125']
     """
-    words = []
-    if "reward_accuracy" in means:
-        words.append(f"accuracy {means['reward_accuracy']:.0%}")
+    words = [f"accuracy {means[name]:.0%}" for name in ACCURACIES if name in means]
     if "reward_margin" in means:
         words.append(f"margin {means['reward_margin']:.3f}")
     return words

@@ -27,7 +27,7 @@ def adapter_settings(plan: AdapterPlan, base: str, names: Sequence[str]) -> dict
     parameters = [target_name(adapter) for adapter in plan.modules if _is_parameter(adapter)]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": plan.task_type,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,

@@ -35,6 +35,21 @@ class Comparison:
 
 
 @frozen(eq=False)
+class Contrast:
+    """What an embedding loss knows of a micro-batch whose rows are anchors.
+
+    `candidates` are this process's texts to be found: a positive for each anchor, then hard negatives. `count` is how
+    many candidates the micro-batch has on all processes; `places`, int64 (candidates,), says which of those are this
+    process's, and `right`, int64 (anchors,), which belongs to each of its anchors.
+    """
+
+    candidates: MicroBatch
+    count: int
+    places: Array
+    right: Array
+
+
+@frozen(eq=False)
 class MicroBatch:
     """Rows that go through the model together.
 
@@ -42,7 +57,7 @@ class MicroBatch:
     (rows * length) grid whose hidden state predicts a target; `targets` is int64 (n,), the token ids predicted
     there. `lengths` is int64 (rows,), the real tokens of each row. `position_ids` is int32 (rows, length), the place of
     each token in its document, where a row holds several documents; None where no row does. `comparison` is what
-    preference tasks know besides.
+    preference tasks know besides, `contrast` what embedding tasks do.
     """
 
     tokens: Array
@@ -51,6 +66,7 @@ class MicroBatch:
     lengths: Array
     position_ids: Array | None = None
     comparison: Comparison | None = None
+    contrast: Contrast | None = None
 
     @property
     def target_tokens(self) -> int:

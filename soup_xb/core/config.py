@@ -21,7 +21,9 @@ PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
 TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, "ppo", "grpo", "rlhf", "embedding", "vision", "audio")
 PREFERENCE_FORMATS = ("preference", "unpaired-preference")
 ANSWER_FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text")
-FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS)
+EMBEDDING_FORMAT = "anchor-positive"
+FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS, EMBEDDING_FORMAT)
+POOLINGS = ("auto", "mean", "cls", "last")
 EVERY_LINEAR = ("auto", "all-linear")
 AUTOMATIC = (*EVERY_LINEAR, "auto+experts")
 
@@ -82,6 +84,10 @@ class DataConfig:
         "Put several rows into one sequence of `max_length`, kept apart in attention; `pretrain` always does.",
     )
     chat_template: str | None = words(None, "Jinja chat template for a base that has none: text or a file.")
+    query_prompt: str | None = words(None, "embedding: text before every anchor, such as `query: `.")
+    document_prompt: str | None = words(
+        None, "embedding: text before every positive and negative, such as `passage: `."
+    )
 
 
 @frozen(kw_only=True)
@@ -164,6 +170,17 @@ class TrainingConfig:
     simpo_gamma: float = number(1.0, "simpo: margin by which a chosen answer should win.", Range(0, 1000))
     desirable_weight: float = number(1.0, "kto: weight of the desirable answers.", Range(0, 1000))
     undesirable_weight: float = number(1.0, "kto: weight of the undesirable answers.", Range(0, 1000))
+    pooling: str = choice(
+        "auto",
+        POOLINGS,
+        "embedding: which tokens make a text's vector; `auto`: as the base's own sentence-transformers files say, else "
+        "the mean on an encoder and the last token on a decoder.",
+    )
+    embedding_scale: float | None = number(
+        None,
+        "embedding: what cosines are multiplied by, one over the temperature. Absent: 20.",
+        Range(0, 1000, above=True),
+    )
     router_aux_loss_coef: float | None = number(
         None,
         "Mixtures of experts: weight of the loss that spreads tokens over the experts. Absent: off.",
@@ -199,6 +216,8 @@ def task_formats(task: str) -> tuple[str, ...]:
     """
     if task in JUDGED:
         return PREFERENCE_FORMATS
+    if task == "embedding":
+        return (EMBEDDING_FORMAT,)
     return PREFERENCE_FORMATS[:1] if task in PREFERENCE_TASKS else ANSWER_FORMATS[1:]
 
 

@@ -110,6 +110,15 @@ DEPENDENCES = (
         "training.undesirable_weight",
         help="remove this key: the task does not weigh the two kinds of answers.",
     ),
+    *(
+        Dependence(key, "task", ("embedding",), help="remove this key: the task embeds no texts.")
+        for key in (
+            "training.pooling",
+            "training.embedding_scale",
+            "data.query_prompt",
+            "data.document_prompt",
+        )
+    ),
     Dependence(
         "training.router_aux_loss_coef",
         "task",

@@ -8,6 +8,9 @@ from attrs import field, frozen
 
 from soup_xb.core.errors import Problem
 
+# The means that are the share of right comparisons: of two answers, and of a text with all others of its micro-batch.
+ACCURACIES = ("reward_accuracy", "accuracy")
+
 
 @frozen
 class StartEvent:
@@ -21,7 +24,7 @@ class StartEvent:
 class StepEvent:
     """One optimizer update. `loss` is the mean over the step's target tokens, `tokens` counts real tokens.
 
-    For preference tasks it is the mean over pairs or judged answers, and `means` are further means over them.
+    For tasks that compare texts it is the mean over pairs or judged answers, and `means` are further means over them.
     """
 
     step: int

@@ -94,7 +94,17 @@ class JudgedExample:
     source: Source
 
 
-AnyExample = Example | PreferenceExample | JudgedExample
+@frozen
+class EmbeddingExample:
+    """Two texts that mean the same or answer each other; `negative` is a text that does not, where there is one."""
+
+    anchor: str
+    positive: str
+    negative: str | None
+    source: Source
+
+
+AnyExample = Example | PreferenceExample | JudgedExample | EmbeddingExample
 
 
 def _token_ids(array: Any) -> np.ndarray[Any, Any]:

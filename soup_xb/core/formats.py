@@ -26,16 +26,39 @@ class Detection:
 
 @frozen
 class Format:
-    """A way to write rows: the columns it needs, those it knows besides, and how a row becomes an example."""
+    """A way to write rows: the columns it needs, those it knows besides, and how a row becomes an example.
+
+    `aliases` are other names of its columns.
+    """
 
     required: tuple[str, ...]
     read: Callable[[Mapping[str, Any], Source], AnyExample]
     optional: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = MappingProxyType({})
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the columns that the format needs."""
-        return all(column in row for column in self.required)
+        named = self.named(row)
+        return all(column in named for column in self.required)
+
+    def named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with the format's own names for its columns; an alias beside the own name keeps its name."""
+        if not self.aliases:
+            return row
+        named = dict(row)
+        for alias, column in self.aliases.items():
+            if alias in named and column not in named:
+                named[column] = named.pop(alias)
+        return named
+
+    def written(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns that the format needs, as this row names them."""
+        names: dict[str, str] = {}
+        for alias, column in self.aliases.items():
+            if alias in row:
+                names.setdefault(column, alias)
+        return [column if column in row else names[column] for column in self.required]
 
 
 Formats = Mapping[str, Format]
@@ -55,7 +78,7 @@ def detect_format(rows: Iterable[Row], formats: Formats | None = None) -> Detect
     for columns in (filled, row):
         fitting = [name for name, format_ in known.items() if format_.fits(columns)]
         if fitting:
-            return Detection(fitting[0], _reason(fitting, known))
+            return Detection(fitting[0], _reason(fitting, known, columns))
     raise unknown_columns(row, source, known)
 
 
@@ -72,25 +95,28 @@ def to_example(
             help=f"formats: {known_formats(formats)}.",
         )
     known = formats[format]
-    missing = [column for column in known.required if column not in row]
+    named = known.named(row)
+    missing = [column for column in known.required if column not in named]
     if missing:
         raise other_format(row, source, format, missing, formats)
-    return known.read(row, source)
+    return known.read(named, source)
 
 
 def extra_columns(row: Mapping[str, Any], format: str, formats: Formats | None = None) -> list[str]:
     """The columns, and keys of turns, of a row that `to_example` accepts and does not use."""
     known = (FORMATS if formats is None else formats)[format]
     named = {*known.required, *known.optional}
-    extra = [column for column, value in row.items() if column not in named and value is not None]
+    extra = [
+        column for column, value in known.named(row).items() if column not in named and value is not None
+    ]
     for column in known.turns:
         if isinstance(row[column], list):
             extra += extra_turn_keys(row, column)
     return extra
 
 
-def _reason(fitting: list[str], formats: Formats) -> str:
-    required = formats[fitting[0]].required
+def _reason(fitting: list[str], formats: Formats, row: Mapping[str, Any]) -> str:
+    required = formats[fitting[0]].written(row)
     names = " and ".join(f"`{column}`" for column in required)
     reason = f"the first row has the column{'s' * (len(required) > 1)} {names}"
     if len(fitting) > 1:

@@ -19,14 +19,22 @@ _MERGE_CODE = '''\
 model.merge_and_unload().save_pretrained("merged")  # the model from above
 tokenizer.save_pretrained("merged")  # then: mlx_lm.generate --model merged --prompt "…"'''
 
+_EMBEDDING_CODE = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH/TO/THIS/FOLDER")
+queries = model.encode_query(["a question"])
+documents = model.encode_document(["a text", "another text"])
+print(model.similarity(queries, documents))"""
+
 
 @frozen(kw_only=True)
 class CardFacts:
     """What a model card tells.
 
     `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
-    saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. Losses are None where there
-    were none.
+    saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. `embeds`: the model makes vectors
+    of texts. Losses are None where there were none.
     """
 
     base: str
@@ -37,6 +45,7 @@ class CardFacts:
     settings: str
     version: str
     kind: str = "LoRA"
+    embeds: bool = False
     train_loss: float | None = None
     eval_loss: float | None = None
     tags: Sequence[str] = ()
@@ -62,7 +71,10 @@ def model_card(facts: CardFacts) -> str:
 
 def _front_matter(base: str, facts: CardFacts) -> str:
     tags = dict.fromkeys([facts.kind.lower(), "peft", "soup-xb", *facts.tags])
-    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    if facts.embeds:
+        tags = dict.fromkeys([*tags, "sentence-transformers"])
+    task = "sentence-similarity" if facts.embeds else "text-generation"
+    lines = ["---", "library_name: peft", f"pipeline_tag: {task}"]
     if base:
         lines.append(f"base_model: {json.dumps(base)}")
     # JSON text is YAML text, so a tag cannot break out of its line.
@@ -81,6 +93,14 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _loading(base: str, facts: CardFacts) -> str:
+    if facts.embeds:
+        merge = "soupx merge PATH/TO/THIS/FOLDER --output merged"
+        return "\n\n".join(
+            [
+                f"With sentence-transformers and PEFT installed:\n\n{_fenced(_EMBEDDING_CODE, 'python')}",
+                f"As a whole model, which needs no PEFT:\n\n{_fenced(merge, 'bash')}",
+            ]
+        )
     parts = [f"With PEFT:\n\n{_fenced(_peft_code(base), 'python')}"]
     folder = "PATH/TO/THIS/FOLDER"
     if facts.kind == "VeRA":

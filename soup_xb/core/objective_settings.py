@@ -10,15 +10,15 @@ from soup_xb.core.config import JUDGED, PAIRED, Config
 from soup_xb.core.objectives import OBJECTIVES
 
 # Keys that carry their task's name.
-_KEYS = {"gamma": "simpo_gamma"}
+_KEYS = {"gamma": "simpo_gamma", "scale": "embedding_scale"}
 
 
 def objective_of(config: Config) -> Any:
-    """The objective of a preference task (see core.objectives), None for tasks that learn tokens.
+    """The objective of a task that compares texts (see core.objectives), None for tasks that learn tokens.
 
     A key that the file leaves open has the objective's own default.
     """
-    if config.task not in (*PAIRED, *JUDGED):
+    if config.task not in (*PAIRED, *JUDGED, "embedding"):
         return None
     kind = OBJECTIVES[config.task]
     names = [attribute.name for attribute in fields(kind)]

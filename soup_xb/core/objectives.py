@@ -7,7 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, lt
+from attrs.validators import ge, gt, in_, lt
+
+from soup_xb.core.config import POOLINGS
 
 
 def _above_zero(default: float) -> Any:
@@ -89,9 +91,13 @@ class Grpo:
 
 @frozen
 class Embedding:
-    """`scale` multiplies cosines before the softmax: one over the temperature."""
+    """`scale` multiplies cosines before the softmax: one over the temperature.
+
+    `pooling` says which tokens a text's vector is made of: mean, cls (the first), last, or auto.
+    """
 
     scale: float = _above_zero(20.0)
+    pooling: str = field(default="auto", validator=in_(POOLINGS))
 
 
 OBJECTIVES: Mapping[str, type] = MappingProxyType(

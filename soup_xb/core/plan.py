@@ -11,6 +11,7 @@ from attrs import frozen
 
 from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches
 from soup_xb.core.config import Config, TrainingConfig
+from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution
 from soup_xb.core.preference_batches import micro_batches
@@ -136,6 +137,7 @@ def make_plan(
             where="training.relora_steps",
             help="lower it, train for more steps, or remove it.",
         )
+    _check_negatives(config, rows)
     return Plan(
         config=config,
         adapters=AdapterPlan(
@@ -145,6 +147,7 @@ def make_plan(
             use_rslora=training.lora.use_rslora,
             seed=training.seed,
             merges=training.relora_steps is not None and training.relora_mode == "merge",
+            task_type="FEATURE_EXTRACTION" if config.task == "embedding" else "CAUSAL_LM",
         ),
         rows=rows,
         evaluation=evaluation,
@@ -156,6 +159,19 @@ def make_plan(
         save_steps=steps_every(training.save_steps, total_steps),
         restart_steps=restarts,
         warnings=resolution.warnings,
+    )
+
+
+def _check_negatives(config: Config, rows: Rows) -> None:
+    """Raise ConfigError where no anchor of a micro-batch would have a wrong answer to tell from the right one."""
+    alone = config.training.batch_size == 1 or len(rows) == 1
+    if not alone or not isinstance(rows[0], EmbeddingRow) or rows.facts.sequence_lengths.shape[1] > 2:
+        return
+    raise ConfigError(
+        "no-negatives",
+        "one row at a time and no `negative` in the rows: there is nothing to tell the positive from",
+        where="training.batch_size",
+        help="write 2 or more, better 32: the other rows of a micro-batch are the wrong answers.",
     )
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from attrs import evolve
 
 from soup_xb.core.batches import Comparison, MicroBatch, collate, eval_batches, process_share
+from soup_xb.core.contrast_batches import contrast_batch
+from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.made import Made
 from soup_xb.core.preferences import JudgedRow, LearnedRow, PairRow
@@ -61,6 +63,10 @@ def micro_batches(
     """
 
     def make(index: int) -> MicroBatch:
+        if isinstance(rows[batches[index][0]], EmbeddingRow):
+            # What an anchor is told from lies on all processes.
+            texts = [row for row in map(rows.row, batches[index]) if isinstance(row, EmbeddingRow)]
+            return contrast_batch(texts, share_of, pad_id)
         share = process_share(batches[index], *share_of)
         return collate_rows(
             [rows[row] for row in share], None if references is None else references[share], pad_id

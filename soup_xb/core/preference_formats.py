@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from soup_xb.core.config import task_formats
+from soup_xb.core.embedding_formats import embedding_formats
 from soup_xb.core.errors import DataError
 from soup_xb.core.examples import (
     ChatExample,
@@ -104,4 +105,4 @@ PREFERENCES: Mapping[str, Format] = MappingProxyType(
         ),
     }
 )
-EVERY_FORMAT: Mapping[str, Format] = MappingProxyType({**FORMATS, **PREFERENCES})
+EVERY_FORMAT: Mapping[str, Format] = MappingProxyType({**FORMATS, **PREFERENCES, **embedding_formats()})

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
+from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.examples import Source, TokenRow
 
 Array = np.ndarray[Any, Any]
@@ -93,13 +94,15 @@ class JudgedRow:
         return self.answer.target_tokens
 
 
-LearnedRow = TokenRow | PairRow | JudgedRow
+LearnedRow = TokenRow | PairRow | JudgedRow | EmbeddingRow
 
 
 def side_names(row: LearnedRow) -> tuple[str, ...]:
     """What each of a row's sequences is, in a word; nothing for a row that is no preference."""
     if isinstance(row, PairRow):
         return ("chosen", "rejected")
+    if isinstance(row, EmbeddingRow):
+        return ("anchor", "positive", "negative")[: len(row.sequences)]
     if isinstance(row, JudgedRow):
         return ("desirable" if row.desirable else "undesirable", "mismatched")[: len(row.sequences)]
     return ("",)

@@ -14,7 +14,7 @@ from attrs import frozen
 from soup_xb.core.coverage_text import CoverageRow
 from soup_xb.core.durable import disk_errors, write_text
 from soup_xb.core.errors import Problem
-from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, StepEvent
+from soup_xb.core.events import ACCURACIES, EvalEvent, Event, Notice, RestartEvent, StepEvent
 from soup_xb.core.metrics import read_events
 from soup_xb.core.report_curves import curves_svg
 from soup_xb.core.run_folder import REPORT, RunFolder
@@ -137,9 +137,11 @@ def figures(facts: ReportFacts) -> list[Figure]:
         best = min(evals, key=lambda event: event.loss if math.isfinite(event.loss) else math.inf)
         detail = "the lowest" if best is evals[-1] else f"lowest {_loss_text(best.loss)} at step {best.step}"
         strip.append(Figure("Evaluation loss", _loss_text(evals[-1].loss), detail if len(evals) > 1 else ""))
-    accuracies = [event.means["reward_accuracy"] for event in evals if "reward_accuracy" in event.means]
-    if accuracies:
-        strip.append(Figure("Evaluation accuracy", f"{accuracies[-1]:.0%}", "answers on their side"))
+    strip += [
+        Figure("Evaluation accuracy", f"{evals[-1].means[name]:.0%}", detail)
+        for name, detail in zip(ACCURACIES, ("answers on their side", "positives nearest"), strict=True)
+        if evals and name in evals[-1].means
+    ]
     steps = (
         f"{record.steps:,}"
         if record.steps == record.total_steps

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from soup_xb.core.events import EvalEvent, Event, RestartEvent, StepEvent
+from soup_xb.core.events import ACCURACIES, EvalEvent, Event, RestartEvent, StepEvent
 
 # matplotlib wants colours that it knows; the page wants variables that follow light and dark.
 COLOURS = {
@@ -46,14 +46,13 @@ STYLE = {
     "path.simplify": True,
 }
 MAX_POINTS = 2000
-ACCURACY = "reward_accuracy"
 Points = list[tuple[int, float]]
 
 
 def curves_svg(events: Sequence[Event]) -> str:
     """Loss above, learning rate below, on one axis of steps; empty where no step has a finite loss.
 
-    Between them stands the accuracy of a preference task.
+    Between them stands the accuracy of a task that compares texts.
 
     Raises ImportError where matplotlib is not installed.
     """
@@ -65,7 +64,7 @@ def curves_svg(events: Sequence[Event]) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        judged = any(ACCURACY in event.means for event in steps)
+        judged = any(_accuracies(steps))
         figure = Figure(figsize=(9.2, 7.0 if judged else 5.4), layout="constrained")
         FigureCanvasSVG(figure)
         ratios = [3, 1.5, 1] if judged else [3, 1]
@@ -109,16 +108,20 @@ def _draw_loss(axes: Any, steps: Sequence[StepEvent], evals: Sequence[EvalEvent]
     axes.margins(x=0.01, y=0.08)
 
 
+def _accuracies(events: Sequence[StepEvent] | Sequence[EvalEvent]) -> Points:
+    return [(event.step, event.means[name]) for event in events for name in ACCURACIES if name in event.means]
+
+
 def _draw_accuracy(axes: Any, steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> None:
-    points = [(event.step, event.means[ACCURACY]) for event in steps if ACCURACY in event.means]
+    points = _accuracies(steps)
     raw = thinned(points, MAX_POINTS)
     axes.scatter(*zip(*raw, strict=True), s=_dot_size(len(raw)), color=SOFT, linewidths=0)
     axes.plot(*zip(*thinned(smoothed(points), MAX_POINTS), strict=True), color=ACCENT, linewidth=1.9)
-    held_out = [(event.step, event.means[ACCURACY]) for event in evals if ACCURACY in event.means]
+    held_out = _accuracies(evals)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=EVAL, marker="o", markersize=5.5, linewidth=1.2)
     axes.set_ylim(-0.05, 1.05)
-    axes.set_ylabel("reward accuracy")
+    axes.set_ylabel("accuracy")
 
 
 def _draw_rate(axes: Any, steps: Sequence[StepEvent]) -> None:

@@ -106,8 +106,8 @@ def _format_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _packing_keeps_answers_apart(loaded: LoadedConfig) -> Iterator[Problem]:
-    if loaded.config.data.packing and loaded.config.task in PREFERENCE_TASKS:
-        reason = "a preference is over whole answers, each in a sequence of its own"
+    if loaded.config.data.packing and loaded.config.task in (*PREFERENCE_TASKS, "embedding"):
+        reason = "what is compared are whole texts, each in a sequence of its own"
         yield excluded(loaded, ("data.packing", "`true`"), "task", reason)
 
 
@@ -148,10 +148,11 @@ def _evaluated_on_other_rows(loaded: LoadedConfig) -> Iterator[Problem]:
 
 def _template_is_used(loaded: LoadedConfig) -> Iterator[Problem]:
     data = loaded.config.data
-    if data.chat_template is not None and data.format in ("text", "prompt-completion"):
+    plain = data.format in ("text", "prompt-completion") or loaded.config.task == "embedding"
+    if data.chat_template is not None and plain:
         yield Problem(
             "key-without-effect",
-            f"`format: {data.format}` rows are used without a chat template",
+            "such rows are used without a chat template",
             loaded.where("data.chat_template"),
         )
 
@@ -177,5 +178,5 @@ RULES = (
     Rule(_output_is_its_own, ("base", "adapter", "output")),
     Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
     Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),
-    Rule(_template_is_used, ("data.format", "data.chat_template"), warning=True),
+    Rule(_template_is_used, ("task", "data.format", "data.chat_template"), warning=True),
 )

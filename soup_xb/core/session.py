@@ -36,7 +36,7 @@ class OptimizerSettings:
 class SessionSettings:
     """How to open a base. `base` is a local folder; `weights=False` gives its structure alone.
 
-    `objective` is that of a preference task (see core.objectives), None where tokens are learned.
+    `objective` is that of a task that compares texts (see core.objectives), None where tokens are learned.
     `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none. `sharding` is how
     several processes hold the base (see the config), `process_timeout` the seconds that one waits for the others.
     """
@@ -76,7 +76,10 @@ class BaseDescription:
 
 @frozen
 class AdapterPlan:
-    """The adapters to attach, decided module by module. `merges`: restarts will fold them into the base."""
+    """The adapters to attach, decided module by module. `merges`: restarts will fold them into the base.
+
+    `task_type` is PEFT's word for what the adapted model does.
+    """
 
     modules: tuple[AdapterModule, ...]
     dropout: float
@@ -84,6 +87,7 @@ class AdapterPlan:
     use_rslora: bool
     seed: int
     merges: bool = False
+    task_type: str = "CAUSAL_LM"
 
     @property
     def use_dora(self) -> bool:
@@ -252,3 +256,12 @@ class ScoringSession(Session, Protocol):
 
         `shares` are this process's batches, each with the places of its rows; the result is whole on every process.
         """
+
+
+class EmbeddingSession(Session, Protocol):
+    """A session whose base was opened for embeddings: it has no head, and its logits and answers are refused."""
+
+    pooling: str
+
+    def embeddings(self, batch: MicroBatch, adapter: bool = True) -> Array:
+        """A unit vector for each row of the batch, float32 (rows, width)."""

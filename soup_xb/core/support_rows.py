@@ -74,6 +74,16 @@ _TEXT_ROWS = "`task: sft` on text rows is what this version trains."
 
 _NO_PREFERENCES = No("the mlx engine has no preference losses", _CHOSEN_ANSWERS)
 
+_NO_EMBEDDINGS = No(
+    "the mlx engine opens no encoders and has no loss over texts that are compared with each other",
+    "train it with `backend: torch`; sentence-transformers then loads the result on a Mac's GPU too.",
+)
+
+
+def _of_embeddings(*names: str) -> tuple[Row, ...]:
+    return tuple(Row(name, "embedding", mlx=_NO_EMBEDDINGS, follows="task=embedding") for name in names)
+
+
 _TASKS = (
     *_works("task", "task=sft", "task=pretrain"),
     *(
@@ -82,7 +92,8 @@ _TASKS = (
     ),
     _task("reward", _CHOSEN_ANSWERS),
     *(_task(name, _WORKED_ANSWERS) for name in ("ppo", "grpo", "rlhf")),
-    *(_task(name, _TEXT_ROWS) for name in ("embedding", "vision", "audio")),
+    Row("task=embedding", "embedding", mlx=_NO_EMBEDDINGS),
+    *(_task(name, _TEXT_ROWS) for name in ("vision", "audio")),
 )
 
 _RELORA_NO_MLX = No(
@@ -121,6 +132,7 @@ _DATA = (
         Row(f"data.format={name}", "preference", mlx=_NO_PREFERENCES)
         for name in ("preference", "unpaired-preference")
     ),
+    *_of_embeddings("data.format=anchor-positive", "data.query_prompt", "data.document_prompt"),
     *_works("data.packing", "data.chat_template"),
 )
 
@@ -158,6 +170,11 @@ _TRAINING = (
     *(
         Row(f"training.{name}", "preference", mlx=_NO_PREFERENCES)
         for name in ("beta", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight")
+    ),
+    *_of_embeddings(
+        "training.pooling",
+        *(f"training.pooling={name}" for name in ("auto", "mean", "cls", "last")),
+        "training.embedding_scale",
     ),
     Row(
         "training.router_aux_loss_coef",

@@ -25,7 +25,7 @@ def vera_settings(plan: AdapterPlan, base: str, targets: Sequence[str]) -> dict[
     """The content of `adapter_config.json`."""
     return {
         "peft_type": "VERA",
-        "task_type": "CAUSAL_LM",
+        "task_type": plan.task_type,
         "base_model_name_or_path": base,
         "r": plan.modules[0].rank,
         "vera_dropout": plan.dropout,

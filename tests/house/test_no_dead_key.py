@@ -19,6 +19,7 @@ from soup_xb.core.events import Event, Notice
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
 
 PAIRS = {"data.train": "pairs.jsonl"}
+TEXTS = {"task": "embedding", "data.train": "texts.jsonl"}
 
 # Another value for each key. A dict is a set of keys written together, where one alone would be refused as meaningless.
 OTHERS: dict[str, Any] = {
@@ -74,6 +75,10 @@ OTHERS: dict[str, Any] = {
     "training.simpo_gamma": PAIRS | {"task": "simpo", "training.simpo_gamma": 0.3},
     "training.desirable_weight": PAIRS | {"task": "kto", "training.desirable_weight": 0.4},
     "training.undesirable_weight": PAIRS | {"task": "kto", "training.undesirable_weight": 0.4},
+    "data.query_prompt": TEXTS | {"data.query_prompt": "query: "},
+    "data.document_prompt": TEXTS | {"data.document_prompt": "text: "},
+    "training.pooling": TEXTS | {"training.pooling": "mean"},
+    "training.embedding_scale": TEXTS | {"training.embedding_scale": 5.0},
     "training.router_aux_loss_coef": 0.1,
     "training.lora.r": 3,
     "training.lora.alpha": 5,
@@ -100,6 +105,9 @@ BESIDE = {
     "training.simpo_gamma": PAIRS | {"task": "simpo"},
     "training.desirable_weight": PAIRS | {"task": "kto"},
     "training.undesirable_weight": PAIRS | {"task": "kto"},
+    **dict.fromkeys(
+        ("data.query_prompt", "data.document_prompt", "training.pooling", "training.embedding_scale"), TEXTS
+    ),
 }
 # The first changes memory and time alone; the torch and contract tests see the blocks run twice. The second is about
 # several processes, one of which hangs; the tests of sharded runs stop one.
@@ -122,6 +130,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_f
     (place / "train.jsonl").write_text("\n".join(lines[:30]))
     (place / "other.jsonl").write_text("\n".join(lines[20:45]))
     (place / "pairs.jsonl").write_text("\n".join(map(pair, lines[:16])))
+    (place / "texts.jsonl").write_text("\n".join(map(texts, lines[:16])))
     return place
 
 
@@ -131,6 +140,12 @@ def pair(line: str) -> str:
     return json.dumps(
         {"chosen": [question, answer], "rejected": [question, answer | {"content": "No idea."}]}
     )
+
+
+def texts(line: str) -> str:
+    """A row of texts that belong together out of a conversation."""
+    question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+    return json.dumps({"anchor": question, "positive": answer})
 
 
 def values_of(key: str) -> dict[str, Any]:

@@ -80,9 +80,11 @@ def tiny_caller(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> P
 
 
 @pytest.fixture(scope="module")
-def tiny_bases(tiny_llama: Path, tiny_experts: Path, tiny_caller: Path) -> Callable[[str], Path]:
+def tiny_bases(
+    tiny_llama: Path, tiny_experts: Path, tiny_caller: Path, tiny_encoder: Path
+) -> Callable[[str], Path]:
     """The base that a template's rows are trained on."""
-    special = {"moe": tiny_experts, "tool-calling": tiny_caller}
+    special = {"moe": tiny_experts, "tool-calling": tiny_caller, "embedding": tiny_encoder}
     return lambda name: special.get(name, tiny_llama)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import transformers
 
 from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.embedding_files import base_pooling
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.towers import is_in_tower
 
 _CAUSAL = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+_MASKED = transformers.MODEL_FOR_MASKED_LM_MAPPING
 _INSTEAD = (
     "take a decoder-only text model; of bases with vision or audio towers, Gemma 3 and 4 work, among others."
 )
@@ -37,6 +39,34 @@ def check_causal(folder: BaseFolder, config: Any) -> None:
             f"`{folder.model_type}` attends to later tokens too, so that it would see what it is to predict"
         )
         raise ModelError("not-causal", message, where=where, help=_INSTEAD)
+
+
+def check_embedding(folder: BaseFolder, config: Any) -> None:
+    """Raise ModelError for a base whose hidden states are not those of a text: encoder-decoders, towers alone."""
+    kinds = (*_CAUSAL, *_MASKED)
+    if type(config) in transformers.MODEL_MAPPING and type(config) in kinds and not config.is_encoder_decoder:
+        return
+    raise ModelError(
+        "not-a-text-model",
+        f"`{folder.model_type}` is neither a text encoder nor a decoder alone",
+        where=str(folder.path / "config.json"),
+        help="take an encoder such as BERT, MPNet or ModernBERT, or a decoder such as Qwen 3.",
+    )
+
+
+def pooling_for(asked: str, base: Path, model: Any) -> tuple[str, str]:
+    """How a base's hidden states become one vector (mean, cls or last), and why.
+
+    Raises ModelError where the base's own files ask for what is not built here.
+    """
+    if asked != "auto":
+        return asked, "`training.pooling` says so"
+    own = base_pooling(base)
+    if own:
+        return own, "the base's own sentence-transformers files say so"
+    if type(model.config) in _MASKED:
+        return "mean", "the base is an encoder, whose every token sees the whole text"
+    return "last", "the base is a decoder, whose last token alone sees the whole text"
 
 
 def text_alone(model: Any, base: Path) -> tuple[Problem, ...]:

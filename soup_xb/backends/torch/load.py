@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.base_kind import check_causal
+from soup_xb.backends.torch.base_kind import check_causal, check_embedding
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.backends.torch.expert_layers import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
@@ -21,6 +21,7 @@ from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.modules import Module
+from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import BaseDescription, SessionSettings
 
 # A config.json may name a kernel on the hub here, which is code that somebody else wrote; None is the library's own.
@@ -33,11 +34,11 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     Raises ModelError for a folder that is damaged, holds foreign formats or wants to run code.
     """
     folder = inspect_base(settings.base)
-    config = read_config(folder)
+    config, kind = read_config(folder, settings.objective)
     quantization = _quantization(settings.quantization, folder, device)
     with memory_guard("loading the base"):
         with foreign_errors(partial(unreadable, folder)):
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            model, report = kind.from_pretrained(
                 settings.base,
                 config=config,
                 dtype=device.dtype,
@@ -57,26 +58,30 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     return model
 
 
-def outline_base(path: Path, dtype: torch.dtype | None = None) -> Any:
+def outline_base(path: Path, dtype: torch.dtype | None = None, objective: Any = None) -> Any:
     """The base's modules on the meta device: names and shapes without memory."""
     folder = inspect_base(path, weights=False)
-    config = read_config(folder)
+    config, kind = read_config(folder, objective)
     with torch.device("meta"), foreign_errors(partial(unreadable, folder)):
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False, **_OWN_IMPLEMENTATIONS
-        )
+        return kind.from_config(config, dtype=dtype, trust_remote_code=False, **_OWN_IMPLEMENTATIONS)
 
 
-def read_config(folder: BaseFolder) -> Any:
-    """The base's config as transformers reads it. Raises ModelError for a type that is not trained here."""
+def read_config(folder: BaseFolder, objective: Any = None) -> tuple[Any, Any]:
+    """The base's config as transformers reads it, and the Auto class that opens it for the objective.
+
+    Raises ModelError for a type that is not trained here.
+    """
     if folder.model_type not in transformers.CONFIG_MAPPING:
         raise unknown_type(folder, transformers.__version__)
     with foreign_errors(partial(unreadable, folder)):
         config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
+    if isinstance(objective, Embedding):
+        check_embedding(folder, config)
+        return config, transformers.AutoModel
     check_causal(folder, config)
-    return config
+    return config, transformers.AutoModelForCausalLM
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -175,7 +180,8 @@ def _keep_quantized_layers_trainable(model: Any) -> None:
 
 def check_loading(folder: BaseFolder, report: Any) -> None:
     """Raise ModelError where transformers found weights missing, or of another shape."""
-    missing = sorted(report["missing_keys"])
+    # The pooler of a BERT is read by no loss here, and many encoders are saved without one.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     mismatched = sorted(str(key) for key in report["mismatched_keys"])
     if missing or mismatched:
         first = (missing or mismatched)[0]

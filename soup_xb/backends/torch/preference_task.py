@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from soup_xb.backends.torch import preference_losses as losses
+from soup_xb.backends.torch.embedding_task import EmbeddingTask
 from soup_xb.backends.torch.head import BatchTensors, row_log_probabilities
 from soup_xb.backends.torch.preference_losses import Judged, Losses, Pair, per_token
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.task_loss import TaskLoss, TokenLoss
 from soup_xb.core.batches import Comparison, MicroBatch
-from soup_xb.core.objectives import Bco, Dpo, Ipo, Kto, Orpo, RewardMean, Simpo
+from soup_xb.core.objectives import Bco, Dpo, Embedding, Ipo, Kto, Orpo, RewardMean, Simpo
 from soup_xb.core.session import StepSettings
 
 _PAIRED: Mapping[type, Callable[[Pair, Pair, Any], Losses]] = MappingProxyType(
@@ -43,6 +44,8 @@ def task_loss(objective: Any, processes: Processes, place: torch.device) -> Task
     """The loss of a session's objective (see core.objectives); without one, that of target tokens."""
     if objective is None:
         return TokenLoss(place)
+    if isinstance(objective, Embedding):
+        return EmbeddingTask(objective, processes, place)
     return PreferenceTask(objective, processes, place)
 
 

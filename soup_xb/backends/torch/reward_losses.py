@@ -76,20 +76,30 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
     return advantages / (rewards.std(dim=1, keepdim=True, correction=1) + _LEAST_DEVIATION)
 
 
-def embedding(anchors: Tensor, candidates: Tensor, settings: Embedding) -> Losses:
+def embedding(
+    anchors: Tensor, candidates: Tensor, settings: Embedding, right: Tensor | None = None
+) -> Losses:
     """Multiple negatives ranking (arXiv:1705.00652), on cosines.
 
-    anchors (n, width); candidates (m, width), m >= n: the i-th belongs to the i-th anchor, every other one, hard
-    negatives after the n-th too, is a wrong answer to it: -log softmax(scale cos(anchor, candidates))[i].
-    `accuracies` is 1 where the right candidate is nearest, `margins` its cosine less the best wrong one's (less -1
-    where there is none).
+    anchors (n, width); candidates (m, width), m >= n: that at `right` (n,), by default the i-th, belongs to the i-th
+    anchor, every other one, hard negatives too, is a wrong answer to it:
+    -log softmax(scale cos(anchor, candidates))[right]. `accuracies` is 1 where the right candidate is nearest,
+    `margins` its cosine less the best wrong one's (less -1 where there is none), `positives` its cosine, `negatives`
+    the mean of the wrong ones (0 for none).
     """
     cosines = normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).T
-    right = torch.arange(len(anchors), device=anchors.device)
+    if right is None:
+        right = torch.arange(len(anchors), device=anchors.device)
     losses = cross_entropy(settings.scale * cosines, right, reduction="none")
-    found = cosines.detach().diagonal()
-    wrong = cosines.detach().scatter(1, right.unsqueeze(-1), -1.0).amax(dim=1)
-    return losses, {"accuracies": (found > wrong).to(found.dtype), "margins": found - wrong}
+    cosines = cosines.detach()
+    found = cosines.gather(1, right.unsqueeze(-1)).squeeze(-1)
+    wrong = cosines.scatter(1, right.unsqueeze(-1), -1.0).amax(dim=1)
+    return losses, {
+        "accuracies": (found > wrong).to(found.dtype),
+        "margins": found - wrong,
+        "positives": found,
+        "negatives": (cosines.sum(1) - found) / max(1, len(candidates) - 1),
+    }
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:

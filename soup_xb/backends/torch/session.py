@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from attrs import evolve
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
 from soup_xb.backends.torch.addition import base_outputs, live_addition
-from soup_xb.backends.torch.base_kind import text_alone
+from soup_xb.backends.torch.base_kind import pooling_for, text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
+from soup_xb.backends.torch.embedding_task import embed
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
@@ -37,6 +39,7 @@ from soup_xb.core.batches import MicroBatch
 from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
 from soup_xb.core.modules import AdapterModule
+from soup_xb.core.objectives import Embedding
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.session import (
     AdapterPlan,
@@ -60,7 +63,8 @@ def open_session(settings: SessionSettings) -> TorchSession:
     processes = join_processes(settings.process_timeout)
     device = choose_device(settings.precision, processes)
     if not settings.weights:
-        return TorchSession(outline_base(settings.base), settings, device, processes)
+        outline = outline_base(settings.base, objective=settings.objective)
+        return TorchSession(outline, settings, device, processes)
     sharded = settings.sharding == "fsdp" and processes.many
     model = load_sharded(settings, device, processes) if sharded else load_base(settings, device)
     return TorchSession(model, settings, device, processes)
@@ -70,6 +74,8 @@ class TorchSession:
     """See soup_xb.core.session.Session."""
 
     backend = "torch"
+    # How texts become vectors; empty where the base was not opened for embeddings.
+    pooling = ""
 
     def __init__(self, model: Any, settings: SessionSettings, device: Device, processes: Processes) -> None:
         """Take over an opened, frozen base."""
@@ -86,7 +92,12 @@ class TorchSession:
         self._description = describe_model(model, clippable.wrappers)
         self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
-        self._loss: TaskLoss = task_loss(settings.objective, processes, device.torch_device)
+        objective = settings.objective
+        if isinstance(objective, Embedding):
+            pooling, reason = pooling_for(objective.pooling, settings.base, model)
+            self._patch_notices.append(Problem("pooling", f"{pooling}: {reason}"))
+            self.pooling, objective = pooling, evolve(objective, pooling=pooling)
+        self._loss: TaskLoss = task_loss(objective, processes, device.torch_device)
         if settings.router_aux_loss_coef is not None:
             check_router(model)
             self._loss = RouterBalance(
@@ -174,6 +185,13 @@ class TorchSession:
                 found[torch.from_numpy(places).to(found.device)] = values.double()
         self._processes.sum_([found])
         result: Array = found.cpu().numpy()
+        return result
+
+    def embeddings(self, batch: MicroBatch, adapter: bool = True) -> Array:
+        """A unit vector for each row."""
+        with torch.no_grad(), self._with_adapter(adapter), memory_guard("embedding texts"):
+            vectors = embed(self.model, batch, self.pooling, self._device.torch_device)
+            result: Array = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
         return result
 
     def restart(self, settings: RestartSettings) -> RestartResult:
