@@ -115,7 +115,7 @@ def _check_prompts(loaded: LoadedConfig, prompts: Sequence[str]) -> None:
     """Raise ConfigError where a model without words is to answer."""
     if prompts and loaded.config.task == "embedding":
         raise ConfigError(
-            "embeds-only",
+            "no-answers",
             "an embedding model has no answers to give",
             where=loaded.where("task"),
             help="leave `--prompt` out.",

@@ -113,7 +113,7 @@ def test_the_commands_after_a_run(soupx: Soupx, config: Config, tmp_path: Path) 
     on_mlx = soupx("eval", out, "--data", pairs, "--backend", "mlx")
     assert (on_mlx.code, "error[mlx-no-embedding]" in on_mlx.err) == (2, True)
     asked = soupx("train", config(), "--overwrite", "--prompt", "Hello")
-    assert (asked.code, "error[embeds-only]" in asked.err) == (2, True)
+    assert (asked.code, "error[no-answers]" in asked.err) == (2, True)
     card = (out / "adapter" / "README.md").read_text()
     assert "pipeline_tag: sentence-similarity" in card
     assert "SentenceTransformer(" in card
