@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,6 @@ from soup_xb.core.embedding_files import EmbeddingFacts
 from soup_xb.core.embedding_formats import embedding_formats
 from soup_xb.core.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.errors import DataError, Problem
-from soup_xb.core.example_file import ExampleReader
-from soup_xb.core.examples import Row
 from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.judged_rows import rows_for_task
 from soup_xb.core.packing import pack, packing_notice, split_long
@@ -29,10 +27,9 @@ from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.core.schedule import floor_share
-from soup_xb.encoding import BATCH
 from soup_xb.hub_dataset import hub_rows
-from soup_xb.preference_rows import is_chat, tokenize_examples
-from soup_xb.row_tally import RowTally
+from soup_xb.token_file import DataSource, Reading, TokenFile, token_file
+from soup_xb.tokenize_process import Tokenizing
 from soup_xb.tokenizer import ChatTokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
@@ -49,20 +46,6 @@ class Dataset:
     warnings: tuple[Problem, ...] = ()
 
 
-@frozen(eq=False)
-class TokenFile:
-    """One file as token rows. `count` is the number of rows in the file, `unlearnable` of those without a target."""
-
-    rows: Rows
-    format: str
-    reason: str
-    count: int
-    unlearnable: int
-    truncated: int
-    notices: tuple[Problem, ...]
-    warnings: tuple[Problem, ...] = ()
-
-
 def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft") -> Dataset:
     """The rows of a config's `data` section, packed where the task or `data.packing` says so.
 
@@ -72,8 +55,8 @@ def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: st
     """
     # Documents are cut into pieces and nothing of them is left out; rows of a task with answers are cut short.
     longest = sys.maxsize if task == "pretrain" else data.max_length
-    train = [_tokenize(_reader(entry, data, task), tokenizer, longest) for entry in data.train]
-    held_out = [_tokenize(_reader(entry, data, task), tokenizer, longest) for entry in data.eval]
+    train = [_token_file(entry, data, task, (tokenizer, longest)) for entry in data.train]
+    held_out = [_token_file(entry, data, task, (tokenizer, longest)) for entry in data.eval]
     rows = join_rows([file.rows for file in train])
     evaluation = join_rows([file.rows for file in held_out])
     if data.val_split > 0:
@@ -86,7 +69,8 @@ def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: st
         rows, evaluation = _packed(rows, data.max_length), _packed(evaluation, data.max_length)
         notices[packing_notice(documents, rows, data.max_length)] = None
     warnings = dict.fromkeys(warning for file in (*train, *held_out) for warning in file.warnings)
-    warnings |= dict.fromkeys(repeated_positives([row for row in rows if isinstance(row, EmbeddingRow)]))
+    if len(rows) and isinstance(rows[0], EmbeddingRow):
+        warnings |= dict.fromkeys(repeated_positives([row for row in rows if isinstance(row, EmbeddingRow)]))
     return Dataset(rows, evaluation, formats, tuple(notices), tuple(warnings))
 
 
@@ -105,10 +89,10 @@ def load_file(
 
     Raises as `load_dataset` does.
     """
-    formats = FORMATS
+    reading = Reading(format, FORMATS)
     if embedding is not None:
-        formats = embedding_formats(embedding.query_prompt, embedding.document_prompt)
-    file = _tokenize(ExampleReader(read_rows(path), format, str(path), formats), tokenizer, max_length)
+        reading = _embedding(format, embedding.query_prompt, embedding.document_prompt)
+    file = token_file(_local(str(path), path), reading, Tokenizing(str(path), tokenizer, max_length))
     return file.rows, file.notices
 
 
@@ -116,7 +100,8 @@ def tokenize_file(
     path: Path, format: str, tokenizer: ChatTokenizer, max_length: int, formats: Formats = EVERY_FORMAT
 ) -> TokenFile:
     """One file with its counts, whichever task its rows are for. Raises as `load_dataset` does."""
-    return _tokenize(ExampleReader(read_rows(path), format, str(path), formats), tokenizer, max_length)
+    how = Tokenizing(str(path), tokenizer, max_length)
+    return token_file(_local(str(path), path), Reading(format, formats), how)
 
 
 def split_rows(rows: Sequence[LearnedRow], share: float, seed: int) -> tuple[Rows, Rows]:
@@ -141,38 +126,26 @@ def split_rows(rows: Sequence[LearnedRow], share: float, seed: int) -> tuple[Row
     return SelectedRows(known, train), SelectedRows(known, held_out)
 
 
-def _reader(entry: str, data: DataConfig, task: str) -> ExampleReader:
+def _token_file(entry: str, data: DataConfig, task: str, cut: tuple[ChatTokenizer, int]) -> TokenFile:
+    """One entry of the config's data, tokenized and cut at so many tokens."""
     path = local_path(entry)
     if is_local_path(entry) or not _HUB_ID.fullmatch(entry) or path.exists():
-        rows: Iterator[Row] = read_rows(path)
+        source = _local(entry, path)
     else:
-        rows = hub_rows(entry, data.subset, data.split)
-    formats = formats_of(task)
+        found = hub_rows(entry, data.subset, data.split)
+        source = DataSource(entry, entry, found.__iter__, found.files, (data.subset or "", data.split))
     if task == "embedding":
-        formats = embedding_formats(data.query_prompt or "", data.document_prompt or "")
-    return ExampleReader(rows, "text" if task == "pretrain" else data.format, entry, formats)
+        reading = _embedding(data.format, data.query_prompt or "", data.document_prompt or "")
+    else:
+        reading = Reading("text" if task == "pretrain" else data.format, formats_of(task))
+    return token_file(source, reading, Tokenizing(entry, *cut))
 
 
-def _tokenize(reader: ExampleReader, tokenizer: ChatTokenizer, max_length: int) -> TokenFile:
-    tally = RowTally(reader.name, max_length)
-    rows: list[LearnedRow] = []
-    examples = iter(reader)
-    while batch := list(islice(examples, BATCH)):
-        tally.chats |= any(is_chat(example) for example in batch)
-        results = tokenize_examples(batch, tokenizer, max_length)
-        tally.add(results)
-        rows += (result.row for result in results if result.row is not None)
-    if not rows:
-        raise tally.nothing_to_learn(reader.count)
-    notices = (*reader.notices(), *tally.notices(), *(tokenizer.notices() if tally.chats else ()))
-    detection = reader.detection
-    return TokenFile(
-        rows=as_rows(rows),
-        format=detection.name,
-        reason=detection.reason,
-        count=reader.count,
-        unlearnable=reader.count - len(rows),
-        truncated=tally.truncated.count,
-        notices=notices,
-        warnings=tuple(tally.warnings()),
-    )
+def _embedding(format: str, query_prompt: str, document_prompt: str) -> Reading:
+    return Reading(format, embedding_formats(query_prompt, document_prompt), (query_prompt, document_prompt))
+
+
+def _local(name: str, path: Path) -> DataSource:
+    # A file that cannot be read at all is an error before anybody asks for its size.
+    read_rows(path)
+    return DataSource(name, str(path), partial(read_rows, path), (path,))

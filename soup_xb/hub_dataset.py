@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from soup_xb.core.errors import DataError
@@ -13,7 +14,18 @@ _READERS = "datasets.packaged_modules."
 _KINDS = ("parquet", "arrow", "json", "csv", "text", "cache")
 
 
-def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+class HubRows:
+    """The rows of one split, anew with each iteration; `files` are what the library keeps them in."""
+
+    def __init__(self, name: str, rows: Any) -> None:
+        self._name, self._rows = name, rows
+        self.files = tuple(Path(file["filename"]) for file in rows.cache_files)
+
+    def __iter__(self) -> Iterator[Row]:
+        return ((Source(self._name, number), row) for number, row in enumerate(self._rows, start=1))
+
+
+def hub_rows(name: str, subset: str | None, split: str) -> HubRows:
     """The rows of one split; a source's line is the row's number.
 
     Raises DataError for a dataset that is neither cached nor reachable, a split or subset that it does not
@@ -50,7 +62,7 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
         ) from error
     if len(rows) == 0:
         raise DataError("data-empty", "holds no rows", where=name)
-    return ((Source(name, number), row) for number, row in enumerate(rows, start=1))
+    return HubRows(name, rows)
 
 
 def _check_kind(builder: Any, name: str) -> None:

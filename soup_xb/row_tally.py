@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.preferences import PairRow
@@ -26,6 +27,10 @@ class _Places:
         if len(self.first) < _NAMED:
             self.first.append(str(place))
 
+    def merge(self, count: int, first: Sequence[str]) -> None:
+        self.count += count
+        self.first = [*self.first, *first][:_NAMED]
+
     def __str__(self) -> str:
         more = self.count - len(self.first)
         return ", ".join(self.first) + (f" and {more:,} more" if more else "")
@@ -42,6 +47,21 @@ class RowTally:
         self._reasons: Counter[str] = Counter()
         self._unlearnable, self._rewritten, self._hidden = _Places(), _Places(), _Places()
         self._equal, self._other_prompts = _Places(), _Places()
+
+    def state(self) -> dict[str, Any]:
+        """The counts as JSON holds them, for `merge`."""
+        places = {name: [one.count, one.first] for name, one in self._places().items()}
+        return {"chats": self.chats, "reasons": dict(self._reasons), "places": places}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Count what another tally of the same file counted in the rows that follow."""
+        self.chats |= state["chats"]
+        self._reasons.update(state["reasons"])
+        for name, one in self._places().items():
+            one.merge(*state["places"][name])
+
+    def _places(self) -> dict[str, _Places]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, _Places)}
 
     def add(self, results: Iterable[Tokenized]) -> None:
         """Count what became of some rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,13 @@ class ChatTokenizer:
     prefix: tuple[int, ...]
     end_ids: tuple[int, ...]
     turn_end: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which tokens a text or a conversation becomes."""
+        template = None if self.template is None else [self.template.text, dict(self.template.tokens)]
+        facts = [self.encoder.engine.to_str(), template, self.prefix, self.end_ids]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def has_chat_template(self) -> bool:

@@ -15,7 +15,7 @@ from soup_xb.core.errors import Problem
 
 if TYPE_CHECKING:
     from soup_xb.core.examples import TokenRow
-    from soup_xb.dataset import TokenFile
+    from soup_xb.token_file import TokenFile
 
 _BARS = 8
 _BAR_WIDTH = 40

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from soup_xb.core import staging
 from soup_xb.core.checkpoint_manifest import file_sha256
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.core.units import bytes_text
+from soup_xb.core.user_cache import user_cache
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -27,11 +26,7 @@ NEEDED_BYTES = 600 * 2**20
 
 def cache_folder() -> Path:
     """Where prepared bases lie: `$XDG_CACHE_HOME/soupx/bases`, on a Mac `~/Library/Caches/soupx/bases`."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    if chosen and Path(chosen).is_absolute():
-        return Path(chosen) / "soupx" / "bases"
-    parent = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return parent / "soupx" / "bases"
+    return user_cache("bases")
 
 
 def prepare_base(cache: Path | None = None) -> Path:

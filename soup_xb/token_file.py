@@ -1,0 +1,320 @@
+"""A data file or hub dataset as token rows: tokenized once and kept on the disk where it is large."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+
+import soup_xb
+from soup_xb.core import staging
+from soup_xb.core.checkpoint_manifest import file_sha256
+from soup_xb.core.durable import FULL, free_bytes
+from soup_xb.core.errors import DataError, Problem, ResourceError
+from soup_xb.core.example_file import ExampleReader
+from soup_xb.core.examples import Row
+from soup_xb.core.formats import Formats
+from soup_xb.core.processors import tokenizing_processes
+from soup_xb.core.row_kinds import KINDS
+from soup_xb.core.row_table import COLUMNS, Columns, RowTable
+from soup_xb.core.rows import ListedRows, Rows
+from soup_xb.core.token_cache import (
+    DamagedEntryError,
+    Entry,
+    EntryWriter,
+    entry_lock,
+    entry_name,
+    evict,
+    open_entry,
+)
+from soup_xb.core.units import bytes_text
+from soup_xb.core.user_cache import user_cache
+from soup_xb.row_tally import RowTally
+from soup_xb.tokenize_process import Batch, Tokenizing
+from soup_xb.tokenizing import tokenized
+
+# Smaller data is tokenized in about the time that checking a kept copy takes.
+KEPT_FROM_BYTES = 2**20
+_LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
+
+Array = np.ndarray[Any, Any]
+
+
+@frozen(eq=False)
+class DataSource:
+    """Where rows come from: a reader that starts anew with each call.
+
+    `name` is as the config writes it, `place` what rows name as theirs. `files` are what the rows are read from,
+    `extra` what else decides which rows there are.
+    """
+
+    name: str
+    place: str
+    rows: Callable[[], Iterator[Row]]
+    files: tuple[Path, ...]
+    extra: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+@frozen
+class Reading:
+    """How rows are read: the format asked for, those that the task knows, and what else their meaning depends on."""
+
+    format: str
+    formats: Formats
+    extra: tuple[str, ...] = ()
+
+
+@frozen(eq=False)
+class TokenFile:
+    """One file as token rows. `count` is the number of rows in the file, `unlearnable` of those without a target."""
+
+    rows: Rows
+    format: str
+    reason: str
+    count: int
+    unlearnable: int
+    truncated: int
+    notices: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
+
+
+def token_file(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFile:
+    """The rows of a source, from the disk where they are kept, else tokenized and, where there are many, kept.
+
+    Raises DataError for a row that cannot be used and for a source without anything to learn, ModelError for
+    conversations on a base without a chat template, ResourceError where there is no room for the rows.
+    """
+    if not source.files or source.size < KEPT_FROM_BYTES:
+        return _in_memory(source, reading, how)
+    key = _key(source, reading, how)
+    folder = user_cache("tokens") / entry_name(key)
+    try:
+        with entry_lock(folder):
+            return _kept(source, reading, how, (folder, key))
+    except OSError as error:
+        if error.errno in FULL:
+            raise _no_room(folder, error) from error
+        unkept = Problem(
+            "tokens-not-kept",
+            f"cannot write here: {error.strerror or error}; the rows stay in memory and are tokenized at each start",
+            where=str(folder.parent),
+            help="set `XDG_CACHE_HOME` to a folder that can be written.",
+        )
+    found = _in_memory(source, reading, how)
+    return evolve(found, notices=(*found.notices, unkept))
+
+
+def _in_memory(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFile:
+    run = _Run(source, reading, how)
+    sink = _Memory(source.place)
+    for batch in run.batches():
+        sink.append(batch)
+    return run.file(sink.rows(), run.told())
+
+
+def _kept(
+    source: DataSource, reading: Reading, how: Tokenizing, place: tuple[Path, Mapping[str, Any]]
+) -> TokenFile:
+    folder, key = place
+    run = _Run(source, reading, how)
+    notices: list[Problem] = []
+    try:
+        entry = open_entry(folder, key)
+    except DamagedEntryError as error:
+        text = f"the kept rows are tokenized anew: {error}"
+        notices.append(Problem("kept-tokens-damaged", text, where=str(folder)))
+        staging.discard(folder)
+        entry = None
+    if entry is None:
+        return _made(run, place, notices)
+    notices.append(_kept_notice(source, entry, folder, "read from"))
+    return run.file(RowTable(source.place, entry.columns), entry.told, notices)
+
+
+def _made(run: _Run, place: tuple[Path, Mapping[str, Any]], notices: list[Problem]) -> TokenFile:
+    """Tokenize a source into an entry, and open that."""
+    folder, key = place
+    started, before = time.perf_counter(), _stamp(run.source)
+    writer: EntryWriter | None = None
+    kind = ""
+    memory = _Memory(run.source.place)
+    try:
+        for batch in run.batches():
+            if not batch.kind:
+                memory.append(batch)
+                continue
+            kind = batch.kind
+            writer = writer or EntryWriter(folder)
+            writer.append(batch.columns)
+        told = run.told()
+        _check_unchanged(run.source, before)
+        if writer is None:
+            return run.file(memory.rows(), told, notices)
+        writer.publish(kind, key, told)
+    finally:
+        if writer is not None:
+            writer.discard()
+    evict(folder.parent, folder)
+    entry = open_entry(folder, key)
+    if entry is None:
+        raise FileNotFoundError(2, "the rows just written are gone", str(folder))
+    seconds = time.perf_counter() - started
+    what = f"tokenized by {run.processes} process{'es' * (run.processes > 1)} in {seconds:.0f} s, and kept in"
+    notices.append(_kept_notice(run.source, entry, folder, what))
+    return run.file(RowTable(run.source.place, entry.columns), told, notices)
+
+
+def _kept_notice(source: DataSource, entry: Entry, folder: Path, what: str) -> Problem:
+    rows = len(entry.columns.arrays["lines"])
+    return Problem(
+        "kept-tokens", f"{rows:,} rows {what} {folder} ({bytes_text(entry.bytes)})", where=source.name
+    )
+
+
+class _Run:
+    """Tokenizing a source once; `told` is what a later start has to know of it."""
+
+    def __init__(self, source: DataSource, reading: Reading, how: Tokenizing) -> None:
+        self.source, self._reading, self._how = source, reading, how
+        self.processes = tokenizing_processes(source.size) if source.files else 1
+        self._tally = RowTally(source.name, how.max_length)
+        self._reader: ExampleReader | None = None
+        self._rows = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """The rows in order."""
+        self._reader = ExampleReader(
+            self.source.rows(), self._reading.format, self.source.name, self._reading.formats
+        )
+        for batch in tokenized(iter(self._reader), self._how, self.processes):
+            self._tally.merge(batch.tally)
+            self._rows += len(batch.columns["lines"]) if batch.kind else len(batch.rows)
+            yield batch
+
+    def told(self) -> dict[str, Any]:
+        """What became of the rows. Raises DataError where there is nothing to learn in any."""
+        assert self._reader is not None
+        if not self._rows:
+            raise self._tally.nothing_to_learn(self._reader.count)
+        detection = self._reader.detection
+        notices = [*self._reader.notices(), *self._tally.notices()]
+        return {
+            "format": detection.name,
+            "reason": detection.reason,
+            "count": self._reader.count,
+            "truncated": self._tally.truncated.count,
+            "chats": self._tally.chats,
+            "notices": [_parts(one) for one in notices],
+            "warnings": [_parts(one) for one in self._tally.warnings()],
+        }
+
+    def file(self, rows: Rows, told: Mapping[str, Any], notices: list[Problem] | None = None) -> TokenFile:
+        """The rows with what was told of them."""
+        chat = self._how.tokenizer.notices() if told["chats"] else ()
+        return TokenFile(
+            rows=rows,
+            format=told["format"],
+            reason=told["reason"],
+            count=told["count"],
+            unlearnable=told["count"] - len(rows),
+            truncated=told["truncated"],
+            notices=(*(Problem(*one) for one in told["notices"]), *chat, *(notices or ())),
+            warnings=tuple(Problem(*one) for one in told["warnings"]),
+        )
+
+
+class _Memory:
+    """Rows gathered in memory: as one table where their kind has columns."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._batches: list[Batch] = []
+
+    def append(self, batch: Batch) -> None:
+        """Add the rows that follow."""
+        if batch.kind or batch.rows:
+            self._batches.append(batch)
+
+    def rows(self) -> Rows:
+        """All of them."""
+        kinds = {batch.kind for batch in self._batches}
+        if len(kinds) != 1 or "" in kinds:
+            return ListedRows([row for batch in self._batches for row in self._listed(batch)])
+        return RowTable(self._place, _joined(self._batches))
+
+    def _listed(self, batch: Batch) -> Rows:
+        return RowTable(self._place, _joined([batch])) if batch.kind else ListedRows(batch.rows)
+
+
+def _joined(batches: list[Batch]) -> Columns:
+    arrays = {name: np.concatenate([batch.columns[name] for batch in batches]) for name in COLUMNS}
+    return Columns(KINDS[batches[0].kind], arrays, {})
+
+
+def _parts(problem: Problem) -> list[str]:
+    return [problem.code, problem.message, problem.where, problem.help]
+
+
+def _key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str, Any]:
+    """Everything that the rows of a source depend on."""
+    template = how.tokenizer.template
+    return {
+        "name": [source.name, source.place],
+        "files": [file_sha256(file.resolve()) for file in source.files],
+        "readers": [file.suffix.lower() for file in source.files],
+        "extra": [list(source.extra), list(reading.extra)],
+        "format": reading.format,
+        "formats": list(reading.formats),
+        "max_length": how.max_length,
+        "tokenizer": how.tokenizer.fingerprint,
+        "day": date.today().isoformat() if template is not None and template.is_dated else "",
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "code": _code(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of the modules that make rows: none of them can change and leave old rows in use."""
+    folder, digest = Path(soup_xb.__file__).parent, hashlib.sha256()
+    for file in sorted([*folder.glob("*.py"), *(folder / "core").glob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _stamp(source: DataSource) -> list[tuple[int, int]]:
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+
+
+def _check_unchanged(source: DataSource, before: list[tuple[int, int]]) -> None:
+    if _stamp(source) != before:
+        raise DataError(
+            "data-changed",
+            "changed while it was read",
+            where=source.name,
+            help="start again when it is whole.",
+        )
+
+
+def _no_room(folder: Path, error: OSError) -> ResourceError:
+    free = free_bytes(folder)
+    left = f"; {bytes_text(free)} are free" if free is not None else ""
+    return ResourceError(
+        "no-room-for-tokens",
+        f"no room for the tokenized rows: {error.strerror}{left}",
+        where=str(folder.parent),
+        help="free some space, `soupx cache --clear`, or set `XDG_CACHE_HOME` to a larger disk.",
+    )

@@ -1,0 +1,171 @@
+"""Examples -> batches of rows, in order, whatever number of processes tokenizes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from soup_xb.core import errors
+from soup_xb.core.errors import ResourceError, SoupError
+from soup_xb.core.example_lines import plain, travels
+from soup_xb.core.examples import AnyExample
+from soup_xb.core.own_process import python_command
+from soup_xb.core.row_table import COLUMNS
+from soup_xb.encoding import BATCH
+from soup_xb.tokenize_process import Batch, Tokenizing, tokenize_batch
+
+_SERVE = "from soup_xb.tokenize_process import serve; serve()"
+# One thread each: the processes share the processors between them.
+_SET = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def tokenized(examples: Iterator[AnyExample], how: Tokenizing, processes: int) -> Iterator[Batch]:
+    """Batches of the examples in their order; so many processes beside this one make them, or this one where it is 1.
+
+    An error is raised where one process alone would raise it. Raises as `ChatTokenizer.tokenize` does, and
+    ResourceError where a process ends.
+    """
+    head = list(islice(examples, BATCH))
+    if not head:
+        return
+    first = tokenize_batch(head, how)
+    yield first
+    # Rows that no table keeps do not travel between processes either.
+    if processes > 1 and first.kind and travels(head[0]) and _is_reopened(how):
+        yield from _shared(examples, how, processes)
+        return
+    while batch := list(islice(examples, BATCH)):
+        yield tokenize_batch(batch, how)
+
+
+def _is_reopened(how: Tokenizing) -> bool:
+    """Whether a process can be told the chat template as text: one without a mark would be taken for a file's name."""
+    template = how.tokenizer.template
+    return template is None or "{{" in template.text or "{%" in template.text
+
+
+def _shared(examples: Iterator[AnyExample], how: Tokenizing, processes: int) -> Iterator[Batch]:
+    helpers = [_Helper(how) for _ in range(processes)]
+    free: queue.SimpleQueue[_Helper] = queue.SimpleQueue()
+    for helper in helpers:
+        free.put(helper)
+
+    def ask(request: bytes) -> Batch:
+        helper = free.get()
+        try:
+            return helper.ask(request)
+        finally:
+            free.put(helper)
+
+    pool = ThreadPoolExecutor(processes)
+    try:
+        yield from _in_order(_requests(examples), lambda request: pool.submit(ask, request), 2 * processes)
+    finally:
+        for helper in helpers:
+            helper.kill()
+        pool.shutdown(cancel_futures=True)
+        for helper in helpers:
+            helper.close()
+
+
+def _in_order(
+    requests: Iterator[bytes], submit: Callable[[bytes], Future[Batch]], most: int
+) -> Iterator[Batch]:
+    """The answers in the order of the requests, of which at most so many are under way."""
+    waiting: deque[Future[Batch]] = deque()
+    failure: SoupError | None = None
+    try:
+        for request in requests:
+            waiting.append(submit(request))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+    except SoupError as error:
+        failure = error
+    # Rows before one that cannot be read may have errors of their own, which come first.
+    while waiting:
+        yield waiting.popleft().result()
+    if failure is not None:
+        raise failure
+
+
+def _requests(examples: Iterator[AnyExample]) -> Iterator[bytes]:
+    while batch := list(islice(examples, BATCH)):
+        yield json.dumps([plain(example) for example in batch]).encode() + b"\n"
+
+
+class _Helper:
+    """One process, asked by one thread at a time."""
+
+    def __init__(self, how: Tokenizing) -> None:
+        template = how.tokenizer.template
+        given = template is not None and template.where == "data.chat_template"
+        setup = {
+            "base": str(how.tokenizer.base),
+            "template": template.text if template is not None and given else None,
+            "name": how.name,
+            "max_length": how.max_length,
+        }
+        self._first = json.dumps(setup).encode() + b"\n"
+        self._process = subprocess.Popen(
+            python_command(_SERVE),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **_SET},
+        )
+
+    def ask(self, request: bytes) -> Batch:
+        """The batch of a request. Raises the error that the process found, and ResourceError where it ended."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(self._first + request)
+            stdin.flush()
+            self._first = b""
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line.endswith(b"\n"):
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise _error_of(answer)
+        columns = {}
+        for name, size in answer["sizes"].items():
+            data = stdout.read(size)
+            if len(data) < size:
+                raise self._ended()
+            columns[name] = np.frombuffer(data, dtype=COLUMNS[name])
+        return Batch(answer["kind"], columns, answer["tally"])
+
+    def kill(self) -> None:
+        """End the process; who waits for its answer gets an error."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Wait for its end, when nobody asks it any more."""
+        self._process.communicate()
+
+    def _ended(self) -> SoupError:
+        self._process.kill()
+        code = self._process.wait()
+        return ResourceError(
+            "tokenizing-process-ended",
+            f"a process that tokenizes rows ended (exit code {code})",
+            help="the system ends processes where memory runs short: free some, and start again.",
+        )
+
+
+def _error_of(answer: dict[str, Any]) -> SoupError:
+    kind = getattr(errors, answer["error"])
+    found: SoupError = kind.of(errors.Problem(*problem) for problem in answer["problems"])
+    return found
