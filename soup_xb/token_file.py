@@ -302,7 +302,7 @@ def _stamp(source: DataSource) -> list[tuple[int, int]]:
 def _check_unchanged(source: DataSource, before: list[tuple[int, int]]) -> None:
     if _stamp(source) != before:
         raise DataError(
-            "data-changed",
+            "changed-while-read",
             "changed while it was read",
             where=source.name,
             help="start again when it is whole.",
