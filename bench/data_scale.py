@@ -5,9 +5,9 @@
 Short rows of text with a prompt are made here, no two alike, and tokenized with the demo's real tokenizer. For each
 size, each in a process of its own: a first start, which opens the tokenizer, tokenizes the rows, keeps them, and plans
 a run (order and batches of the first and the last epoch, the steps' targets); a second start, the same from what was
-kept; and `soupx plan`. Peak memory is the largest resident size of the process; of the processes that tokenize beside it, the
-largest is told. The rate a core is rows over the processor time of all processes together. The bars: at most 1.3x the
-memory of the small data, and below 10 s for a second start.
+kept; and `soupx plan`. Peak memory is the largest resident size of the process; of the processes that tokenize beside
+it, the largest is told. The rate a core is rows over the processor time of all processes together. The bars: at most
+1.3x the memory of the small data, and below 10 s for a second start.
 """
 
 from __future__ import annotations

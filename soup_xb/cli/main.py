@@ -17,6 +17,7 @@ from soup_xb.core.legible import masked
 # Name -> what it does. A command lives in the module of its name, in the variable `command`, and is imported
 # only when it runs: `soupx --help` stays instant.
 COMMANDS = {
+    "cache": "Show or delete the tokenized rows that are kept for the next start.",
     "check": "Check a config file: every problem at once, nothing loaded.",
     "data": "Show what a data file holds and which tokens would be trained on.",
     "demo": "Fine-tune a small real model on a shipped dataset, and show the difference.",
