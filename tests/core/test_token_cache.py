@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from soup_xb.core import staging, token_cache
+from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.examples import Source, TokenRow
 from soup_xb.core.preferences import JudgedRow, LearnedRow, PairRow
 from soup_xb.core.row_kinds import KINDS, kind_of
@@ -26,10 +27,17 @@ def token_row(line: int, length: int = 5) -> TokenRow:
     return TokenRow(tokens, np.arange(length) >= 2, Source("rows.jsonl", line))
 
 
+def text_row(line: int, length: int) -> TokenRow:
+    return TokenRow(np.arange(length), np.zeros(length, dtype=np.bool_), Source("rows.jsonl", line))
+
+
 def rows_of(kind: str, count: int = 6) -> list[LearnedRow]:
     found: dict[str, Callable[[int], LearnedRow]] = {
         "tokens": lambda line: token_row(line, 3 + line),
         "pair": lambda line: PairRow(token_row(line, 3 + line), token_row(line, 4)),
+        "embedding": lambda line: EmbeddingRow(
+            text_row(line, 3 + line), text_row(line, 4), text_row(line, 2) if line % 2 else None
+        ),
         "judged": lambda line: JudgedRow(token_row(line, 3 + line), line % 2 == 0),
     }
     return [found[kind](line) for line in range(1, count + 1)]
