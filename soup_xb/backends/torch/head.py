@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as functional
 from attrs import evolve, frozen
 
+from soup_xb.backends.torch.chunked_head import (
+    caught_output,
+    chunk_logits,
+    chunked_losses,
+    decoder_of,
+    hidden_at,
+)
+from soup_xb.backends.torch.sharding import is_sharded
 from soup_xb.core.batches import MicroBatch
+from soup_xb.core.head_chunks import positions_at_once
 
 
 @contextmanager
@@ -58,16 +67,44 @@ class BatchTensors:
 
 def summed_loss(model: Any, batch: BatchTensors) -> torch.Tensor:
     """Sum of the cross-entropies (nats) at `positions`, in float32."""
+    if (each := _losses_in_chunks(model, batch)) is not None:
+        return each.sum()
     return functional.cross_entropy(_logits(model, batch), batch.targets, reduction="sum")
 
 
 def row_log_probabilities(model: Any, batch: BatchTensors) -> torch.Tensor:
     """Log-probability (nats) of each row's targets, their sum, float32 (rows,)."""
-    each = -functional.cross_entropy(_logits(model, batch), batch.targets, reduction="none")
+    losses = _losses_in_chunks(model, batch)
+    if losses is None:
+        losses = functional.cross_entropy(_logits(model, batch), batch.targets, reduction="none")
+    each = -losses
     if not batch.counts:
         return each
     # Targets stand row by row; a sum over a slice has one order, which scattered additions do not have.
     return torch.stack([row.sum() for row in each.split(batch.counts)])
+
+
+def _losses_in_chunks(model: Any, batch: BatchTensors) -> torch.Tensor | None:
+    """Cross-entropy of each target (n,), float32; None where the head had better see all of them at once.
+
+    That is so for few targets, for a model whose head is not told apart from the rest (the first target's logits show
+    it), and where processes share the model: they take part in every forward, and have other numbers of targets.
+    """
+    at_once = positions_at_once(len(batch.positions), model.config.get_text_config().vocab_size)
+    decoder = decoder_of(model)
+    if at_once >= len(batch.positions) or decoder is None or is_sharded(model):
+        return None
+    with caught_output(decoder) as caught:
+        shown = _logits(model, evolve(batch, positions=batch.positions[:1]))
+    hidden = hidden_at(caught, batch.positions)
+    if hidden is None:
+        return None
+    kind = type(caught[0])
+    with torch.no_grad():
+        again = chunk_logits(model, decoder, kind, hidden[:1])
+        if not torch.allclose(shown, again, rtol=1e-2, atol=1e-3 * shown.abs().max().item()):
+            return None
+    return chunked_losses(model, kind, hidden, batch.targets, at_once)
 
 
 def pass_through(model: Any, batch: BatchTensors) -> None:

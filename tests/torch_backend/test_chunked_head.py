@@ -1,0 +1,123 @@
+"""Logits of a few targets at a time give the loss and the gradients of all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from soup_xb.backends.torch import head
+from soup_xb.core import head_chunks
+from soup_xb.core.batches import collate
+from soup_xb.core.examples import Source, TokenRow
+from soup_xb.core.packing import pack
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "soft caps": transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0),
+    "scaled logits": transformers.GraniteConfig(**SIZES, logits_scaling=7.0),
+    "gpt2": transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+def batch(packed: bool) -> head.BatchTensors:
+    rng = np.random.default_rng(0)
+    rows = [
+        TokenRow(rng.integers(3, 320, length), np.arange(length) > 2, Source("rows.jsonl", length))
+        for length in (30, 17, 9)
+    ]
+    return head.BatchTensors.of(collate(pack(rows, 40) if packed else rows, 0), torch.device("cpu"))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Chunks of seven targets, or all at once."""
+
+    def choose(small: bool) -> None:
+        monkeypatch.setattr(head_chunks, "MOST_AT_ONCE", 0 if small else 2**40)
+        monkeypatch.setattr(head_chunks, "CHUNK", 7 * 320)
+
+    return choose
+
+
+def loss_and_gradient(model: Any, tensors: head.BatchTensors, of: Callable[..., Any]) -> tuple[Any, Any]:
+    model.zero_grad()
+    loss = of(model, tensors)
+    loss.sum().backward()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return loss.detach(), [end.weight.grad.clone() for end in ends]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_give_the_loss_and_the_gradients_of_the_whole(
+    name: str, packed: bool, small_chunks: Callable[[bool], None]
+) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    for of in (head.summed_loss, head.row_log_probabilities):
+        results = []
+        for small in (False, True):
+            small_chunks(small)
+            seen.clear()
+            results.append(loss_and_gradient(model, batch(packed), of))
+            assert (max(seen) <= 7) == small
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    assert "forward" not in vars(model.base_model), "the decoder has its own forward again"
+
+
+def test_a_model_that_does_more_than_its_head_is_not_cut_into_chunks(
+    small_chunks: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    small_chunks(False)
+    plain = head.summed_loss(model, batch(False))
+    usual = type(model).forward
+
+    def forward(self: Any, input_ids: Any, **named: Any) -> Any:
+        output = usual(self, input_ids=input_ids, **named)
+        odd = torch.zeros_like(output.logits)
+        odd[..., 5] = input_ids.float().mean()
+        output.logits = output.logits + odd
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    whole = head.summed_loss(model, batch(False))
+    small_chunks(True)
+    assert head.summed_loss(model, batch(False)).item() == whole.item()
+    assert whole.item() != plain.item()
+
+
+def test_training_in_chunks_is_training_on_the_whole(
+    small_chunks: Callable[[bool], None], attached: Callable[..., Any]
+) -> None:
+    results = []
+    for small in (False, True):
+        small_chunks(small)
+        session, plan = attached()
+        results.append([train(session, plan, step) for step in (1, 2, 3)])
+    np.testing.assert_allclose(results[0], results[1], rtol=2e-6)
+
+
+def train(session: Any, plan: Any, step: int) -> float:
+    from soup_xb.core.session import StepSettings
+
+    settings = StepSettings(step, 5e-3, plan.target_tokens(step), plan.examples(step))
+    loss: float = session.train_step(plan.micro_batches(step), settings).loss
+    return loss
