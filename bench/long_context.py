@@ -1,8 +1,8 @@
 """Tokens of a row against peak memory and time of a training step: `python bench/long_context.py`.
 
-A Llama of two blocks with random weights, hidden size 64 and a vocabulary of 16,384, LoRA rank 8 on all linear layers,
-float32, every token trained on. Each figure is the largest resident set of a process of its own that opens
-the base and does two steps on one row, less that of one that does them on 16 tokens. Small layers leave the
+A Llama of two blocks with random weights, one head, hidden size 32 and a vocabulary of 8,192, LoRA rank 8 on all linear
+layers, float32, every token trained on. Each figure is the largest resident set of a process of its own that opens
+the base and does one step on one row, less that of one that does it on 16 tokens. Small layers leave the
 logits and the attention as what memory is spent on; a larger model adds its activations, which grow with the tokens too
 and which gradient checkpointing keeps small.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from child import run_child
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
-VOCABULARY = 16_384
+VOCABULARY = 8_192
 # What is on in each column: chunks of the head, gradient checkpointing, documents of 1,024 tokens in the row.
 COLUMNS = {
     "all logits at once": (False, False, False),
@@ -41,10 +41,10 @@ def save_base(folder: Path) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=max(LENGTHS),
     )
@@ -52,7 +52,7 @@ def save_base(folder: Path) -> None:
 
 
 def step(base: Path, backend: str, length: int, column: str) -> None:
-    """Two steps on one row; prints the seconds of the second and the last loss."""
+    """One step on one row; prints its seconds and its loss."""
     import numpy as np
 
     from soup_xb.backends import open_session
@@ -70,7 +70,7 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     if not chunked:
         head_chunks.MOST_AT_ONCE = 2**60
     training = TrainingConfig(
-        precision="fp32", gradient_checkpointing=checkpointing, lora=LoraConfig(r=8), max_steps=2
+        precision="fp32", gradient_checkpointing=checkpointing, lora=LoraConfig(r=8), max_steps=1
     )
     config = Config(base=str(base), data=DataConfig(train=("rows.jsonl",)), training=training)
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, length)
@@ -84,9 +84,8 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     plan = make_plan(config, resolve_adapters(session.describe().modules, training.lora, {}), row, (), 0)
     session.attach(plan.adapters)
     batch = collate(row, 0)
-    for number in (1, 2):
-        started = time.perf_counter()
-        result = session.train_step([batch], StepSettings(number, 1e-3, batch.target_tokens, 1))
+    started = time.perf_counter()
+    result = session.train_step([batch], StepSettings(1, 1e-3, batch.target_tokens, 1))
     print(json.dumps({"seconds": time.perf_counter() - started, "loss": result.loss}))
 
 
@@ -116,7 +115,7 @@ def main() -> None:
 
 
 def _run(folder: str, backend: str, length: int, column: str) -> tuple[int, float]:
-    """Peak memory in bytes of a process of its own, and the seconds of its second step."""
+    """Peak memory in bytes of a process of its own, and the seconds of its step."""
     command = [sys.executable, __file__, "--backend", backend, "--step", folder]
     done = run_child([*command, str(length), column])
     return done.peak_bytes, float(json.loads(done.last_line)["seconds"])

@@ -22,6 +22,7 @@ from soup_xb.core.model_card import CardFacts, model_card
 from soup_xb.core.modules import group_adapters, reachable_names
 from soup_xb.core.proof import check_effect, prove
 from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
+from soup_xb.core.rope_scaling import asked_scaling, note_scaling
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.run_record import RunRecord
 from soup_xb.core.session import GenerationSettings
@@ -37,6 +38,11 @@ _VERA_FORMAT = Problem(
     "vera-format",
     "the adapter is in PEFT's VeRA format, which mlx-lm, vLLM and llama.cpp do not read; `soupx export` writes the "
     "plain LoRA that it equals",
+)
+_OF_A_STRETCHED_BASE = Problem(
+    "stretched-base",
+    "the adapter belongs to the base with `training.rope_scaling`: its README says how to load that; `soupx merge`, "
+    "`eval` and `generate` do it by themselves",
 )
 
 
@@ -73,6 +79,8 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         proof = prove(run.session, run.plan.adapters, staged, factors)
         check_effect(proof, run.plan, staged)
+        if (scaling := asked_scaling(run.loaded.config.training)) is not None:
+            note_scaling(staged, scaling)
         if run.loaded.config.task == "embedding":
             save_embedding_model(staged, trained_facts(run), run.session, run.tokenizer)
         else:
@@ -82,6 +90,7 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
         write_text(staged / "README.md", card)
         staging.publish(staged, folder.adapter)
     notices = [*proof.notices(), *([_VERA_FORMAT] if run.plan.adapters.use_vera else [])]
+    notices += [_OF_A_STRETCHED_BASE] if scaling is not None else []
     return (*map(Notice, notices), *(Notice(problem, warning=True) for problem in proof.warnings()))
 
 
@@ -117,12 +126,14 @@ def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
     steps = [event for event in events if isinstance(event, StepEvent)]
     evals = [event for event in events if isinstance(event, EvalEvent)]
     config = run.loaded.config
+    scaling = asked_scaling(config.training)
     facts = CardFacts(
         base=config.base,
         data=", ".join(Path(source).name for source in config.data.train),
         steps=run.plan.total_steps,
         modules=_module_rows(run),
         saved_rank=saved_rank,
+        rope=scaling.described() if scaling else None,
         kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
         embeds=config.task == "embedding",
         settings=dump_config(config),

@@ -24,6 +24,7 @@ from soup_xb.core.modules import Resolution, resolve_adapters
 from soup_xb.core.objective_settings import objective_of
 from soup_xb.core.packing import check_apart
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.rope_scaling import asked_scaling
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import Session, SessionSettings
 from soup_xb.core.stop import stop_on_signals
@@ -146,6 +147,7 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
         seed=training.seed,
         weights=weights,
         objective=objective_of(config),
+        rope_scaling=asked_scaling(training),
         router_aux_loss_coef=training.router_aux_loss_coef,
         sharding=training.sharding,
         cpu_offload=training.cpu_offload,

@@ -17,6 +17,7 @@ from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.examples import Message
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.objectives import Embedding
+from soup_xb.core.rope_scaling import noted_scaling
 from soup_xb.core.session import (
     AdapterPlan,
     GenerationSettings,
@@ -82,6 +83,7 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
         optimizer=_NO_TRAINING,
         seed=0,
         objective=None if facts is None else Embedding(facts.scale, facts.pooling),
+        rope_scaling=noted_scaling(saved.settings, folder) if saved and folder else None,
     )
     session = open_session(options.backend, settings)
     try:

@@ -32,7 +32,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     loaded = load(file, named, backend, overrides)
     from soup_xb.backends import choose_backend
     from soup_xb.core.coverage_text import coverage_rows
-    from soup_xb.core.memory import estimate_memory
+    from soup_xb.core.memory import LargestBatch, estimate_memory
     from soup_xb.core.plan_summary import plan_summary
     from soup_xb.core.support import refusals
     from soup_xb.train import check_processes, open_run
@@ -51,12 +51,13 @@ def command(  # noqa: PLR0913 - one parameter an option
             # All texts of a row go through, and there is no head.
             longest = int(facts.tokens.max())
             description = evolve(description, vocabulary_size=0)
+        tokens = longest * (training.batch_size // processes)
         memory = estimate_memory(
             description,
             run.plan.adapters.modules,
             training,
             run.session.precision,
-            longest * (training.batch_size // processes),
+            LargestBatch.of(tokens, description.vocabulary_size, chosen[0]),
         )
         summary = plan_summary(run.plan, run.coverage, memory, processes)
         covered = coverage_rows(run.coverage, chosen[0])

@@ -69,6 +69,24 @@ class LoraConfig:
 
 
 @frozen(kw_only=True)
+class RopeScalingConfig:
+    """`training.rope_scaling`: rotary positions for rows longer than the base was made for."""
+
+    type: str = choice(
+        "none",
+        ("none", "linear", "dynamic", "yarn"),
+        "How the base's rotary positions are stretched, as transformers' `rope_type` says it; the adapter then "
+        "belongs to the base with this setting.",
+    )
+    factor: float | None = number(
+        None, "Times the length that the base was made for.", Range(1, 1000, above=True)
+    )
+    original_max_position_embeddings: int | None = integer(
+        None, "yarn: the length that the base was made for. Absent: its `max_position_embeddings`.", 1, 2**24
+    )
+
+
+@frozen(kw_only=True)
 class DataConfig:
     """`data`: the rows to learn from."""
 
@@ -185,6 +203,10 @@ class TrainingConfig:
         None,
         "Mixtures of experts: weight of the loss that spreads tokens over the experts. Absent: off.",
         Range(0, 10, above=True),
+    )
+    rope_scaling: RopeScalingConfig = field(
+        factory=RopeScalingConfig,
+        metadata=section(RopeScalingConfig, "Positions for rows longer than the base was made for."),
     )
     lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
 

@@ -53,6 +53,18 @@ def _only(on: str, value: str, *keys: str, help: str) -> tuple[Dependence, ...]:
 
 
 DEPENDENCES = (
+    Dependence(
+        "training.rope_scaling.factor",
+        "training.rope_scaling.type",
+        ("linear", "dynamic", "yarn"),
+        help="write `training.rope_scaling.type` too, or remove this key.",
+    ),
+    *_only(
+        "training.rope_scaling.type",
+        "yarn",
+        "training.rope_scaling.original_max_position_embeddings",
+        help="remove this key: only yarn asks for that length.",
+    ),
     *_beside(
         "training.relora_steps",
         "training.relora_warmup_ratio",

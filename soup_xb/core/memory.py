@@ -5,6 +5,7 @@ from __future__ import annotations
 from attrs import frozen
 
 from soup_xb.core.config import TrainingConfig
+from soup_xb.core.head_chunks import positions_at_once
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import BaseDescription
 from soup_xb.core.vera import shared_entries
@@ -28,18 +29,31 @@ class MemoryEstimate:
         return self.base + self.adapter + self.activations
 
 
+@frozen
+class LargestBatch:
+    """The largest micro-batch of one process: its tokens, and how many of them go through the head together."""
+
+    tokens: int
+    through_head: int
+
+    @classmethod
+    def of(cls, tokens: int, vocabulary: int, backend: str) -> LargestBatch:
+        """A micro-batch on a backend; the mlx head takes all targets at once."""
+        return cls(tokens, positions_at_once(tokens, vocabulary) if backend == "torch" else tokens)
+
+
 def estimate_memory(
     description: BaseDescription,
     adapters: tuple[AdapterModule, ...],
     training: TrainingConfig,
     precision: str,
-    batch_tokens: int,
+    batch: LargestBatch,
 ) -> MemoryEstimate:
-    """Estimate for one process whose largest micro-batch has `batch_tokens` tokens.
+    """Estimate for one process with its largest micro-batch.
 
     Kept activations are taken as, for each block and token, the inputs of its matrix products and norms (about 10
     hidden and 4 intermediate sizes), or one hidden size with gradient checkpointing, plus the head's logits
-    and their gradient in float32 on all positions; rows that train on fewer need less.
+    and their gradient in float32 on the positions that go through it together; rows that train on fewer need less.
     """
     width = _WEIGHT_BYTES[precision]
     # Experts keep their format: only linear layers are quantized.
@@ -55,5 +69,6 @@ def estimate_memory(
     block = 10 * description.hidden_size + 4 * description.intermediate_size
     kept = description.layers * (description.hidden_size if training.gradient_checkpointing else block)
     live = block if training.gradient_checkpointing else 0
-    activations = batch_tokens * ((kept + live) * width + 2 * 4 * description.vocabulary_size)
+    logits = 2 * 4 * batch.through_head * description.vocabulary_size
+    activations = batch.tokens * (kept + live) * width + logits
     return MemoryEstimate(int(base), adapter, int(activations))

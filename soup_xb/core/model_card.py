@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import frozen
 
@@ -34,7 +35,7 @@ class CardFacts:
 
     `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
     saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. `embeds`: the model makes vectors
-    of texts. Losses are None where there were none.
+    of texts. `rope` is what was changed of the base's rope parameters. Losses are None where there were none.
     """
 
     base: str
@@ -49,6 +50,7 @@ class CardFacts:
     train_loss: float | None = None
     eval_loss: float | None = None
     tags: Sequence[str] = ()
+    rope: Mapping[str, Any] | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -101,7 +103,14 @@ def _loading(base: str, facts: CardFacts) -> str:
                 f"As a whole model, which needs no PEFT:\n\n{_fenced(merge, 'bash')}",
             ]
         )
-    parts = [f"With PEFT:\n\n{_fenced(_peft_code(base), 'python')}"]
+    parts = [f"With PEFT:\n\n{_fenced(_peft_code(base, facts.rope), 'python')}"]
+    if facts.rope is not None:
+        parts.insert(
+            0,
+            "**The base's positions were stretched for the training: this adapter is for the base with the same "
+            f"setting**, {_code(json.dumps(dict(facts.rope)))}. On the base as it stands it says something else. "
+            f"A model with both in one, which needs no setting: {_code('soupx merge')}.",
+        )
     folder = "PATH/TO/THIS/FOLDER"
     if facts.kind == "VeRA":
         folder = "plain-lora"
@@ -117,13 +126,21 @@ def _loading(base: str, facts: CardFacts) -> str:
     )
 
 
-def _peft_code(base: str) -> str:
+def _peft_code(base: str, rope: Mapping[str, Any] | None) -> str:
+    classes, config, given = "AutoModelForCausalLM, AutoTokenizer", [], ""
+    if rope is not None:
+        classes, given = f"AutoConfig, {classes}", ", config=config"
+        config = [
+            f"config = AutoConfig.from_pretrained({json.dumps(base)})",
+            f"config.rope_parameters.update({dict(rope)!r})",
+        ]
     return "\n".join(
         [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {classes}",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            *config,
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{given})",
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
             'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
         ]

@@ -123,6 +123,24 @@ def _output_is_its_own(loaded: LoadedConfig) -> Iterator[Problem]:
             )
 
 
+def _rope_has_a_factor(loaded: LoadedConfig) -> Iterator[Problem]:
+    scaling = loaded.config.training.rope_scaling
+    if scaling.type != "none" and scaling.factor is None:
+        yield Problem(
+            "missing-key",
+            f"`type: {scaling.type}` needs a `factor`",
+            loaded.where("training.rope_scaling.type"),
+            "write `training.rope_scaling.factor`: how many times longer rows may be than the base was made for.",
+        )
+
+
+def _vectors_from_the_base_as_it_stands(loaded: LoadedConfig) -> Iterator[Problem]:
+    scaling = loaded.config.training.rope_scaling
+    if scaling.type != "none" and loaded.config.task == "embedding":
+        reason = "sentence-transformers opens the base as it stands"
+        yield excluded(loaded, ("training.rope_scaling.type", f"`{scaling.type}`"), "task", reason)
+
+
 def _warmup_ends(loaded: LoadedConfig) -> Iterator[Problem]:
     training = loaded.config.training
     warmup, steps = training.warmup_steps, training.max_steps
@@ -175,6 +193,8 @@ RULES = (
     Rule(_split_of_a_hub_dataset, ("data.train", "data.split", "data.subset")),
     Rule(_format_fits_task, ("data.format", "task")),
     Rule(_packing_keeps_answers_apart, ("data.packing", "task")),
+    Rule(_rope_has_a_factor, ("training.rope_scaling.type", "training.rope_scaling.factor")),
+    Rule(_vectors_from_the_base_as_it_stands, ("training.rope_scaling.type", "task")),
     Rule(_output_is_its_own, ("base", "adapter", "output")),
     Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
     Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),

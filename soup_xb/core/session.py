@@ -16,6 +16,7 @@ from soup_xb.core.batches import MicroBatch
 from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
 from soup_xb.core.modules import AdapterModule, Module
+from soup_xb.core.rope_scaling import RopeScaling
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +40,7 @@ class SessionSettings:
     `objective` is that of a task that compares texts (see core.objectives), None where tokens are learned.
     `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none. `sharding` is how
     several processes hold the base (see the config), `process_timeout` the seconds that one waits for the others.
+    `rope_scaling` stretches the base's positions.
     """
 
     base: Path
@@ -53,6 +55,7 @@ class SessionSettings:
     sharding: str = "none"
     cpu_offload: bool = False
     process_timeout: int = 1800
+    rope_scaling: RopeScaling | None = None
 
 
 @frozen

@@ -151,6 +151,20 @@ _NO_TIMEOUT = No(
     "remove the key.",
 )
 
+_ROPE = (
+    *_works("training.rope_scaling", "training.rope_scaling.factor"),
+    *_choices("training.rope_scaling.type", "none", "linear", "yarn"),
+    Row(
+        "training.rope_scaling.type=dynamic",
+        "dynamic-rope",
+        mlx=No(
+            "mlx-lm has no rope that changes with the length of a row",
+            "use `type: yarn` or `type: linear`.",
+        ),
+    ),
+    *_works("training.rope_scaling.original_max_position_embeddings"),
+)
+
 _TRAINING = (
     *_works("training", "training.epochs", "training.max_steps", "training.lr", "training.batch_size"),
     *_works("training.gradient_accumulation_steps", "training.gradient_checkpointing", "training.seed"),
@@ -245,6 +259,7 @@ ROWS = (
     *_BACKENDS,
     *_DATA,
     *_TRAINING,
+    *_ROPE,
     *_RELORA,
     *_LORA,
     *_OPENED_BASES,

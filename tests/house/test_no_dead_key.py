@@ -70,6 +70,16 @@ OTHERS: dict[str, Any] = {
         "training.relora_mode": "merge",
         "training.relora_rewarm_steps": 2,
     },
+    "training.rope_scaling.type": {"training.rope_scaling.type": "linear", "training.rope_scaling.factor": 2},
+    "training.rope_scaling.factor": {
+        "training.rope_scaling.type": "linear",
+        "training.rope_scaling.factor": 4,
+    },
+    "training.rope_scaling.original_max_position_embeddings": {
+        "training.rope_scaling.type": "yarn",
+        "training.rope_scaling.factor": 2,
+        "training.rope_scaling.original_max_position_embeddings": 32,
+    },
     "training.beta": PAIRS | {"task": "dpo", "training.beta": 0.7},
     "training.label_smoothing": PAIRS | {"task": "dpo", "training.label_smoothing": 0.2},
     "training.simpo_gamma": PAIRS | {"task": "simpo", "training.simpo_gamma": 0.3},
@@ -94,6 +104,14 @@ OTHERS: dict[str, Any] = {
 }
 # What such a key is compared with: the run that has its companions and not the key itself.
 BESIDE = {
+    "training.rope_scaling.factor": {
+        "training.rope_scaling.type": "linear",
+        "training.rope_scaling.factor": 2,
+    },
+    "training.rope_scaling.original_max_position_embeddings": {
+        "training.rope_scaling.type": "yarn",
+        "training.rope_scaling.factor": 2,
+    },
     "training.cpu_offload": {"training.sharding": "fsdp"},
     "training.relora_warmup_ratio": {"training.relora_steps": 1},
     "training.relora_prune_ratio": {"training.relora_steps": 2},
@@ -170,7 +188,7 @@ def run(place: Path, values: dict[str, Any]) -> dict[str, Any]:
         *sections, name = key.split(".")
         target = content
         for section in sections:
-            target = target[section]
+            target = target.setdefault(section, {})
         target[name] = value
         if value is None:
             del target[name]

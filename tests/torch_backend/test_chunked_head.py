@@ -121,3 +121,27 @@ def train(session: Any, plan: Any, step: int) -> float:
     settings = StepSettings(step, 5e-3, plan.target_tokens(step), plan.examples(step))
     loss: float = session.train_step(plan.micro_batches(step), settings).loss
     return loss
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_one_document_has_no_mask_of_tokens_by_tokens(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, bool]] = []
+    usual = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*inputs: Any, **named: Any) -> Any:
+        seen.append((named.get("attn_mask"), named.get("is_causal", False)))
+        return usual(*inputs, **named)
+
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    head.summed_loss(model, batch(packed))
+    assert len(seen) == 2
+    for mask, causal in seen:
+        if packed:
+            assert mask.dtype == torch.bool
+            assert mask[0, 0].shape == (39, 39)
+        else:
+            assert mask is None
+            assert causal

@@ -49,7 +49,7 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     """
     folder = inspect_base(settings.base)
     check_quantization(folder, settings.quantization)
-    reading = read_base(folder)
+    reading = read_base(folder, settings.rope_scaling)
     with foreign_errors(partial(unreadable_config, folder)):
         model = reading.build()
     description, places = describe_model(model, folder, reading)
@@ -76,10 +76,10 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     return Opened(model, folder, reading, description, places, tuple(notices))
 
 
-def outline_base(path: Path) -> Opened:
+def outline_base(settings: SessionSettings) -> Opened:
     """The base's modules without weights: MLX computes nothing that is not asked for."""
-    folder = inspect_base(path, weights=False)
-    reading = read_base(folder)
+    folder = inspect_base(settings.base, weights=False)
+    reading = read_base(folder, settings.rope_scaling)
     with foreign_errors(partial(unreadable_config, folder)):
         model = reading.build()
     description, places = describe_model(model, folder, reading)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -47,6 +50,17 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
     for companion in sorted(opened.folder.path.iterdir()):
         if companion.is_file() and companion.suffix in _COMPANIONS:
             shutil.copyfile(companion, folder / companion.name)
+    if opened.reading.stretched is not None:
+        _stretch(folder / "config.json", opened.reading.stretched)
+
+
+def _stretch(file: Path, parameters: Mapping[str, Any]) -> None:
+    """Write positions that were stretched for the training into the merged model's config."""
+    config = json.loads(file.read_text("utf-8"))
+    for older in ("rope_scaling", "rope_theta"):
+        config.pop(older, None)
+    config["rope_parameters"] = dict(parameters)
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:

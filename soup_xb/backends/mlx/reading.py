@@ -19,6 +19,7 @@ from soup_xb.core.base_folder import BaseFolder, unknown_type
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
+from soup_xb.core.rope_scaling import RopeScaling
 from soup_xb.core.support import feature_refusal
 
 _SIZES = (
@@ -100,6 +101,7 @@ class Reading:
 
     `arguments` are those of mlx-lm's ModelArgs, `ropes` the rotary embedding that each block must have (None:
     none), `longest` the row length up to which mlx-lm computes what transformers does (0: any) and why.
+    `stretched` are the `rope_parameters` that a config asked for instead of the base's own.
     """
 
     module: str
@@ -110,6 +112,7 @@ class Reading:
     longest_because: str
     tied: bool
     layer_settings: dict[str, Any]
+    stretched: Mapping[str, Any] | None = None
 
     def build(self) -> Any:
         """The model with random weights that are not computed until asked for."""
@@ -121,9 +124,15 @@ class Reading:
         return model
 
 
-def read_base(folder: BaseFolder) -> Reading:
-    """Translate a base's config. Raises ModelError naming the first field that mlx-lm would read otherwise."""
+def read_base(folder: BaseFolder, scaling: RopeScaling | None = None) -> Reading:
+    """Translate a base's config, its positions stretched where that is asked for.
+
+    Raises ModelError naming the first field that mlx-lm would read otherwise.
+    """
     config, where = _parse(folder), str(folder.path / "config.json")
+    if scaling is not None:
+        longest = config.max_position_embeddings
+        config.rope_parameters = scaling.of(config.rope_parameters, longest, where)
     family = FAMILIES.get(folder.model_type)
     if family is None:
         raise _unproven(folder.model_type, where)
@@ -141,6 +150,7 @@ def read_base(folder: BaseFolder) -> Reading:
         longest_because=because,
         tied=bool(config.tie_word_embeddings),
         layer_settings=layer_settings(config.to_dict()),
+        stretched=None if scaling is None else config.rope_parameters,
     )
 
 

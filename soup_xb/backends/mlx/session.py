@@ -47,7 +47,7 @@ def open_session(settings: SessionSettings) -> MlxSession:
     """Join the processes, choose a precision, and open the base."""
     processes = join_processes()
     device = choose_device(settings.precision)
-    opened = load_base(settings, device) if settings.weights else outline_base(settings.base)
+    opened = load_base(settings, device) if settings.weights else outline_base(settings)
     return MlxSession(opened, settings, device, processes)
 
 

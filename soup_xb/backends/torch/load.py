@@ -22,6 +22,7 @@ from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.modules import Module
 from soup_xb.core.objectives import Embedding
+from soup_xb.core.rope_scaling import RopeScaling
 from soup_xb.core.session import BaseDescription, SessionSettings
 
 # A config.json may name a kernel on the hub here, which is code that somebody else wrote; None is the library's own.
@@ -35,6 +36,7 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     """
     folder = inspect_base(settings.base)
     config, kind = read_config(folder, settings.objective)
+    stretch(config, folder, settings.rope_scaling)
     quantization = _quantization(settings.quantization, folder, device)
     with memory_guard("loading the base"):
         with foreign_errors(partial(unreadable, folder)):
@@ -58,10 +60,16 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     return model
 
 
-def outline_base(path: Path, dtype: torch.dtype | None = None, objective: Any = None) -> Any:
+def outline_base(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    objective: Any = None,
+    scaling: RopeScaling | None = None,
+) -> Any:
     """The base's modules on the meta device: names and shapes without memory."""
     folder = inspect_base(path, weights=False)
     config, kind = read_config(folder, objective)
+    stretch(config, folder, scaling)
     with torch.device("meta"), foreign_errors(partial(unreadable, folder)):
         return kind.from_config(config, dtype=dtype, trust_remote_code=False, **_OWN_IMPLEMENTATIONS)
 
@@ -82,6 +90,16 @@ def read_config(folder: BaseFolder, objective: Any = None) -> tuple[Any, Any]:
         return config, transformers.AutoModel
     check_causal(folder, config)
     return config, transformers.AutoModelForCausalLM
+
+
+def stretch(config: Any, folder: BaseFolder, scaling: RopeScaling | None) -> None:
+    """Stretch the positions of a base that is yet to be opened. Raises ModelError where they cannot be."""
+    if scaling is None:
+        return
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", 0)
+    parameters = getattr(text, "rope_parameters", None)
+    text.rope_parameters = scaling.of(parameters, longest, str(folder.path / "config.json"))
 
 
 def is_linear(module: torch.nn.Module) -> bool:

@@ -63,7 +63,7 @@ def open_session(settings: SessionSettings) -> TorchSession:
     processes = join_processes(settings.process_timeout)
     device = choose_device(settings.precision, processes)
     if not settings.weights:
-        outline = outline_base(settings.base, objective=settings.objective)
+        outline = outline_base(settings.base, None, settings.objective, settings.rope_scaling)
         return TorchSession(outline, settings, device, processes)
     sharded = settings.sharding == "fsdp" and processes.many
     model = load_sharded(settings, device, processes) if sharded else load_base(settings, device)

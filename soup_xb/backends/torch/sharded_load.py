@@ -33,7 +33,7 @@ def load_sharded(settings: SessionSettings, device: Device, processes: Processes
     folder = inspect_base(settings.base)
     if folder.quantization:
         raise _quantized(folder)
-    model = outline_base(settings.base, device.dtype)
+    model = outline_base(settings.base, device.dtype, scaling=settings.rope_scaling)
     _keep_float32(model, device.dtype)
     mesh = mesh_of(device, processes)
     shard_blocks(model, mesh, settings.cpu_offload, shard_vocabulary(model, mesh))
