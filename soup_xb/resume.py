@@ -22,6 +22,9 @@ _FREE = {"output", "backend", "training.logging_steps", "training.save_total_lim
 _TOLD = {"training.epochs", "training.max_steps", "training.eval_steps", "training.save_steps"}
 # Differences that are no key of the config: how many processes trained.
 _PROCESSES = "processes"
+_ALLOWED = {
+    _PROCESSES: ", and resharded: the state is whole in the checkpoint, and from here on sums round in another order"
+}
 
 
 @frozen
@@ -150,7 +153,10 @@ def _compare(
     refused = [one.problem for one in deciding if not _allowed(one.key, overrides)]
     if refused:
         raise CheckpointError.of(refused)
-    allowed = (Problem(one.problem.code, f"{one.problem.message}; allowed by name") for one in deciding)
+    allowed = (
+        Problem(one.problem.code, f"{one.problem.message}; allowed by name{_ALLOWED.get(one.key, '')}")
+        for one in deciding
+    )
     return (*told, *allowed)
 
 

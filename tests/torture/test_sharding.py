@@ -63,10 +63,28 @@ def pruned(folder: Path, step: int) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of one process, made once for each kind; `start` starts it with an output folder."""
+    place, done = tmp_path_factory.mktemp("alone"), set()
+
+    def run(kind: str, start: Callable[[Path], Any]) -> Path:
+        folder = place / kind.replace(" ", "-")
+        if kind not in done:
+            process = start(folder)
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
+            done.add(kind)
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize(("sharding", "processes", "kind"), CASES)
 def test_several_processes_have_the_losses_of_one_and_prune_what_it_prunes(
     config: Callable[..., Path],
     in_a_process: Callable[..., Any],
+    alone: Callable[..., Path],
     launched: Callable[..., Any],
     tally: Callable[..., None],
     tmp_path: Path,
@@ -76,15 +94,13 @@ def test_several_processes_have_the_losses_of_one_and_prune_what_it_prunes(
 ) -> None:
     settings = {"gradient_accumulation_steps": 2, "eval_steps": 4, "save_steps": 3, **KINDS[kind]}
     file = config("torch", max_steps=STEPS, **{"sharding": sharding, **settings})
-    alone = in_a_process("train", file, "--output", tmp_path / "one")
-    _, errors = alone.communicate(timeout=600)
-    assert alone.returncode == 0, errors
+    one = alone(kind, lambda folder: in_a_process("train", file, "--output", folder))
     several = launched(processes, "train", file, "--output", tmp_path / "several")
     _, errors = several.communicate(timeout=900)
     assert several.returncode == 0, errors
-    assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(tmp_path / "several") == pytest.approx(losses(one), abs=1e-5)
     if "relora_prune_ratio" in settings:
-        mine, theirs = pruned(tmp_path / "one", 3), pruned(tmp_path / "several", 3)
+        mine, theirs = pruned(one, 3), pruned(tmp_path / "several", 3)
         assert mine.keys() == theirs.keys()
         assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
         assert sum(int(mask.sum()) for mask in mine.values()) == next(

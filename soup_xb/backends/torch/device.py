@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from attrs import frozen
 from soup_xb.backends.torch.processes import Processes, lost_process
 from soup_xb.core.errors import ConfigError, ResourceError
 
+# glibc's number for the setting, and the bytes from which a block is large.
+_MMAP_THRESHOLD, _LARGE = -3, 2**17
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,6 +66,16 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_freed_memory_back() -> None:
+    """Let glibc return large blocks of memory to the system when they are freed, from here to the process's end.
+
+    Left to itself it raises the size from which it does so to that of what is freed, and weights that come and go
+    leave a heap of holes behind as large as the base. Other systems do not have the setting.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from attrs import frozen
+from torch.distributed.rendezvous import rendezvous
 
 from soup_xb.core.errors import ConfigError, ResourceError
 
@@ -72,9 +73,7 @@ def join_processes(timeout: int) -> Processes:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         try:
-            dist.init_process_group(
-                "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout)
-            )
+            _meet("nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
                 "launch-failed",
@@ -83,6 +82,22 @@ def join_processes(timeout: int) -> Processes:
                 help="launch with `torchrun --nproc-per-node N -m soup_xb train FILE`.",
             ) from error
     return Processes(dist.get_rank(), dist.get_world_size(), local)
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Find the others in the launcher's store, under the number of this start.
+
+    torchrun keeps one store through its restarts, where processes would find the addresses of those that have ended.
+    """
+    store, process, processes = next(rendezvous("env://", timeout=timeout))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"start-{start}", store),
+        rank=process,
+        world_size=processes,
+        timeout=timeout,
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
-from soup_xb.backends.torch.device import Device, memory_guard
+from soup_xb.backends.torch.device import Device, give_freed_memory_back, memory_guard
 from soup_xb.backends.torch.load import check_loading, outline_base, unreadable
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import mesh_of, shard_blocks
@@ -33,6 +33,7 @@ def load_sharded(settings: SessionSettings, device: Device, processes: Processes
     folder = inspect_base(settings.base)
     if folder.quantization:
         raise _quantized(folder)
+    give_freed_memory_back()
     model = outline_base(settings.base, device.dtype, scaling=settings.rope_scaling)
     _keep_float32(model, device.dtype)
     mesh = mesh_of(device, processes)
@@ -87,7 +88,8 @@ def _slices(folder: BaseFolder) -> Iterator[dict[str, Any]]:
     with ExitStack() as files:
         state: dict[str, Any] = {}
         for path in weight_files(folder.path):
-            file = files.enter_context(safe_open(str(path), framework="pt", device="cpu"))
+            # Mapped into memory, a file would count as this process's with every page near one that is read.
+            file = files.enter_context(safe_open(str(path), framework="pt", device="cpu", backend="pread"))
             state |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         yield state
 

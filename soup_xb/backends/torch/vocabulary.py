@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from soup_xb.backends.torch.sharding import compute_device, own_part, rows_each, rows_on_mesh
 
 # What is gathered of the head at a time, over all processes.
-SLICE_BYTES = 2**24
+SLICE_BYTES = 2**22
 
 
 def shard_vocabulary(model: Any, mesh: DeviceMesh) -> set[torch.nn.Parameter]:
