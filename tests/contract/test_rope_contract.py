@@ -103,6 +103,19 @@ def test_half_a_scaling_is_refused(written: dict[str, Any], code: str) -> None:
     assert [problem.code for problem in refused.value.problems] == [code]
 
 
+def test_vectors_are_of_the_base_as_it_stands() -> None:
+    from soup_xb.core.config_file import parse_config
+
+    content = {
+        "base": "tiny",
+        "task": "embedding",
+        "data": {"train": "a.jsonl"},
+        "training": {"rope_scaling": {"type": "linear", "factor": 2}},
+    }
+    with pytest.raises(ConfigError, match="sentence-transformers opens the base as it stands"):
+        parse_config(json.dumps(content), "soup.yaml")
+
+
 def test_the_adapter_says_which_base_it_is_for_and_is_opened_on_it(
     tiny_llama: Path, chat_file: Path, tmp_path: Path, monkeypatch: Any, soupx: Callable[..., Any]
 ) -> None:
