@@ -10,6 +10,8 @@ from typing import Any
 from soup_xb.backends import is_installed
 from soup_xb.keeper import versions
 
+_MLX_BACKENDS = ("ring", "mpi", "nccl", "jaccl")
+
 
 def examine() -> dict[str, Any]:
     """Everything that a bug report or a choice of backend needs; a backend that is not installed is None."""
@@ -33,9 +35,26 @@ def _torch() -> dict[str, Any]:
     return {
         "device": choose_device("auto", Processes()).reason,
         "cuda_devices": torch.cuda.device_count(),
+        "cuda_names": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "mps": torch.backends.mps.is_available(),
+        "distributed": _torch_backends(),
         "threads": torch.get_num_threads(),
         "gflops_float32": round(_torch_gflops(), 1),
     }
+
+
+def _torch_backends() -> list[str]:
+    """What several processes can talk through; NCCL is compiled in where it needs devices that may be missing."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return []
+    found = {
+        "gloo": dist.is_gloo_available(),
+        "nccl": dist.is_nccl_available(),
+        "mpi": dist.is_mpi_available(),
+    }
+    return [name for name, there in found.items() if there]
 
 
 def _torch_gflops(size: int = 1024, repeats: int = 5) -> float:
@@ -60,6 +79,7 @@ def _mlx() -> dict[str, Any]:
 
     return {
         "device": str(mx.default_device()),
+        "distributed": [name for name in _MLX_BACKENDS if mx.distributed.is_available(name)],
         "blas": blas.name,
         "blas_reason": blas.reason,
         "gflops_float32": round(measure_gflops(), 1),

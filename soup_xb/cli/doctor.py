@@ -34,4 +34,9 @@ def _backend(name: str, facts: dict[str, Any] | None) -> str:
     if facts is None:
         return f'{name:9} not installed: pip install "soup-xb[{name}]"'
     blas = f"; BLAS: {facts['blas']} ({facts['blas_reason']})" if "blas" in facts else ""
-    return f"{name:9} {facts['device']}; {facts['gflops_float32']} GFLOP/s in float32{blas}"
+    devices = "".join(f"; CUDA {index}: {one}" for index, one in enumerate(facts.get("cuda_names", ())))
+    talking = ", ".join(facts["distributed"]) or "none"
+    return (
+        f"{name:9} {facts['device']}{devices}; {facts['gflops_float32']} GFLOP/s in float32{blas}\n"
+        f"{'':9} several processes: {talking}"
+    )

@@ -15,6 +15,11 @@ from soup_xb.cli.options import config_options, json_option, load
 if TYPE_CHECKING:
     from soup_xb.core.coverage_text import CoverageRow
 
+_HELD = {
+    "none": "each with the whole base",
+    "fsdp": "each with its part of the base and the blocks that compute",
+}
+
 
 @click.command()
 @config_options
@@ -57,7 +62,7 @@ def command(  # noqa: PLR0913 - one parameter an option
             run.plan.adapters.modules,
             training,
             run.session.precision,
-            LargestBatch.of(tokens, description.vocabulary_size, chosen[0]),
+            evolve(LargestBatch.of(tokens, description.vocabulary_size, chosen[0]), processes=processes),
         )
         summary = plan_summary(run.plan, run.coverage, memory, processes)
         covered = coverage_rows(run.coverage, chosen[0])
@@ -88,6 +93,8 @@ def _show(summary: dict[str, Any], covered: Sequence[CoverageRow]) -> None:
         f"{batch['rows_per_micro_batch']} rows"
         + (f", {batch['rows_per_process']} a process" if batch["processes"] > 1 else "")
     )
+    if batch["processes"] > 1:
+        click.echo(f"processes  {batch['processes']}, {_HELD[batch['sharding']]}")
     for name in ("eval", "save", "restart"):
         click.echo(f"{name:10} {step_list(summary[f'{name}_steps'])}")
     click.echo(

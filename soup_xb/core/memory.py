@@ -31,10 +31,11 @@ class MemoryEstimate:
 
 @frozen
 class LargestBatch:
-    """The largest micro-batch of one process: its tokens, and how many of them go through the head together."""
+    """The largest micro-batch of one of `processes`: its tokens, and how many of them go through the head together."""
 
     tokens: int
     through_head: int
+    processes: int = 1
 
     @classmethod
     def of(cls, tokens: int, vocabulary: int, backend: str) -> LargestBatch:
@@ -54,6 +55,8 @@ def estimate_memory(
     Kept activations are taken as, for each block and token, the inputs of its matrix products and norms (about 10
     hidden and 4 intermediate sizes), or one hidden size with gradient checkpointing, plus the head's logits
     and their gradient in float32 on the positions that go through it together; rows that train on fewer need less.
+    With `sharding: fsdp` a process holds its part of the base, and two whole blocks: the one that computes, and the
+    next one, which is on its way.
     """
     width = _WEIGHT_BYTES[precision]
     # Experts keep their format: only linear layers are quantized.
@@ -63,6 +66,9 @@ def estimate_memory(
     plain = description.parameters - linear if training.quantization != "none" else description.parameters
     quantized = description.parameters - plain
     base = plain * width + quantized * _QUANTIZED_BYTES.get(training.quantization, 0.0)
+    if training.sharding == "fsdp" and batch.processes > 1:
+        blocks = base - description.vocabulary_size * description.hidden_size * width
+        base = base / batch.processes + 2 * max(0.0, blocks) / max(1, description.layers)
     moments = 0 if training.optimizer == "sgd" else 2
     trained = sum(module.parameters for module in adapters)
     adapter = 4 * ((2 + moments) * trained + shared_entries(adapters))

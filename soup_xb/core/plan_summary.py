@@ -27,6 +27,7 @@ def plan_summary(plan: Plan, coverage: Coverage, memory: MemoryEstimate, process
             "rows_per_process": training.batch_size // processes,
             "micro_batches_per_step": training.gradient_accumulation_steps,
             "processes": processes,
+            "sharding": training.sharding,
         },
         "learning_rate": {
             "scheduler": rates.scheduler,

@@ -26,7 +26,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             deepspeed* fsdp* ddp* device device_map max_memory* gpu_memory_limit world_size local_rank
             accelerator_config* tensor_parallel* context_parallel* sequence_parallel* dp_* ray_* heads_k_stride
             placement_strategy parallelism pipeline_stages""",
-        "rows are read and tokenized at the start of each run, without a cache to manage": """
+        "rows are tokenized once and kept in the user cache; nothing of that is to be set, and nothing is streamed": """
             dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory dataset_shard*
             skip_prepare_dataset overwrite_cache preprocessing_* cache_dir tokenized_path streaming buffer_size
             shuffle_merged_datasets remove_unused_columns dataset_exact_deduplication disable_shuffling shards

@@ -61,4 +61,8 @@ def test_the_doctor_measures_both_engines(soupx: Soupx) -> None:
     found = json.loads(answer.out)
     assert found["torch"]["gflops_float32"] > 1
     assert found["mlx"]["gflops_float32"] > 1
-    assert "OpenBLAS" in soupx("doctor").out
+    assert found["torch"]["distributed"] == ["gloo"]
+    assert "ring" in found["mlx"]["distributed"]
+    shown = soupx("doctor").out
+    assert "OpenBLAS" in shown
+    assert "several processes: gloo" in shown
