@@ -38,7 +38,7 @@ from soup_xb.core.token_cache import (
 from soup_xb.core.units import bytes_text
 from soup_xb.core.user_cache import user_cache
 from soup_xb.row_tally import RowTally
-from soup_xb.tokenize_process import Batch, Tokenizing
+from soup_xb.tokenize_process import Batch, Tokenizing, UnkeptRowsError
 from soup_xb.tokenizing import tokenized
 
 # Smaller data is tokenized in about the time that checking a kept copy takes.
@@ -104,6 +104,8 @@ def token_file(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFi
     try:
         with entry_lock(folder):
             return _kept(source, reading, how, (folder, key))
+    except UnkeptRowsError:
+        return _in_memory(source, reading, how)
     except OSError as error:
         if error.errno in FULL:
             raise _no_room(folder, error) from error
@@ -118,7 +120,7 @@ def token_file(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFi
 
 
 def _in_memory(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFile:
-    run = _Run(source, reading, how)
+    run = _Run(source, reading, how, processes=1)
     sink = _Memory(source.place)
     for batch in run.batches():
         sink.append(batch)
@@ -150,19 +152,19 @@ def _made(run: _Run, place: tuple[Path, Mapping[str, Any]], notices: list[Proble
     started, before = time.perf_counter(), _stamp(run.source)
     writer: EntryWriter | None = None
     kind = ""
-    memory = _Memory(run.source.place)
     try:
         for batch in run.batches():
+            if batch.rows or kind not in ("", batch.kind or kind):
+                raise UnkeptRowsError
             if not batch.kind:
-                memory.append(batch)
                 continue
             kind = batch.kind
             writer = writer or EntryWriter(folder)
             writer.append(batch.columns)
         told = run.told()
         _check_unchanged(run.source, before)
-        if writer is None:
-            return run.file(memory.rows(), told, notices)
+        # Without a row there would be nothing to learn, which `told` refuses.
+        assert writer is not None
         writer.publish(kind, key, told)
     finally:
         if writer is not None:
@@ -187,9 +189,11 @@ def _kept_notice(source: DataSource, entry: Entry, folder: Path, what: str) -> P
 class _Run:
     """Tokenizing a source once; `told` is what a later start has to know of it."""
 
-    def __init__(self, source: DataSource, reading: Reading, how: Tokenizing) -> None:
+    def __init__(
+        self, source: DataSource, reading: Reading, how: Tokenizing, processes: int | None = None
+    ) -> None:
         self.source, self._reading, self._how = source, reading, how
-        self.processes = tokenizing_processes(source.size) if source.files else 1
+        self.processes = processes or tokenizing_processes(source.size)
         self._tally = RowTally(source.name, how.max_length)
         self._reader: ExampleReader | None = None
         self._rows = 0

@@ -36,6 +36,10 @@ class Tokenizing:
     max_length: int
 
 
+class UnkeptRowsError(Exception):
+    """Rows that have no columns, so that they can neither be kept nor travel between processes."""
+
+
 @frozen(eq=False)
 class Batch:
     """What some examples became, in order.
@@ -66,9 +70,10 @@ def tokenize_batch(examples: Sequence[AnyExample], how: Tokenizing) -> Batch:
 def serve() -> None:
     """Answer requests until stdin ends.
 
-    The first line tells `base`, `template` (None for the base's own), `name` and `max_length`; each other one is a list
-    of examples as `core.example_lines` writes them. An answer is a line, `kind`, `tally` and the `sizes` in bytes of
-    the columns by name, and then those bytes; or `error`, the name of its class, with its `problems`.
+    The first line tells `base`, `template` (None for the base's own), `name`, `max_length` and the `fingerprint` that
+    the tokenizer has to have; each other one is a list of examples as `core.example_lines` writes them. An answer is a
+    line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the name of
+    its class, with its `problems`; or `unkept` where rows have no columns, or the tokenizer is another one.
     """
     # Ctrl-C reaches every process of the terminal; this one ends with its parent, when stdin does.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -79,21 +84,26 @@ def serve() -> None:
     setup = json.loads(sys.stdin.buffer.readline())
     tokenizer = open_tokenizer(Path(setup["base"]), setup["template"])
     how = Tokenizing(setup["name"], tokenizer, setup["max_length"])
+    same = tokenizer.fingerprint == setup["fingerprint"]
     # The parent may be gone; stdin ends then too.
     with suppress(BrokenPipeError):
         for line in sys.stdin.buffer:
-            _answer([example_of(value) for value in json.loads(line)], how, answers)
+            _answer([example_of(value) for value in json.loads(line)], how if same else None, answers)
 
 
-def _answer(examples: Sequence[AnyExample], how: Tokenizing, answers: BinaryIO) -> None:
+def _answer(examples: Sequence[AnyExample], how: Tokenizing | None, answers: BinaryIO) -> None:
     parts: list[bytes] = []
     try:
+        if how is None:
+            raise UnkeptRowsError
         batch = tokenize_batch(examples, how)
         if batch.rows:
-            raise TypeError("rows of several kinds, or of one that no table keeps, stand in one file")
+            raise UnkeptRowsError
     except SoupError as error:
         problems = [[one.code, one.message, one.where, one.help] for one in error.problems]
         told: dict[str, Any] = {"error": type(error).__name__, "problems": problems}
+    except UnkeptRowsError:
+        told = {"unkept": True}
     else:
         parts = [column.tobytes() for column in batch.columns.values()]
         sizes = dict(zip(batch.columns, map(len, parts), strict=True))

@@ -21,7 +21,7 @@ from soup_xb.core.examples import AnyExample
 from soup_xb.core.own_process import python_command
 from soup_xb.core.row_table import COLUMNS
 from soup_xb.encoding import BATCH
-from soup_xb.tokenize_process import Batch, Tokenizing, tokenize_batch
+from soup_xb.tokenize_process import Batch, Tokenizing, UnkeptRowsError, tokenize_batch
 
 _SERVE = "from soup_xb.tokenize_process import serve; serve()"
 # One thread each: the processes share the processors between them.
@@ -31,8 +31,8 @@ _SET = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TRANSFORMERS
 def tokenized(examples: Iterator[AnyExample], how: Tokenizing, processes: int) -> Iterator[Batch]:
     """Batches of the examples in their order; so many processes beside this one make them, or this one where it is 1.
 
-    An error is raised where one process alone would raise it. Raises as `ChatTokenizer.tokenize` does, and
-    ResourceError where a process ends.
+    An error is raised where one process alone would raise it. Raises as `ChatTokenizer.tokenize` does, ResourceError
+    where a process ends, and UnkeptRowsError where rows that have columns are followed by some that have none.
     """
     head = list(islice(examples, BATCH))
     if not head:
@@ -40,7 +40,7 @@ def tokenized(examples: Iterator[AnyExample], how: Tokenizing, processes: int) -
     first = tokenize_batch(head, how)
     yield first
     # Rows that no table keeps do not travel between processes either.
-    if processes > 1 and first.kind and travels(head[0]) and _is_reopened(how):
+    if processes > 1 and not first.rows and travels(head[0]) and _is_reopened(how):
         yield from _shared(examples, how, processes)
         return
     while batch := list(islice(examples, BATCH)):
@@ -113,6 +113,7 @@ class _Helper:
             "template": template.text if template is not None and given else None,
             "name": how.name,
             "max_length": how.max_length,
+            "fingerprint": how.tokenizer.fingerprint,
         }
         self._first = json.dumps(setup).encode() + b"\n"
         self._process = subprocess.Popen(
@@ -137,6 +138,8 @@ class _Helper:
         if not line.endswith(b"\n"):
             raise self._ended()
         answer: dict[str, Any] = json.loads(line)
+        if "unkept" in answer:
+            raise UnkeptRowsError
         if "error" in answer:
             raise _error_of(answer)
         columns = {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import attrs
 import numpy as np
 from attrs import frozen
 
@@ -51,9 +52,17 @@ KINDS: Mapping[str, RowKind] = MappingProxyType(
 )
 
 
+# What of a token row has columns; anything else in it has to be as it is in a row that has nothing of it.
+_KEPT = ("tokens", "trained", "source")
+_UNKEPT = tuple((field.name, field.default) for field in attrs.fields(TokenRow) if field.name not in _KEPT)
+
+
 def kind_of(row: LearnedRow) -> RowKind | None:
-    """The kind of a row, None for one that no table keeps."""
-    return next((kind for kind in KINDS.values() if type(row) is kind.type), None)
+    """The kind of a row, None for one that no table keeps: of another class, or with more than tokens and marks."""
+    kind = next((kind for kind in KINDS.values() if type(row) is kind.type), None)
+    if kind is None or any(getattr(one, name) != value for one in row.sequences for name, value in _UNKEPT):
+        return None
+    return kind
 
 
 def facts_of_columns(counts: Array, lengths: Array, targets: Array, prompts: tuple[Array, Array]) -> RowFacts:

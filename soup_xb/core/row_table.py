@@ -101,7 +101,7 @@ class RowTable(Rows):
 def columns_of(rows: Sequence[LearnedRow]) -> dict[str, Array]:
     """The columns of rows of one kind, at least one; those that the kind has no use for are empty."""
     kind = kind_of(rows[0])
-    if kind is None or any(type(row) is not kind.type for row in rows):
+    if kind is None or any(kind_of(row) is not kind for row in rows):
         raise TypeError(f"no table keeps these rows: core.row_kinds has no kind for {type(rows[0]).__name__}")
     sequences = [sequence for row in rows for sequence in row.sequences]
     extras = [] if kind.extra is None else [json.dumps(kind.extra(row)).encode() for row in rows]

@@ -12,8 +12,11 @@ import pytest
 from soup_xb import token_file
 from soup_xb.core.config import DataConfig
 from soup_xb.core.errors import DataError
+from soup_xb.core.examples import Source, TokenRow
 from soup_xb.dataset import load_dataset, tokenize_file
 from soup_xb.encoding import BATCH
+from soup_xb.row_tally import RowTally
+from soup_xb.tokenize_process import Batch
 
 COUNT = 3 * BATCH + 17
 
@@ -180,3 +183,20 @@ def test_a_kept_file_is_split_packed_and_judged_as_one_in_memory(opened, tmp_pat
             assert one.facts.tokens.tolist() == [row.real_tokens for row in one]
             assert one.facts.lengths.tolist() == [row.length for row in one]
             assert one.facts.targets.tolist() == [row.target_tokens for row in one]
+
+
+def test_rows_with_more_in_them_than_columns_hold_stay_in_memory_whole(opened, tmp_path, monkeypatch, kept):
+    """Here a row of the second batch holds two documents."""
+    plain = token_file.tokenized
+
+    def with_documents(*arguments: Any) -> Any:
+        yield from plain(*arguments)
+        row = TokenRow([1, 2, 3, 4], [True] * 4, Source("a.jsonl", 41), (0, 2))
+        yield Batch("", {}, RowTally("a.jsonl", 64).state(), [row])
+
+    monkeypatch.setattr(token_file, "tokenized", with_documents)
+    path = write(tmp_path / "a.jsonl", chats(40))
+    found = tokenize_file(path, "auto", opened("byte-level", "chatml"), 64)
+    assert found.rows[-1].documents == (0, 2)
+    assert len(found.rows) == 40
+    assert not entries(kept)
