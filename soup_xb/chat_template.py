@@ -38,13 +38,15 @@ class RenderError(Exception):
 class ChatTemplate:
     """A template with the special tokens that it may write, by name; `where` names it in errors.
 
-    `spelling` is how it takes tool calls, which soup_xb.tool_template finds out.
+    `spelling` is how it takes tool calls, which soup_xb.tool_template finds out. `in_parts`: it is written for turns
+    whose content is a list of parts, as a processor's is.
     """
 
     text: str
     tokens: Mapping[str, str]
     where: str
     spelling: ToolSpelling = field(factory=ToolSpelling)
+    in_parts: bool = False
 
     def render(
         self, messages: Sequence[Message], generation_prompt: bool = False, tools: Sequence[str] = ()
@@ -57,7 +59,7 @@ class ChatTemplate:
         where it takes more time or memory than any template needs.
         """
         request = {
-            "turns": [self.spelling.turn(message) for message in messages],
+            "turns": [self._turn(message) for message in messages],
             "tools": [json.loads(tool) for tool in tools],
             "generation_prompt": generation_prompt,
             "room": _RENDERING_ROOM + _RENDERING_GROWTH * size(messages, tools),
@@ -76,6 +78,16 @@ class ChatTemplate:
             raise RenderError(answer["error"], answer["kind"], answer["line"])
         text: str = answer["text"]
         return text
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        turn = self.spelling.turn(message)
+        if not self.in_parts:
+            return turn
+        parts = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind}
+            for part in message.parts or (message.content,)
+        ]
+        return {**turn, "content": parts}
 
     @property
     def is_dated(self) -> bool:

@@ -13,7 +13,6 @@ from attrs import frozen
 
 from soup_xb.core.config import DataConfig
 from soup_xb.core.data import read_rows
-from soup_xb.core.embedding_files import EmbeddingFacts
 from soup_xb.core.embedding_formats import embedding_formats
 from soup_xb.core.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.errors import DataError, Problem
@@ -79,20 +78,14 @@ def _packed(rows: Rows, length: int) -> Rows:
 
 
 def load_file(
-    path: Path,
-    format: str,
-    tokenizer: ChatTokenizer,
-    max_length: int,
-    embedding: EmbeddingFacts | None = None,
+    path: Path, format: str, tokenizer: ChatTokenizer, max_length: int, formats: Formats = FORMATS
 ) -> tuple[Rows, tuple[Problem, ...]]:
-    """The rows of one `sft` file, or of pairs for `embedding`, and what the user should know about them.
+    """The rows of one file in one of `formats`, and what the user should know about them.
 
     Raises as `load_dataset` does.
     """
-    reading = Reading(format, FORMATS)
-    if embedding is not None:
-        reading = _embedding(format, embedding.query_prompt, embedding.document_prompt)
-    file = token_file(_local(str(path), path), reading, Tokenizing(str(path), tokenizer, max_length))
+    how = Tokenizing(str(path), tokenizer, max_length)
+    file = token_file(_local(str(path), path), Reading(format, formats), how)
     return file.rows, file.notices
 
 

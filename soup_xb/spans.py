@@ -92,7 +92,7 @@ def mark_assistant_turns(
 def _stands_in(text: str, message: Message) -> bool:
     """Whether the content is shown; templates may write what a tool answered as a JSON text."""
     content = message.content.strip()
-    if content in text:
+    if all(piece.strip() in text for piece in message.texts):
         return True
     return message.role == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text
 

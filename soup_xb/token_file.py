@@ -97,7 +97,8 @@ def token_file(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFi
     Raises DataError for a row that cannot be used and for a source without anything to learn, ModelError for
     conversations on a base without a chat template, ResourceError where there is no room for the rows.
     """
-    if not source.files or source.size < KEPT_FROM_BYTES:
+    # What a row says of its pictures or sounds is no column; it holds paths, not what they lead to.
+    if not source.files or source.size < KEPT_FROM_BYTES or how.tokenizer.reads_files:
         return _in_memory(source, reading, how)
     key = _key(source, reading, how)
     folder = user_cache("tokens") / entry_name(key)

@@ -62,7 +62,7 @@ def tokenize_batch(examples: Sequence[AnyExample], how: Tokenizing) -> Batch:
     tally.add(results)
     rows = [result.row for result in results if result.row is not None]
     kinds = {kind.name if (kind := kind_of(row)) else "" for row in rows}
-    if len(kinds) != 1 or "" in kinds:
+    if len(kinds) != 1 or "" in kinds or how.tokenizer.reads_files:
         return Batch("", {}, tally.state(), rows)
     return Batch(kinds.pop(), columns_of(rows), tally.state())
 

@@ -77,6 +77,11 @@ class ChatTokenizer:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
+    def reads_files(self) -> bool:
+        """Whether rows have pictures or sounds beside their tokens."""
+        return False
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return self.template is not None
@@ -173,8 +178,9 @@ class ChatTokenizer:
     ) -> Tokenized:
         ids, trained = encoded
         if not isinstance(example, ChatExample):
-            ids = np.concatenate([self.prefix, ids, self.end_ids[:1]])
-            trained = np.concatenate([[False] * len(self.prefix), trained, [True] * len(self.end_ids[:1])])
+            start = self._start_of(example)
+            ids = np.concatenate([start, ids, self.end_ids[:1]])
+            trained = np.concatenate([[False] * len(start), trained, [True] * len(self.end_ids[:1])])
         truncated = len(ids) > max_length
         ids, trained = ids[:max_length].copy(), trained[:max_length].copy()
         # Nothing comes before the first token, so nothing can predict it.
@@ -182,6 +188,10 @@ class ChatTokenizer:
         row = TokenRow(ids, trained, example.source) if trained.any() else None
         reason = "" if row else _CUT_AWAY if truncated else "it is one token long"
         return Tokenized(example.source, row, reason, truncated, markup.rewritten, markup.hidden)
+
+    def _start_of(self, example: Example) -> tuple[int, ...]:
+        """The ids before a plain text."""
+        return self.prefix
 
     def notices(self) -> Iterator[Problem]:
         """What the user should know about the chat template before a conversation is trained on."""
@@ -199,16 +209,21 @@ class ChatTokenizer:
             )
 
 
-def open_tokenizer(base: Path, chat_template: str | None = None) -> ChatTokenizer:
+def open_tokenizer(base: Path, chat_template: str | None = None, processor: Any = None) -> ChatTokenizer:
     """The tokenizer in a local folder. `chat_template` (text, or the path of a .jinja file) wins over the base's.
+
+    With `processor` (see media.processor) it is that processor's tokenizer, and turns reach the template as parts.
 
     Raises ModelError for a folder without a usable tokenizer, or a broken or oversized chat template, and
     ConfigError for a template file that cannot be read. No code in the folder is run.
     """
-    hf = _load(base)
-    text = read_template(chat_template) if chat_template is not None else own_template(hf, base)
+    hf = _load(base) if processor is None else _fast(processor.tokenizer, base)
+    holder = hf if getattr(processor, "chat_template", None) is None else processor
+    text = read_template(chat_template) if chat_template is not None else own_template(holder, base)
     where = "data.chat_template" if chat_template is not None else str(base)
-    template = ChatTemplate(text, hf.special_tokens_map, where) if text else None
+    template = (
+        ChatTemplate(text, hf.special_tokens_map, where, in_parts=processor is not None) if text else None
+    )
     if template is not None:
         check_template(template)
         hf.chat_template = template.text
@@ -238,6 +253,10 @@ def _load(base: Path) -> Any:
             AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
     with foreign_errors(partial(_unusable, base)):
         tokenizer = AutoTokenizer.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+    return _fast(tokenizer, base)
+
+
+def _fast(tokenizer: Any, base: Path) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(
             "slow-tokenizer",

@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 from soup_xb.backends import choose_backend, open_session
 from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
 from soup_xb.core.base_folder import BaseFolder, inspect_base
-from soup_xb.core.config import Config
+from soup_xb.core.config import MEDIA_TASKS, Config
 from soup_xb.core.config_file import LoadedConfig
 from soup_xb.core.coverage import Coverage, cover
 from soup_xb.core.coverage_text import coverage_notices
@@ -32,10 +32,11 @@ from soup_xb.dataset import load_dataset
 from soup_xb.embedding_texts import fitted_data
 from soup_xb.hub import resolve_base
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
+from soup_xb.media.tokenizer import open_tokenizer_for
 from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.referencing import plan_with_reference
 from soup_xb.resume import ResumeRequest
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+from soup_xb.tokenizer import ChatTokenizer
 
 
 @frozen
@@ -98,7 +99,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     config, (name, reason) = loaded.config, backend
     base = inspect_base(resolve_base(config.base), weights=weights)
     check_towers(loaded, base, name)
-    tokenizer = open_tokenizer(base.path, config.data.chat_template)
+    tokenizer = open_tokenizer_for(config.task, base.path, config.data.chat_template)
     data, cut = fitted_data(config, base, tokenizer)
     dataset = load_dataset(data, tokenizer, config.training.seed, config.task)
     session = open_session(name, session_settings(config, base.path, weights))
@@ -152,6 +153,7 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
         sharding=training.sharding,
         cpu_offload=training.cpu_offload,
         process_timeout=training.process_timeout,
+        media=MEDIA_TASKS.get(config.task, ""),
     )
 
 
@@ -159,7 +161,8 @@ def resolve_for(loaded: LoadedConfig, session: Session) -> tuple[Resolution, Cov
     """The adapted modules and what of the base they cover, with the file's lines in every message."""
     written = {key: loaded.where(key) for key in loaded.written}
     base, lora = session.describe(), loaded.config.training.lora
-    resolution = resolve_adapters(base.modules, lora, written)
+    media = MEDIA_TASKS.get(loaded.config.task, "")
+    resolution = resolve_adapters(base.modules, lora, written, media)
     coverage = cover(base, resolution.adapters, lora, written)
     return evolve(resolution, warnings=(*resolution.warnings, *coverage.warnings)), coverage
 

@@ -12,9 +12,13 @@ from attrs import frozen
 from soup_xb.backends import available_backend, is_installed, open_session
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
 from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.config import MEDIA_TASKS
 from soup_xb.core.embedding_files import EmbeddingFacts
+from soup_xb.core.embedding_formats import embedding_formats
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.examples import Message
+from soup_xb.core.formats import FORMATS, Formats
+from soup_xb.core.media_formats import media_formats
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.rope_scaling import noted_scaling
@@ -27,6 +31,8 @@ from soup_xb.core.session import (
 )
 from soup_xb.embedding_model import saved_facts
 from soup_xb.hub import resolve_base
+from soup_xb.media.processor import is_processor_folder, task_of_processor
+from soup_xb.media.tokenizer import open_tokenizer_for
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
 # Nothing is trained through these sessions; the optimizer is never stepped.
@@ -48,13 +54,24 @@ class TrainedOptions:
 
 @frozen(eq=False)
 class Trained:
-    """A session with the adapter attached (if there is one) and its tokenizer; `embedding` for one that embeds."""
+    """A session with the adapter attached (if there is one) and its tokenizer; `embedding` for one that embeds.
+
+    `task` is vision or audio where the adapter was trained with its base's processor, else empty.
+    """
 
     session: Session
     tokenizer: ChatTokenizer
     base: BaseFolder
     has_adapter: bool
     embedding: EmbeddingFacts | None = None
+    task: str = ""
+
+    @property
+    def formats(self) -> Formats:
+        """The formats of rows that the adapter can be measured on."""
+        if self.embedding is not None:
+            return embedding_formats(self.embedding.query_prompt, self.embedding.document_prompt)
+        return media_formats(self.task) if self.task else FORMATS
 
 
 @contextmanager
@@ -66,7 +83,8 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     folder = adapter_folder(options.adapter) if options.adapter else None
     saved = read_adapter(folder) if folder else None
     base = inspect_base(resolve_base(options.base or base_of(saved, folder)))
-    tokenizer = open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
+    task = task_of_processor(base.path) if folder and is_processor_folder(folder) else ""
+    tokenizer = _tokenizer(base, folder, task)
     facts = saved_facts(saved, folder)
     if facts is not None and options.backend == "mlx":
         raise ConfigError(
@@ -84,12 +102,13 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
         seed=0,
         objective=None if facts is None else Embedding(facts.scale, facts.pooling),
         rope_scaling=noted_scaling(saved.settings, folder) if saved and folder else None,
+        media=MEDIA_TASKS.get(task, ""),
     )
     session = open_session(options.backend, settings)
     try:
         if saved is not None and folder is not None:
             attach_saved(session, saved, folder)
-        yield Trained(session, tokenizer, base, saved is not None, facts)
+        yield Trained(session, tokenizer, base, saved is not None, facts, task)
     finally:
         session.close()
 
@@ -181,8 +200,27 @@ def base_of(saved: SavedAdapter | None, folder: Path | None) -> str:
     return name
 
 
+def _tokenizer(base: BaseFolder, folder: Path | None, task: str) -> ChatTokenizer:
+    if task and folder:
+        # The processor is the base's; the template may be one that the run was given.
+        template = folder / "chat_template.jinja"
+        return open_tokenizer_for(task, base.path, str(template) if template.is_file() else None)
+    return open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
+
+
 def _holds_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
+
+
+def refuse_files(trained: Trained) -> None:
+    """Raise ConfigError for an adapter whose prompts would be pictures or sounds."""
+    if trained.task:
+        raise ConfigError(
+            "prompt-is-text",
+            f"the adapter was trained with `task: {trained.task}`, and a prompt on the command line is text alone",
+            help="load base and adapter with transformers and PEFT (docs/vision-audio.md shows how), or measure "
+            "it on rows with `soupx eval`.",
+        )
 
 
 def continue_chat(

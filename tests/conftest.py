@@ -126,6 +126,21 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def media_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`media_base("llava")` is a tiny base that sees or hears, one of `media_bases.BASES`, made once."""
+    from media_bases import BASES
+
+    made: dict[str, Path] = {}
+
+    def base(name: str) -> Path:
+        if name not in made:
+            made[name] = BASES[name](tmp_path_factory.mktemp(f"tiny-{name}"))
+        return made[name]
+
+    return base
+
+
+@pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty short conversations of uneven length."""
     file = tmp_path_factory.mktemp("data") / "train.jsonl"

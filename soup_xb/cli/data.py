@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from soup_xb.cli.options import json_option
-from soup_xb.core.config import FORMATS
+from soup_xb.core.config import FORMATS, MEDIA_TASKS
 from soup_xb.core.errors import Problem
 
 if TYPE_CHECKING:
     from soup_xb.core.examples import TokenRow
+    from soup_xb.core.formats import Formats
     from soup_xb.token_file import TokenFile
 
 _BARS = 8
@@ -26,6 +27,7 @@ _SHOWN_CHARACTERS = 3000
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", help="Hub id or folder of the base whose tokenizer and chat template are used.")
 @click.option("--format", "data_format", type=click.Choice(FORMATS), default="auto", show_default=True)
+@click.option("--task", type=click.Choice(tuple(MEDIA_TASKS)), help="For rows with pictures or sounds.")
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens.")
 @click.option("--chat-template", help="Jinja chat template to use instead of the base's: text or a file.")
 @json_option
@@ -33,20 +35,21 @@ def command(  # noqa: PLR0913 - one parameter an option
     file: Path,
     base: str | None,
     data_format: str,
+    task: str | None,
     max_length: int,
     chat_template: str | None,
     as_json: bool,
 ) -> None:
     """Show what FILE holds: its format and rows, and with --base its tokens and what is trained on."""
     if base is None:
-        summary, notices = _rows(file, data_format)
+        summary, notices = _rows(file, data_format, task)
     else:
         from soup_xb.dataset import tokenize_file
         from soup_xb.hub import resolve_base
-        from soup_xb.tokenizer import open_tokenizer
+        from soup_xb.media.tokenizer import open_tokenizer_for
 
-        tokenizer = open_tokenizer(resolve_base(base), chat_template)
-        tokens = tokenize_file(file, data_format, tokenizer, max_length)
+        tokenizer = open_tokenizer_for(task or "", resolve_base(base), chat_template)
+        tokens = tokenize_file(file, data_format, tokenizer, max_length, _formats(task))
         summary = {"file": str(file), **_counts(tokens), "example": _example(tokens, tokenizer)}
         notices = (*tokens.warnings, *tokens.notices)
     if as_json:
@@ -64,12 +67,17 @@ def command(  # noqa: PLR0913 - one parameter an option
             click.echo("\n" + (f"{side['name']}: " if side["name"] else "") + _marked(side["pieces"]))
 
 
-def _rows(file: Path, data_format: str) -> tuple[dict[str, Any], tuple[Problem, ...]]:
+def _formats(task: str | None) -> Formats:
+    from soup_xb.core.preference_formats import EVERY_FORMAT, formats_of
+
+    return formats_of(task) if task else EVERY_FORMAT
+
+
+def _rows(file: Path, data_format: str, task: str | None) -> tuple[dict[str, Any], tuple[Problem, ...]]:
     from soup_xb.core.data import read_rows
     from soup_xb.core.example_file import ExampleReader
-    from soup_xb.core.preference_formats import EVERY_FORMAT
 
-    reader = ExampleReader(read_rows(file), data_format, str(file), EVERY_FORMAT)
+    reader = ExampleReader(read_rows(file), data_format, str(file), _formats(task))
     for _ in reader:
         pass
     detection = reader.detection

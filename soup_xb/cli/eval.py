@@ -14,7 +14,7 @@ from soup_xb.core.config import ANSWER_FORMATS, EMBEDDING_FORMAT
 if TYPE_CHECKING:
     from soup_xb.core.session import LossSum
 
-FORMATS = (*ANSWER_FORMATS, EMBEDDING_FORMAT)
+FORMATS = (*ANSWER_FORMATS, EMBEDDING_FORMAT, "transcript")
 
 
 @click.command()
@@ -45,7 +45,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:
         if trained.embedding is not None:
             max_length = min(max_length, trained.embedding.max_length)
-        rows, notices = load_file(data, data_format, trained.tokenizer, max_length, trained.embedding)
+        rows, notices = load_file(data, data_format, trained.tokenizer, max_length, trained.formats)
         for problem in notices:
             click.echo(problem.render("note"), err=True)
         batches = held_out_batches(rows, batch_size, trained.tokenizer.pad_id)

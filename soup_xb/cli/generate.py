@@ -49,10 +49,11 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.core.examples import Message
     from soup_xb.core.session import GenerationSettings
     from soup_xb.embedding_model import refuse_to_answer
-    from soup_xb.trained import TrainedOptions, continue_chat, open_trained
+    from soup_xb.trained import TrainedOptions, continue_chat, open_trained, refuse_files
 
     refuse_to_answer(adapter)
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:
+        refuse_files(trained)
         settings = GenerationSettings(max_new_tokens, temperature, trained.tokenizer.end_ids, seed)
         for prompt in prompts:
             messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from soup_xb.cli.options import DEFAULT_FILE
-from soup_xb.core.durable import disk_errors, write_text
+from soup_xb.core.durable import disk_errors, write_bytes
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.templates import list_templates, load_sample, load_template
 
@@ -40,11 +40,15 @@ def command(name: str | None, output: Path, with_data: bool, force: bool, templa
         with_data = with_data or not rows
     else:
         text = load_template(name, templates_dir)
-    files = {output: text}
+    files: dict[Path, str | bytes] = {output: text}
     if with_data:
         from soup_xb.core.templates_edit import sample_path
+        from soup_xb.core.templates_files import load_sample_files, media_path
 
-        files[sample_path(text, name)] = load_sample(name, templates_dir)
+        rows_file = sample_path(text, name)
+        files[rows_file] = load_sample(name, templates_dir)
+        for file, content in load_sample_files(name, templates_dir).items():
+            files[media_path(rows_file, file)] = content
     write_files(files, force)
     _write_schema(output.parent / SCHEMA)
     for path in files:
@@ -77,7 +81,7 @@ def _next(output: Path, with_data: bool, rows: str) -> str:
     return train if with_data else f"put your rows where `data.train` says, then {train}"
 
 
-def write_files(files: Mapping[Path, str], force: bool) -> None:
+def write_files(files: Mapping[Path, str | bytes], force: bool) -> None:
     """Write all files or, where one of them is there already and `force` is off, none. Raises ConfigError."""
     standing = [path for path in files if os.path.lexists(path)]
     for path in standing:
@@ -91,14 +95,15 @@ def write_files(files: Mapping[Path, str], force: bool) -> None:
             _put(path, text, force)
 
 
-def _put(path: Path, text: str, force: bool) -> None:
+def _put(path: Path, content: str | bytes, force: bool) -> None:
+    data = content.encode("utf-8") if isinstance(content, str) else content
     if force:
-        write_text(path, text)
+        write_bytes(path, data)
         return
     try:
         # Not even a file that appeared since we looked is overwritten.
-        with path.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with path.open("xb") as file:
+            file.write(data)
     except FileExistsError as error:
         raise ConfigError.of([_exists(path)]) from error
 

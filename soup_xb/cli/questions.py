@@ -33,6 +33,19 @@ _EXPERT_BASES = {
     "allenai/OLMoE-1B-7B-0125-Instruct": "7 billion weights, 1 active, 14 GB to download",
     "Qwen/Qwen3-30B-A3B-Instruct-2507": "30 billion, 3 active, 61 GB",
 }
+# Templates whose bases are of another kind, the usual one first.
+_OTHER_BASES = {
+    "moe": _EXPERT_BASES,
+    "vision": {
+        "HuggingFaceTB/SmolVLM-500M-Instruct": "half a billion weights, 1 GB to download",
+        "Qwen/Qwen2.5-VL-3B-Instruct": "3 billion, 8 GB",
+    },
+    "audio": {
+        "openai/whisper-small": "0.24 billion weights, 1 GB to download; writes down what is said",
+        "openai/whisper-large-v3-turbo": "0.8 billion, 1.6 GB",
+        "Qwen/Qwen2-Audio-7B-Instruct": "8 billion, 17 GB; answers about a sound",
+    },
+}
 
 
 @frozen
@@ -79,10 +92,11 @@ def _ask_for_rows() -> str:
 
 
 def _ask_for_base(template: str, machine: str) -> str:
-    known = _EXPERT_BASES if template == "moe" else _SMALL_BASES
+    known = _OTHER_BASES.get(template, _SMALL_BASES)
     names = list(known)
     lines = [f"{name} ({size})" for name, size in known.items()]
-    usual = 0 if machine == _NO_GPU or template == "moe" else 2 if template in ("code", "medical") else 1
+    first = machine == _NO_GPU or template in _OTHER_BASES
+    usual = 0 if first else 2 if template in ("code", "medical") else 1
     chosen = _choose("Which base?", [*lines, "another: a name on huggingface.co, or a folder"], usual)
     if chosen < len(names):
         return names[chosen]

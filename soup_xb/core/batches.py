@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.made import Made
+from soup_xb.core.media import Inputs, RowMedia, media_inputs
 from soup_xb.core.random_numbers import permutation
 
 # Rows are sorted by length inside a window of so many micro-batches: wide enough for rows of nearly equal length
@@ -57,7 +58,8 @@ class MicroBatch:
     (rows * length) grid whose hidden state predicts a target; `targets` is int64 (n,), the token ids predicted
     there. `lengths` is int64 (rows,), the real tokens of each row. `position_ids` is int32 (rows, length), the place of
     each token in its document, where a row holds several documents; None where no row does. `comparison` is what
-    preference tasks know besides, `contrast` what embedding tasks do.
+    preference tasks know besides, `contrast` what embedding tasks do. `media` are the pictures or sounds of the rows
+    that have some, in order.
     """
 
     tokens: Array
@@ -67,6 +69,11 @@ class MicroBatch:
     position_ids: Array | None = None
     comparison: Comparison | None = None
     contrast: Contrast | None = None
+    media: tuple[RowMedia, ...] = ()
+
+    def inputs(self) -> Inputs:
+        """What the model takes besides tokens, read from the files now and kept by nobody."""
+        return media_inputs(self.media, self.tokens)
 
     @property
     def target_tokens(self) -> int:
@@ -136,7 +143,13 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> MicroBatch:
         targets=np.concatenate([empty, *targets]).astype(np.int64),
         lengths=np.array([row.length for row in rows], dtype=np.int64),
         position_ids=_position_ids(rows, length),
+        media=tuple(row.media for row in rows if row.media is not None),
     )
+
+
+def without_targets(row: TokenRow) -> TokenRow:
+    """The row with nothing to learn: it goes through the model, and counts for nothing."""
+    return evolve(row, trained=np.zeros(row.length, dtype=np.bool_))
 
 
 def _position_ids(rows: Sequence[TokenRow], length: int) -> Array | None:

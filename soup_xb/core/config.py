@@ -19,11 +19,15 @@ JUDGED = ("kto", "bco")
 REFERENCED = ("dpo", "ipo", "kto", "bco")
 PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
 TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, "ppo", "grpo", "rlhf", "embedding", "vision", "audio")
+# Tasks whose rows hold files -> the kind that they read.
+MEDIA_TASKS: Mapping[str, str] = MappingProxyType({"vision": "image", "audio": "audio"})
 PREFERENCE_FORMATS = ("preference", "unpaired-preference")
 ANSWER_FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text")
 EMBEDDING_FORMAT = "anchor-positive"
-FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS, EMBEDDING_FORMAT)
+FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS, EMBEDDING_FORMAT, "transcript")
 POOLINGS = ("auto", "mean", "cls", "last")
+VISION_FORMATS = ("messages", "sharegpt")
+AUDIO_FORMATS = ("transcript", "messages")
 EVERY_LINEAR = ("auto", "all-linear")
 AUTOMATIC = (*EVERY_LINEAR, "auto+experts")
 
@@ -240,6 +244,8 @@ def task_formats(task: str) -> tuple[str, ...]:
         return PREFERENCE_FORMATS
     if task == "embedding":
         return (EMBEDDING_FORMAT,)
+    if task in ("vision", "audio"):
+        return VISION_FORMATS if task == "vision" else AUDIO_FORMATS
     return PREFERENCE_FORMATS[:1] if task in PREFERENCE_TASKS else ANSWER_FORMATS[1:]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from attrs import field, frozen
 
+from soup_xb.core.media import RowMedia
+
 
 @frozen
 class Source:
@@ -32,11 +34,20 @@ class ToolCall:
 
 
 @frozen
+class Attachment:
+    """A picture or a sound that a row names: `kind` is image or audio, `name` is as the row writes it."""
+
+    kind: str
+    name: str
+
+
+@frozen
 class Message:
     """One turn. `role` is system, user, assistant or tool.
 
     `calls` are an assistant's; a tool's turn has the `name` of the function and the `call_id` that it answers, each
     empty where the row does not tell.
+    A turn with pictures or sounds has `parts`, its texts and what stands between them; `content` is its text alone.
     """
 
     role: str
@@ -44,6 +55,17 @@ class Message:
     calls: tuple[ToolCall, ...] = ()
     name: str = ""
     call_id: str = ""
+    parts: tuple[str | Attachment, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The pieces of text, in order."""
+        return tuple(part for part in self.parts if isinstance(part, str)) if self.parts else (self.content,)
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """The pictures and sounds, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Attachment))
 
 
 @frozen
@@ -63,14 +85,24 @@ class ChatExample:
         """Whether tools are declared or called."""
         return bool(self.tools) or any(message.calls for message in self.messages)
 
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """The pictures and sounds of all turns, in order."""
+        return tuple(attachment for message in self.messages for attachment in message.attachments)
+
 
 @frozen
 class CompletionExample:
-    """Plain text with an untrained `prompt` (empty for plain text) and a trained `completion`."""
+    """Plain text with an untrained `prompt` (empty for plain text) and a trained `completion`.
+
+    For a transcript `attachments` is the sound that says it, and `language` its language, empty where none is told.
+    """
 
     prompt: str
     completion: str
     source: Source
+    attachments: tuple[Attachment, ...] = ()
+    language: str = ""
 
 
 Example = ChatExample | CompletionExample
@@ -127,13 +159,15 @@ class TokenRow:
 
     `tokens` is int32 (length,); `trained` is bool (length,): True where the token is a target, that is, where
     the model learns to predict it. The first token is never a target, since nothing comes before it.
-    `documents` is where the documents in it begin; there is more than one after packing.
+    `documents` is where the documents in it begin; there is more than one after packing. `media` are the pictures or
+    sounds that its tokens tell of.
     """
 
     tokens: np.ndarray[Any, Any] = field(converter=_token_ids)
     trained: np.ndarray[Any, Any] = field(converter=_marks)
     source: Source
     documents: tuple[int, ...] = (0,)
+    media: RowMedia | None = None
 
     @property
     def length(self) -> int:

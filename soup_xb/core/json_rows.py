@@ -62,6 +62,11 @@ def json_lines(path: Path) -> Iterator[Row]:
             yield source, _row(_parsed(text, source, last=not raw.endswith(b"\n")), source)
 
 
+def read_object_line(line: str, source: Source) -> dict[str, Any]:
+    """One line as a row. Raises DataError with the line."""
+    return _row(_parsed(line, source, last=True), source)
+
+
 def json_rows(path: Path) -> Iterator[Row]:
     """The rows of a .json file: an array of objects, or objects one after the other."""
     raw = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)

@@ -17,6 +17,8 @@ from soup_xb.core.target_checks import check_expert_targets, no_experts, ranks_a
 from soup_xb.core.towers import is_in_tower, without_gradient
 
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
+_ENCODER = re.compile(r"(^|\.)encoder\.(layers|blocks)\.")
+_DECODER = re.compile(r"(^|\.)decoder\.(layers|blocks)\.")
 # An indexer chooses the tokens that are attended to; like a router's, its choice passes no gradient on.
 _ROUTER = re.compile(r"(^|\.)(gate|router|indexer|[a-z_]*_gate|gate_\d+)(\.|$)")
 
@@ -121,11 +123,14 @@ def adapter_scale(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> Resolution:
+def resolve_adapters(
+    modules: Sequence[Module], lora: LoraConfig, written: Mapping[str, str], media: str = ""
+) -> Resolution:
     """Decide the adapted modules and their ranks.
 
-    `written` maps a dotted key to the place to name in an error. Raises ConfigError with every pattern that
-    matches nothing, and for pissa and olora with every rank above the smaller side of its module.
+    `written` maps a dotted key to the place to name in an error, `media` is the kind of files that rows hold. Raises
+    ConfigError with every pattern that matches nothing, and for pissa and olora with every rank above the smaller side
+    of its module.
     """
     chosen, problems = _targets(modules, lora, written.get("training.lora.target_modules", ""))
     if problems:
@@ -159,7 +164,7 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
     if lora.start != "random":
         errors += large
     targets = written.get("training.lora.target_modules", "")
-    towers = without_gradient([adapter.name for adapter in adapters], targets)
+    towers = without_gradient([adapter.name for adapter in adapters], targets, media)
     errors += [problem for problem in towers if problem.code == "towers-alone"]
     if errors:
         raise ConfigError.of(errors)
@@ -167,12 +172,18 @@ def resolve_adapters(modules: Sequence[Module], lora: LoraConfig, written: Mappi
 
 
 def automatic_targets(modules: Sequence[Module], word: str) -> tuple[Module, ...]:
-    """What `auto` (and `all-linear`) means: the decoder's linear layers; `auto+experts` adds its 3-D expert weights."""
+    """What `auto` (and `all-linear`) means: the decoder's linear layers; `auto+experts` adds its 3-D expert weights.
+
+    An encoder beside a decoder (Whisper's) hears, and is left out as towers are.
+    """
     with_experts = word == "auto+experts"
+    hears = any(_DECODER.search(module.name) for module in modules)
     return tuple(
         module
         for module in modules
-        if is_decoder_linear(module.name) and (with_experts or not module.experts)
+        if is_decoder_linear(module.name)
+        and (with_experts or not module.experts)
+        and not (hears and _ENCODER.search(module.name))
     )
 
 

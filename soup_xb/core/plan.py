@@ -10,7 +10,7 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches
-from soup_xb.core.config import Config, TrainingConfig
+from soup_xb.core.config import MEDIA_TASKS, Config, TrainingConfig
 from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution
@@ -147,7 +147,7 @@ def make_plan(
             use_rslora=training.lora.use_rslora,
             seed=training.seed,
             merges=training.relora_steps is not None and training.relora_mode == "merge",
-            task_type="FEATURE_EXTRACTION" if config.task == "embedding" else "CAUSAL_LM",
+            task_type=_task_type(config.task),
         ),
         rows=rows,
         evaluation=evaluation,
@@ -173,6 +173,12 @@ def _check_negatives(config: Config, rows: Rows) -> None:
         where="training.batch_size",
         help="write 2 or more, better 32: the other rows of a micro-batch are the wrong answers.",
     )
+
+
+def _task_type(task: str) -> str | None:
+    if task in MEDIA_TASKS:
+        return None
+    return "FEATURE_EXTRACTION" if task == "embedding" else "CAUSAL_LM"
 
 
 def _learning_rates(training: TrainingConfig, total_steps: int, restarts: tuple[int, ...]) -> LearningRates:

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.batches import Comparison, MicroBatch, collate, eval_batches, process_share
+from soup_xb.core.batches import (
+    Comparison,
+    MicroBatch,
+    collate,
+    eval_batches,
+    process_share,
+    without_targets,
+)
 from soup_xb.core.contrast_batches import contrast_batch
 from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.examples import TokenRow
@@ -68,11 +75,20 @@ def micro_batches(
             texts = [row for row in map(rows.row, batches[index]) if isinstance(row, EmbeddingRow)]
             return contrast_batch(texts, share_of, pad_id)
         share = process_share(batches[index], *share_of)
+        if not share.size:
+            return _idle(rows[int(batches[index][0])], pad_id)
         return collate_rows(
             [rows[row] for row in share], None if references is None else references[share], pad_id
         )
 
     return Made(len(batches), make)
+
+
+def _idle(row: LearnedRow, pad_id: int) -> MicroBatch:
+    """The micro-batch of a process that has none of the rows, so that every part of the model runs on it too."""
+    if isinstance(row, TokenRow) and row.media is not None:
+        return collate([without_targets(row)], pad_id)
+    return collate([], pad_id)
 
 
 def sequence_batches(

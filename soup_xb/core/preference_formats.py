@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from soup_xb.core.config import task_formats
+from soup_xb.core.config import MEDIA_TASKS, task_formats
 from soup_xb.core.embedding_formats import embedding_formats
 from soup_xb.core.errors import DataError
 from soup_xb.core.examples import (
@@ -19,6 +19,7 @@ from soup_xb.core.examples import (
     Source,
 )
 from soup_xb.core.formats import FORMATS, Format, read_prompt_completion
+from soup_xb.core.media_formats import media_formats
 from soup_xb.core.row_text import mistyped, read_text
 from soup_xb.core.tool_rows import read_tools
 from soup_xb.core.turns import read_turns
@@ -28,6 +29,8 @@ _SIDES = ("chosen", "rejected")
 
 def formats_of(task: str) -> Mapping[str, Format]:
     """The formats that a task reads, in the order in which detection asks."""
+    if task in MEDIA_TASKS:
+        return media_formats(task)
     named = task_formats(task)
     return MappingProxyType({name: known for name, known in EVERY_FORMAT.items() if name in named})
 

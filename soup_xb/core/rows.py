@@ -70,7 +70,7 @@ class ListedRows(Rows):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of every token, every trained mark, every document's beginning and every verdict, in order."""
+        """sha256 of every token, trained mark, document's beginning, verdict and file, in order."""
         digest = hashlib.sha256()
         for name, row in (
             (name, row)
@@ -82,6 +82,7 @@ class ListedRows(Rows):
             digest.update(row.tokens.tobytes())
             digest.update(np.packbits(row.trained).tobytes())
             digest.update(np.array(row.documents, dtype="<i8").tobytes())
+            digest.update(row.media.digest if row.media else b"")
         return digest.hexdigest()
 
     @property

@@ -6,7 +6,7 @@ import os.path
 import re
 from collections.abc import Iterator
 
-from soup_xb.core.config import PREFERENCE_TASKS, TASKS, task_formats
+from soup_xb.core.config import MEDIA_TASKS, PREFERENCE_TASKS, TASKS, task_formats
 from soup_xb.core.errors import Problem
 from soup_xb.core.loaded_config import LoadedConfig
 from soup_xb.core.rules import Rule, excluded
@@ -105,6 +105,12 @@ def _format_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
     )
 
 
+def _packing_keeps_files_apart(loaded: LoadedConfig) -> Iterator[Problem]:
+    if loaded.config.data.packing and loaded.config.task in MEDIA_TASKS:
+        reason = "pictures and sounds are matched to the tokens of a row, one row a sequence"
+        yield excluded(loaded, ("data.packing", "`true`"), "task", reason)
+
+
 def _packing_keeps_answers_apart(loaded: LoadedConfig) -> Iterator[Problem]:
     if loaded.config.data.packing and loaded.config.task in (*PREFERENCE_TASKS, "embedding"):
         reason = "what is compared are whole texts, each in a sequence of its own"
@@ -195,6 +201,7 @@ RULES = (
     Rule(_packing_keeps_answers_apart, ("data.packing", "task")),
     Rule(_rope_has_a_factor, ("training.rope_scaling.type", "training.rope_scaling.factor")),
     Rule(_vectors_from_the_base_as_it_stands, ("training.rope_scaling.type", "task")),
+    Rule(_packing_keeps_files_apart, ("data.packing", "task")),
     Rule(_output_is_its_own, ("base", "adapter", "output")),
     Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
     Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),

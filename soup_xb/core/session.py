@@ -41,6 +41,8 @@ class SessionSettings:
     `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none. `sharding` is how
     several processes hold the base (see the config), `process_timeout` the seconds that one waits for the others.
     `rope_scaling` stretches the base's positions.
+    `media` is the kind of files that rows have, image or audio: the base is then opened whole, with the towers that
+    take them.
     """
 
     base: Path
@@ -56,6 +58,7 @@ class SessionSettings:
     cpu_offload: bool = False
     process_timeout: int = 1800
     rope_scaling: RopeScaling | None = None
+    media: str = ""
 
 
 @frozen
@@ -90,7 +93,8 @@ class AdapterPlan:
     use_rslora: bool
     seed: int
     merges: bool = False
-    task_type: str = "CAUSAL_LM"
+    # What PEFT wraps the base in; None is its plain wrapper, which passes every argument on.
+    task_type: str | None = "CAUSAL_LM"
 
     @property
     def use_dora(self) -> bool:

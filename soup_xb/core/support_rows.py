@@ -84,6 +84,10 @@ def _of_embeddings(*names: str) -> tuple[Row, ...]:
     return tuple(Row(name, "embedding", mlx=_NO_EMBEDDINGS, follows="task=embedding") for name in names)
 
 
+_WORDS_ALONE = "train on the words alone: `task: sft` on text rows."
+_NO_PICTURES = No("mlx-lm opens the text part of a base, without the tower that sees", _WORDS_ALONE)
+_NO_SOUNDS = No("mlx-lm opens neither speech-to-text models nor the towers that hear", _WORDS_ALONE)
+
 _TASKS = (
     *_works("task", "task=sft", "task=pretrain"),
     *(
@@ -93,7 +97,8 @@ _TASKS = (
     _task("reward", _CHOSEN_ANSWERS),
     *(_task(name, _WORKED_ANSWERS) for name in ("ppo", "grpo", "rlhf")),
     Row("task=embedding", "embedding", mlx=_NO_EMBEDDINGS),
-    *(_task(name, _TEXT_ROWS) for name in ("vision", "audio")),
+    Row("task=vision", "vision", mlx=_NO_PICTURES),
+    Row("task=audio", "audio", mlx=_NO_SOUNDS),
 )
 
 _RELORA_NO_MLX = No(
@@ -133,6 +138,7 @@ _DATA = (
         for name in ("preference", "unpaired-preference")
     ),
     *_of_embeddings("data.format=anchor-positive", "data.query_prompt", "data.document_prompt"),
+    Row("data.format=transcript", "audio", mlx=_NO_SOUNDS, follows="task=audio"),
     *_works("data.packing", "data.chat_template"),
 )
 

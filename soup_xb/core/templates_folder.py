@@ -25,11 +25,17 @@ class TemplateFolder:
     owner: str = "soupx"
 
     def read(self, name: str) -> str:
-        """The text of a file, `name` with `/` between folders. No more than 256 KiB are read.
+        """The text of a file, as `read_bytes` reads it. Raises ConfigError for what is not UTF-8 too."""
+        try:
+            return self.read_bytes(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._refused("template-not-utf8", name, "is not UTF-8 text") from error
+
+    def read_bytes(self, name: str) -> bytes:
+        """What a file holds, `name` with `/` between folders. No more than 256 KiB are read.
 
         Raises ConfigError for a name that is not plain, a file that lies outside of the folder once every link
-        is followed, and one that is missing, no ordinary file, too large or not UTF-8; ResourceError where it
-        may not be read.
+        is followed, and one that is missing, no ordinary file or too large; ResourceError where it may not be read.
         """
         path = self._inside(name)
         try:
@@ -44,10 +50,7 @@ class TemplateFolder:
             raise self._refused("template-not-a-file", name, "is not an ordinary file")
         if len(content) > MOST_BYTES:
             raise self._refused("template-too-large", name, f"is larger than {MOST_BYTES // 1024} KiB")
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self._refused("template-not-utf8", name, "is not UTF-8 text") from error
+        return content
 
     def _inside(self, name: str) -> Path:
         """The place of a file with no link left in it. Raises ConfigError where that is not in the folder."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from soup_xb.core.errors import Problem
 
 _TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech|multi_modal|multimodal|mm)([._]|$)")
+_SIGHT = re.compile(r"(^|[._])(vision|visual|image)([._]|$)")
+_HEARING = re.compile(r"(^|[._])(audio|speech)([._]|$)")
 
 
 def is_in_tower(name: str) -> bool:
@@ -19,20 +21,36 @@ def is_in_tower(name: str) -> bool:
     return bool(_TOWER.search(name))
 
 
-def without_gradient(names: Sequence[str], where: str) -> list[Problem]:
-    """What to know of adapted modules that training on text leaves as they start.
+def is_unseen(name: str, media: str = "") -> bool:
+    """Whether rows with this kind of media (image, audio, empty for text alone) leave the module without a gradient.
+
+    >>> is_unseen("model.vision_tower.layers.0.q_proj"), is_unseen("model.vision_tower.layers.0.q_proj", "image")
+    (True, False)
+    >>> is_unseen("model.audio_tower.layers.0.q_proj", "image"), is_unseen("multi_modal_projector.linear_1", "image")
+    (True, False)
+    """
+    if not media:
+        return is_in_tower(name)
+    return bool((_HEARING if media == "image" else _SIGHT).search(name))
+
+
+def without_gradient(names: Sequence[str], where: str, media: str = "") -> list[Problem]:
+    """What to know of adapted modules that training on rows with this kind of media leaves as they start.
 
     The code is `towers-alone` where there is no other module, so that nothing would be trained.
     """
-    towers = sum(map(is_in_tower, names))
-    if not towers:
+    unseen = sum(is_unseen(name, media) for name in names)
+    if not unseen:
         return []
-    if towers == len(names):
-        message = f"all {towers} adapted modules are in vision and audio towers, which rows of text do not run through"
+    kind = f"rows with {'pictures' if media == 'image' else 'sound'}" if media else "rows of text"
+    if unseen == len(names):
+        message = (
+            f"all {unseen} adapted modules are in vision and audio towers, which {kind} do not run through"
+        )
         cure = "name modules of the text decoder too, or use `target_modules: auto`."
         return [Problem("towers-alone", message, where, cure)]
     message = (
-        f"{towers} adapted modules in the vision and audio towers get no gradient from text rows "
+        f"{unseen} adapted modules in the vision and audio towers get no gradient from {kind} "
         "and stay as they start"
     )
     cure = "leave them out with `target_modules: auto`, the text decoder alone, or with a narrower pattern."

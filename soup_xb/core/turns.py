@@ -62,7 +62,7 @@ def read_turns(row: Mapping[str, Any], column: str, source: Source) -> tuple[Mes
     turns = row[column]
     if not isinstance(turns, list):
         raise mistyped(f"{source}: {column}", "a list of turns", turns)
-    return _with_names([_turn(turn, f"{source}: {column}[{index}]") for index, turn in enumerate(turns)])
+    return _with_names([read_turn(turn, f"{source}: {column}[{index}]") for index, turn in enumerate(turns)])
 
 
 def extra_turn_keys(row: Mapping[str, Any], column: str) -> Iterator[str]:
@@ -76,7 +76,8 @@ def extra_turn_keys(row: Mapping[str, Any], column: str) -> Iterator[str]:
         )
 
 
-def _turn(turn: Any, where: str) -> Message:
+def read_turn(turn: Any, where: str) -> Message:
+    """One turn. Raises DataError naming the field, `where` being the turn's place."""
     if not isinstance(turn, dict):
         raise mistyped(where, "an object", turn)
     role_key, text_key = next((keys for keys in _SPELLINGS if keys[0] in turn), _SPELLINGS[0])
@@ -149,5 +150,6 @@ def _part(part: Any, where: str) -> str:
             "unsupported-content",
             f"is a part of type `{str(part.get('type'))[:50]}`; only text can be trained on",
             where=where,
+            help="pictures are for `task: vision`, sounds for `task: audio`.",
         )
     return read_text(part, "text", f"{where}.")

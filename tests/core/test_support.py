@@ -77,12 +77,12 @@ def test_the_defaults_are_refused_by_neither_backend() -> None:
 
 REFUSED = [
     ("task=ppo", "ppo"),
-    ("task=vision", "vision"),
 ]
 
 
 REFUSED_ON_MLX = [
     *((f"task={task}", task) for task in ("dpo", "ipo", "orpo", "simpo", "kto", "bco")),
+    *((f"task={task}", task) for task in ("vision", "audio")),
     ("task=embedding", "embedding"),
     ("training.router_aux_loss_coef=0.01", "router-loss"),
     ("training.relora_steps=5", "relora"),

@@ -83,11 +83,16 @@ def tiny_caller(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> P
 
 @pytest.fixture(scope="module")
 def tiny_bases(
-    tiny_llama: Path, tiny_experts: Path, tiny_caller: Path, tiny_encoder: Path
+    tiny_llama: Path,
+    tiny_experts: Path,
+    tiny_caller: Path,
+    tiny_encoder: Path,
+    media_base: Callable[[str], Path],
 ) -> Callable[[str], Path]:
     """The base that a template's rows are trained on."""
     special = {"moe": tiny_experts, "tool-calling": tiny_caller, "embedding": tiny_encoder}
-    return lambda name: special.get(name, tiny_llama)
+    media = {"vision": "llava", "audio": "whisper"}
+    return lambda name: media_base(media[name]) if name in media else special.get(name, tiny_llama)
 
 
 def test_the_registry_holds_the_templates_whose_task_trains_today() -> None:

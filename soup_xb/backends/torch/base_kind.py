@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -14,9 +15,47 @@ from soup_xb.core.towers import is_in_tower
 
 _CAUSAL = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 _MASKED = transformers.MODEL_FOR_MASKED_LM_MAPPING
+# The first that knows a base's type opens it. Whisper's shape comes before bases that answer about a sound.
+_WITH_FILES = MappingProxyType(
+    {
+        "image": (("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "AutoModelForImageTextToText"),),
+        "audio": (
+            ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "AutoModelForSpeechSeq2Seq"),
+            ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "AutoModelForMultimodalLM"),
+        ),
+    }
+)
 _INSTEAD = (
     "take a decoder-only text model; of bases with vision or audio towers, Gemma 3 and 4 work, among others."
 )
+
+
+def auto_class(config: Any, media: str) -> Any:
+    """The transformers class that opens a base for rows with this kind of files; empty for text alone."""
+    if not media:
+        return transformers.AutoModelForCausalLM
+    # By name: an older transformers has not all of them, and trains on text all the same.
+    found = (
+        auto for mapping, auto in _WITH_FILES[media] if type(config) in getattr(transformers, mapping, ())
+    )
+    return getattr(transformers, next(found, ""), None)
+
+
+def check_kind(folder: BaseFolder, config: Any, media: str) -> None:
+    """Raise ModelError for a base that does not take such files, or, for text, that is no causal language model."""
+    if not media:
+        check_causal(folder, config)
+        return
+    where = str(folder.path / "config.json")
+    if auto_class(config, media) is None:
+        verb, kind = ("see", "pictures") if media == "image" else ("hear", "sounds")
+        raise ModelError(
+            "takes-no-files",
+            f"`{folder.model_type}` does not {verb}: no class of transformers opens it for {kind} and text",
+            where=where,
+            help=f"take a base that takes {kind}; docs/vision-audio.md lists types that are tested.",
+        )
+    _check_order(folder, config)
 
 
 def check_causal(folder: BaseFolder, config: Any) -> None:
@@ -33,6 +72,11 @@ def check_causal(folder: BaseFolder, config: Any) -> None:
     if opened is not type(config) and opened not in _CAUSAL:
         message = f"of `{folder.model_type}` only the text part opens, and transformers cannot open it again by itself"
         raise ModelError("text-part-alone", message, where=where, help=_INSTEAD)
+    _check_order(folder, config)
+
+
+def _check_order(folder: BaseFolder, config: Any) -> None:
+    where = str(folder.path / "config.json")
     ways = getattr(config.get_text_config(), "use_bidirectional_attention", None)
     if ways in (True, "all"):
         message = (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from soup_xb.backends.torch.chunked_head import (
     caught_output,
@@ -51,10 +51,11 @@ class BatchTensors:
     targets: torch.Tensor
     position_ids: torch.Tensor | None
     counts: tuple[int, ...]
+    inputs: Mapping[str, torch.Tensor] = field(factory=dict)
 
     @classmethod
     def of(cls, batch: MicroBatch, place: torch.device) -> BatchTensors:
-        """Copies of the arrays, ids as int64."""
+        """Copies of the arrays, ids as int64, and what the files of the rows give."""
         ids = batch.position_ids
         return cls(
             torch.from_numpy(batch.tokens.astype(np.int64)).to(place),
@@ -62,7 +63,18 @@ class BatchTensors:
             torch.from_numpy(batch.targets).to(place),
             None if ids is None else torch.from_numpy(ids.astype(np.int64)).to(place),
             tuple(batch.row_targets.tolist()),
+            {name: torch.from_numpy(array).to(place) for name, array in batch.inputs().items()},
         )
+
+    def arguments(self, model: Any) -> dict[str, torch.Tensor]:
+        """The model's arguments: tokens by the name that it gives them, inputs in its number format."""
+        name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+        inputs = {
+            key: value.to(model.dtype) if value.is_floating_point() else value
+            for key, value in self.inputs.items()
+        }
+        packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {name: self.tokens, **packed, **inputs}
 
 
 def summed_loss(model: Any, batch: BatchTensors) -> torch.Tensor:
@@ -119,6 +131,5 @@ def _logits(model: Any, batch: BatchTensors) -> torch.Tensor:
     needed. Position ids that restart tell transformers where a document ends, and attention does not cross it.
     """
     with head_on_positions(model, batch.positions):
-        packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        logits: torch.Tensor = model(input_ids=batch.tokens, use_cache=False, **packed).logits
+        logits: torch.Tensor = model(**batch.arguments(model), use_cache=False).logits
     return logits[0].float()

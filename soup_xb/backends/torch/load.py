@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.base_kind import check_causal, check_embedding
+from soup_xb.backends.torch.base_kind import auto_class, check_embedding, check_kind
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.backends.torch.expert_layers import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
@@ -30,12 +29,14 @@ _OWN_IMPLEMENTATIONS = {"attn_implementation": None, "experts_implementation": N
 
 
 def load_base(settings: SessionSettings, device: Device) -> Any:
-    """The base as a transformers causal language model, frozen, in evaluation mode, on the device.
+    """The base as a transformers model, frozen, in evaluation mode, on the device.
+
+    It is a causal language model, or with `settings.media` what takes such files and gives text.
 
     Raises ModelError for a folder that is damaged, holds foreign formats or wants to run code.
     """
     folder = inspect_base(settings.base)
-    config, kind = read_config(folder, settings.objective)
+    config, kind = read_config(folder, settings.objective, settings.media)
     stretch(config, folder, settings.rope_scaling)
     quantization = _quantization(settings.quantization, folder, device)
     with memory_guard("loading the base"):
@@ -60,24 +61,19 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     return model
 
 
-def outline_base(
-    path: Path,
-    dtype: torch.dtype | None = None,
-    objective: Any = None,
-    scaling: RopeScaling | None = None,
-) -> Any:
+def outline_base(settings: SessionSettings, dtype: torch.dtype | None = None) -> Any:
     """The base's modules on the meta device: names and shapes without memory."""
-    folder = inspect_base(path, weights=False)
-    config, kind = read_config(folder, objective)
-    stretch(config, folder, scaling)
+    folder = inspect_base(settings.base, weights=False)
+    config, kind = read_config(folder, settings.objective, settings.media)
+    stretch(config, folder, settings.rope_scaling)
     with torch.device("meta"), foreign_errors(partial(unreadable, folder)):
         return kind.from_config(config, dtype=dtype, trust_remote_code=False, **_OWN_IMPLEMENTATIONS)
 
 
-def read_config(folder: BaseFolder, objective: Any = None) -> tuple[Any, Any]:
+def read_config(folder: BaseFolder, objective: Any = None, media: str = "") -> tuple[Any, Any]:
     """The base's config as transformers reads it, and the Auto class that opens it for the objective.
 
-    Raises ModelError for a type that is not trained here.
+    `media` is the kind of files that rows have. Raises ModelError for a type that is not trained here.
     """
     if folder.model_type not in transformers.CONFIG_MAPPING:
         raise unknown_type(folder, transformers.__version__)
@@ -88,8 +84,8 @@ def read_config(folder: BaseFolder, objective: Any = None) -> tuple[Any, Any]:
     if isinstance(objective, Embedding):
         check_embedding(folder, config)
         return config, transformers.AutoModel
-    check_causal(folder, config)
-    return config, transformers.AutoModelForCausalLM
+    check_kind(folder, config, media)
+    return config, auto_class(config, media)
 
 
 def stretch(config: Any, folder: BaseFolder, scaling: RopeScaling | None) -> None:
@@ -224,5 +220,5 @@ def unreadable(folder: BaseFolder, reason: str) -> ModelError:
         "unreadable-base",
         f"transformers cannot open it: {reason}",
         where=str(folder.path),
-        help="check that the folder is a causal language model that this transformers version knows.",
+        help="check that the folder is a language model that this transformers version knows.",
     )

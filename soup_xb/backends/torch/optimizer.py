@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.session import OptimizerSettings
 from soup_xb.core.state_file import grouped, read_tensors
-from soup_xb.core.towers import is_in_tower
+from soup_xb.core.towers import is_unseen
 
 STATE_FILE = "optimizer.safetensors"
 
@@ -21,11 +21,13 @@ STATE_FILE = "optimizer.safetensors"
 class Optimizer:
     """AdamW (arXiv:1711.05101) or plain SGD over named parameters."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings) -> None:
-        """Make the optimizer; the learning rate comes with each step."""
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings, media: str = ""
+    ) -> None:
+        """Make the optimizer; the learning rate comes with each step. `media` is the kind that rows hold."""
         self.parameters = dict(parameters)
         self.settings = settings
-        self.optimizer = _make(_groups(self.parameters, settings.weight_decay), settings)
+        self.optimizer = _make(_groups(self.parameters, settings.weight_decay, media), settings)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -99,10 +101,12 @@ class Optimizer:
             }
 
 
-def _groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters with their decay: none in towers, where no gradient would hold against it."""
-    text = [parameter for name, parameter in parameters.items() if not is_in_tower(name)]
-    towers = [parameter for name, parameter in parameters.items() if is_in_tower(name)]
+def _groups(
+    parameters: Mapping[str, torch.nn.Parameter], weight_decay: float, media: str
+) -> list[dict[str, Any]]:
+    """The parameters with their decay: none in towers that no row runs through, where no gradient holds against it."""
+    text = [parameter for name, parameter in parameters.items() if not is_unseen(name, media)]
+    towers = [parameter for name, parameter in parameters.items() if is_unseen(name, media)]
     groups = [{"params": text, "weight_decay": weight_decay}, {"params": towers, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -63,8 +63,7 @@ def open_session(settings: SessionSettings) -> TorchSession:
     processes = join_processes(settings.process_timeout)
     device = choose_device(settings.precision, processes)
     if not settings.weights:
-        outline = outline_base(settings.base, None, settings.objective, settings.rope_scaling)
-        return TorchSession(outline, settings, device, processes)
+        return TorchSession(outline_base(settings), settings, device, processes)
     sharded = settings.sharding == "fsdp" and processes.many
     model = load_sharded(settings, device, processes) if sharded else load_base(settings, device)
     return TorchSession(model, settings, device, processes)
@@ -133,7 +132,9 @@ class TorchSession:
                 if plan.merges:
                     self._true_outputs = base_outputs(self._adapters)
             self._adapters.train(False)
-            self._optimizer = Optimizer(self._adapters.parameters(), self.settings.optimizer)
+            self._optimizer = Optimizer(
+                self._adapters.parameters(), self.settings.optimizer, self.settings.media
+            )
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """One update; dropout masks are a function of seed, step and process."""
@@ -150,7 +151,9 @@ class TorchSession:
             with memory_guard("training"):
                 for batch in micro_batches:
                     loss = self._loss.summed(self.model, batch)
-                    (loss / divisor).backward()
+                    # Adapters in towers alone have no part in rows without files.
+                    if loss.requires_grad:
+                        (loss / divisor).backward()
                     total += loss.detach()
         finally:
             adapters.train(False)

@@ -34,7 +34,7 @@ def load_sharded(settings: SessionSettings, device: Device, processes: Processes
     if folder.quantization:
         raise _quantized(folder)
     give_freed_memory_back()
-    model = outline_base(settings.base, device.dtype, scaling=settings.rope_scaling)
+    model = outline_base(settings, device.dtype)
     _keep_float32(model, device.dtype)
     mesh = mesh_of(device, processes)
     shard_blocks(model, mesh, settings.cpu_offload, shard_vocabulary(model, mesh))
