@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,22 @@ def test_rows_with_more_in_them_than_columns_hold_stay_in_memory_whole(opened, t
     assert found.rows[-1].documents == (0, 2)
     assert len(found.rows) == 40
     assert not entries(kept)
+
+
+def test_who_comes_second_waits_and_finds_the_rows(opened, tmp_path, monkeypatch):
+    path, tokenizer = write(tmp_path / "a.jsonl", chats(40)), opened("byte-level", "chatml")
+    through, starts = token_file.tokenized, []
+
+    def counted(*arguments: Any) -> Any:
+        starts.append(arguments)
+        yield from through(*arguments)
+
+    monkeypatch.setattr(token_file, "tokenized", counted)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = (
+            future.result()
+            for future in [pool.submit(tokenize_file, path, "auto", tokenizer, 64) for _ in range(2)]
+        )
+    assert len(starts) == 1
+    assert one.rows.fingerprint == other.rows.fingerprint
+    assert sorted("read from" in file.notices[-1].message for file in (one, other)) == [False, True]
