@@ -36,6 +36,11 @@ _EXPERT_BASES = {
 # Templates whose bases are of another kind, the usual one first.
 _OTHER_BASES = {
     "moe": _EXPERT_BASES,
+    "embedding": {
+        "sentence-transformers/all-MiniLM-L6-v2": "23 million weights, for any machine",
+        "BAAI/bge-base-en-v1.5": "110 million, 0.4 GB to download",
+        "Qwen/Qwen3-Embedding-0.6B": "0.6 billion, 1.2 GB, more than a hundred languages",
+    },
     "vision": {
         "HuggingFaceTB/SmolVLM-500M-Instruct": "half a billion weights, 1 GB to download",
         "Qwen/Qwen2.5-VL-3B-Instruct": "3 billion, 8 GB",
@@ -67,7 +72,10 @@ def ask(templates: Sequence[Template]) -> Answers:
     machines = list(_MACHINES)
     machine = machines[_choose("Which machine trains it?", machines)]
     values = dict(_MACHINES[machine])
-    if values.get("training.batch_size") == 1:
+    if template.task == "embedding":
+        # The rows of a micro-batch are told from each other, and encoders fit any machine.
+        values = {}
+    elif values.get("training.batch_size") == 1:
         values["training.gradient_accumulation_steps"] = _rows_of_a_step(template)
     values["base"] = _ask_for_base(template.name, machine)
     if rows:

@@ -238,6 +238,17 @@ def test_a_small_machine_takes_the_rows_of_a_step_one_at_a_time(place: Path) -> 
     assert (training.batch_size, training.gradient_accumulation_steps) == (1, rows)
 
 
+def test_an_embedding_model_keeps_the_rows_that_are_told_from_each_other(place: Path) -> None:
+    templates = [template.name for template in list_templates(shipped_folder())]
+    code, screen = on_a_terminal(place, f"{templates.index('embedding') + 1}\n", "\n", "4\n", "\n")
+    assert code == 0, screen
+    loaded, usual = (
+        load_config(place / "soup.yaml"),
+        parse_config(load_template("embedding"), "embedding.yaml"),
+    )
+    assert loaded.config == usual.config
+
+
 def test_ones_own_rows_and_base_are_put_into_the_file(place: Path) -> None:
     (place / "rows: mine.csv").write_text("text\nhello\n")
     code, screen = on_a_terminal(

@@ -32,6 +32,8 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
     """Writes a config that saves after every step; keyword arguments are keys of `training`, and `task`."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(map(_pair, chat_file.read_text("utf-8").splitlines())), "utf-8")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(map(_texts, chat_file.read_text("utf-8").splitlines())), "utf-8")
 
     def write(backend: str, task: str = "sft", **training: Any) -> Path:
         settings = {
@@ -47,7 +49,7 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
             "backend": backend,
             "task": task,
             "data": {
-                "train": str(chat_file if task == "sft" else pairs),
+                "train": str({"sft": chat_file, "embedding": texts}.get(task, pairs)),
                 "val_split": 0.1,
                 "max_length": 128,
             },
@@ -66,6 +68,12 @@ def _pair(line: str) -> str:
     question, answer = json.loads(line)["messages"]
     doubtful = {**answer, "content": f"Perhaps. {answer['content'][:8]}"}
     return json.dumps({"prompt": [question], "chosen": [answer], "rejected": [doubtful]}) + "\n"
+
+
+def _texts(line: str) -> str:
+    """A row of texts that belong together out of a conversation."""
+    question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+    return json.dumps({"anchor": question, "positive": answer}) + "\n"
 
 
 @pytest.fixture

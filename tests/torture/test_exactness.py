@@ -37,6 +37,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "simpo accumulation": {"task": "simpo", "gradient_accumulation_steps": 3},
     "kto odd tail": {"task": "kto", "batch_size": 7, "gradient_accumulation_steps": 2},
     "bco": {"task": "bco", "eval_steps": 2},
+    "embedding": {"task": "embedding", "eval_steps": 2, "lora": {"r": 4, "dropout": 0.2}},
+    "embedding odd tail": {"task": "embedding", "batch_size": 7, "gradient_accumulation_steps": 2},
+    "embedding relora merge": {
+        "task": "embedding",
+        "relora_steps": 4,
+        "relora_warmup_ratio": 0.0,
+        "relora_mode": "merge",
+    },
 }
 # 45 rows are trained on: with 8 rows a step an epoch ends after step 6.
 CUTS = (3, 6, 11)
