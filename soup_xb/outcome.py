@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from attrs import frozen
 
@@ -22,10 +22,11 @@ from soup_xb.core.model_card import CardFacts, model_card
 from soup_xb.core.modules import group_adapters, reachable_names
 from soup_xb.core.proof import check_effect, prove
 from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
+from soup_xb.core.reward_head import check_head, write_head
 from soup_xb.core.rope_scaling import asked_scaling, note_scaling
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.run_record import RunRecord
-from soup_xb.core.session import GenerationSettings
+from soup_xb.core.session import GenerationSettings, JudgingSession
 from soup_xb.embedding_model import save_embedding_model, trained_facts
 from soup_xb.keeper import checkpoint_bytes
 from soup_xb.trained import Trained, continue_chat
@@ -77,6 +78,10 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
     with disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         staged = staging.start(folder.adapter)
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
+        if run.loaded.config.task == "reward":
+            head = cast("JudgingSession", run.session).head()
+            write_head(staged, head)
+            check_head(staged, head)
         proof = prove(run.session, run.plan.adapters, staged, factors)
         check_effect(proof, run.plan, staged)
         if (scaling := asked_scaling(run.loaded.config.training)) is not None:
@@ -136,6 +141,7 @@ def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
         rope=scaling.described() if scaling else None,
         kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
         embeds=config.task == "embedding",
+        scores=config.task == "reward",
         settings=dump_config(config),
         version=__version__,
         train_loss=steps[-1].loss if steps else None,

@@ -13,9 +13,11 @@ from soup_xb.core.examples import (
     Example,
     JudgedExample,
     PreferenceExample,
+    PromptExample,
     TokenRow,
 )
 from soup_xb.core.preferences import JudgedRow, PairRow
+from soup_xb.core.prompts import PromptRow
 from soup_xb.embedding_texts import embedding_rows
 from soup_xb.tokenizer import ChatTokenizer, Tokenized
 
@@ -34,12 +36,17 @@ def tokenize_examples(
         return embedding_rows(examples, tokenizer, max_length)
     sides = [side for example in examples for side in sides_of(example)]
     results = iter(tokenizer.tokenize_many(sides, max_length))
-    return [_together(example, results) for example in examples]
+    return [
+        _prompt(example, tokenizer, max_length)
+        if isinstance(example, PromptExample)
+        else _together(example, results)
+        for example in examples
+    ]
 
 
 def sides_of(example: AnyExample) -> tuple[Example, ...]:
-    """What of an example goes through the tokenizer: one side of most, two of a preference."""
-    if isinstance(example, EmbeddingExample):
+    """What of an example holds an answer: one side of most, two of a preference, or nothing."""
+    if isinstance(example, EmbeddingExample | PromptExample):
         return ()
     if isinstance(example, PreferenceExample):
         return (example.chosen, example.rejected)
@@ -48,7 +55,22 @@ def sides_of(example: AnyExample) -> tuple[Example, ...]:
 
 def is_chat(example: AnyExample) -> bool:
     """Whether a conversation is in it, which needs a chat template."""
+    if isinstance(example, PromptExample):
+        return bool(example.messages)
     return any(isinstance(side, ChatExample) for side in sides_of(example))
+
+
+def _prompt(example: PromptExample, tokenizer: ChatTokenizer, max_length: int) -> Tokenized:
+    """A prompt is whole or left out: what is cut asks for something else."""
+    if example.messages:
+        tokens = tokenizer.prompt_ids(example.messages, str(example.source))
+    else:
+        tokens = tokenizer.text_ids(example.text)
+    reason = "" if tokens.size else "the prompt is empty"
+    if tokens.size > max_length:
+        reason = "the prompt is longer than max_length"
+    row = None if reason else PromptRow(tokens, example.columns, example.source)
+    return Tokenized(example.source, row, reason)
 
 
 def _together(example: AnyExample, results: Iterator[Tokenized]) -> Tokenized:

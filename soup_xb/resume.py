@@ -15,6 +15,7 @@ from soup_xb.core.config import KEYS, Config
 from soup_xb.core.config_file import config_dict
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem
 from soup_xb.core.suggest import did_you_mean
+from soup_xb.reward_file import reward_marks
 
 SETTINGS_FILE = "settings.json"
 # A run may go on with these changed: the first group changes nothing that is trained, the second the run's length.
@@ -110,7 +111,7 @@ def find_resume_point(
 
 def run_settings(config: Config) -> dict[str, Any]:
     """The resolved config as dotted keys, for comparison."""
-    return dict(sorted(_flat("", config_dict(config))))
+    return dict(sorted([*_flat("", config_dict(config)), *reward_marks(config)]))
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:

@@ -114,12 +114,14 @@ class ChatTokenizer:
             for example, markup in zip(examples, markups, strict=True)
         ]
 
-    def prompt_ids(self, messages: Sequence[Message]) -> Array:
-        """A conversation with the head of the answer after it, int32 (length,)."""
+    def prompt_ids(self, messages: Sequence[Message], where: str = "") -> Array:
+        """A conversation with the head of the answer after it, int32 (length,); `where` is for the error."""
         try:
             text = self._chat_template().render(messages, generation_prompt=True)
         except RenderError as error:
-            raise DataError("template-refuses", f"the chat template refuses the prompt: {error}") from error
+            raise DataError(
+                "template-refuses", f"the chat template refuses the prompt: {error}", where=where
+            ) from error
         return np.array(self.encoder.ids(text), dtype=np.int32)
 
     def text_ids(self, text: str) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from attrs import evolve, field, frozen
 
@@ -24,9 +25,10 @@ from soup_xb.core.modules import Resolution, resolve_adapters
 from soup_xb.core.objective_settings import objective_of
 from soup_xb.core.packing import check_apart
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.reward_head import is_reward_model
 from soup_xb.core.rope_scaling import asked_scaling
 from soup_xb.core.run_folder import RunFolder
-from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.session import JudgingSession, Session, SessionSettings
 from soup_xb.core.stop import stop_on_signals
 from soup_xb.dataset import load_dataset
 from soup_xb.embedding_texts import fitted_data
@@ -36,6 +38,7 @@ from soup_xb.media.tokenizer import open_tokenizer_for
 from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.referencing import plan_with_reference
 from soup_xb.resume import ResumeRequest
+from soup_xb.rolling import open_rewards, session_for
 from soup_xb.tokenizer import ChatTokenizer
 
 
@@ -74,18 +77,23 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
     _check_prompts(loaded, options.prompts)
     backend = choose_backend(loaded)
     check_processes(loaded, launched_processes())
-    with output_folder(output, options) as folder, open_run(loaded, backend) as run:
+    with (
+        output_folder(output, options) as folder,
+        open_rewards(loaded) as rewards,
+        open_run(loaded, backend) as run,
+    ):
         keeper = RunKeeper(run, options, folder, listeners)
         if keeper.is_complete():
             return Outcome(keeper.record, output, already_complete=True)
         check_apart(run.session, run.plan.rows, run.plan.pad_id)
+        session = session_for(run, rewards)
         _attach(run)
         done = keeper.start()
         with failure_noted(keeper), stop_on_signals() as stop:
             _announce(run, keeper, done)
             hooks = Hooks(keeper.emit, keeper.save, stop)
             plan = plan_with_reference(run, keeper)
-            result = run_loop(plan, run.session, hooks, done, keeper.losses_until(done))
+            result = run_loop(plan, session, hooks, done, keeper.losses_until(done))
             _stop_if_asked(run, keeper, result)
             return _finish(run, keeper, result, options.prompts)
 
@@ -190,7 +198,12 @@ def _attach(run: Opened) -> None:
     run.session.attach(run.plan.adapters)
     if run.loaded.config.adapter is not None:
         folder = adapter_folder(Path(run.loaded.config.adapter))
-        run.session.load_factors(fit_factors(read_adapter(folder), run.plan.adapters, folder))
+        saved = read_adapter(folder)
+        if saved.head is not None:
+            if run.loaded.config.task != "reward":
+                raise is_reward_model(folder)
+            cast("JudgingSession", run.session).load_head(saved.head)
+        run.session.load_factors(fit_factors(saved, run.plan.adapters, folder))
 
 
 def _stop_if_asked(run: Opened, keeper: RunKeeper, result: LoopResult) -> None:

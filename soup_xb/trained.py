@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from soup_xb.backends import available_backend, is_installed, open_session
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
@@ -21,6 +21,7 @@ from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.media_formats import media_formats
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.objectives import Embedding
+from soup_xb.core.reward_head import is_reward_model
 from soup_xb.core.rope_scaling import noted_scaling
 from soup_xb.core.session import (
     AdapterPlan,
@@ -82,6 +83,8 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     """
     folder = adapter_folder(options.adapter) if options.adapter else None
     saved = read_adapter(folder) if folder else None
+    if saved is not None and saved.head is not None and folder is not None:
+        raise is_reward_model(folder)
     base = inspect_base(resolve_base(options.base or base_of(saved, folder)))
     task = task_of_processor(base.path) if folder and is_processor_folder(folder) else ""
     tokenizer = _tokenizer(base, folder, task)
@@ -93,13 +96,9 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
             where=str(folder),
             help="use `--backend torch`.",
         )
-    settings = SessionSettings(
-        base=base.path,
-        precision=_stored_precision(base) if options.precision == "base" else options.precision,
-        quantization="none",
-        gradient_checkpointing=False,
-        optimizer=_NO_TRAINING,
-        seed=0,
+    precision = _stored_precision(base) if options.precision == "base" else options.precision
+    settings = evolve(
+        session_on(base.path, precision),
         objective=None if facts is None else Embedding(facts.scale, facts.pooling),
         rope_scaling=noted_scaling(saved.settings, folder) if saved and folder else None,
         media=MEDIA_TASKS.get(task, ""),
@@ -111,6 +110,18 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
         yield Trained(session, tokenizer, base, saved is not None, facts, task)
     finally:
         session.close()
+
+
+def session_on(base: Path, precision: str) -> SessionSettings:
+    """How to open a base that nothing is trained on."""
+    return SessionSettings(
+        base=base,
+        precision=precision,
+        quantization="none",
+        gradient_checkpointing=False,
+        optimizer=_NO_TRAINING,
+        seed=0,
+    )
 
 
 def attach_saved(session: Session, saved: SavedAdapter, folder: Path) -> None:
@@ -164,16 +175,7 @@ def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:
 def base_modules(name: str, objective: Any = None) -> tuple[Module, ...]:
     """The modules of a base, opened for an objective, that can carry an adapter: its structure, without weights."""
     folder = inspect_base(resolve_base(name), weights=False)
-    settings = SessionSettings(
-        base=folder.path,
-        precision="auto",
-        quantization="none",
-        gradient_checkpointing=False,
-        optimizer=_NO_TRAINING,
-        seed=0,
-        weights=False,
-        objective=objective,
-    )
+    settings = evolve(session_on(folder.path, "auto"), weights=False, objective=objective)
     # transformers knows every type of base, mlx-lm those that are proven.
     session = open_session("torch" if is_installed("transformers") else available_backend("auto"), settings)
     try:

@@ -118,12 +118,19 @@ def event_line(event: EvalEvent | RestartEvent | SaveEvent | Notice) -> str:
 
 
 def means_words(means: Mapping[str, float]) -> list[str]:
-    """The means that say how a task that compares texts goes.
+    """The means that say how a task that compares or rewards texts goes.
 
     >>> means_words({"reward_accuracy": 0.75, "reward_margin": 0.125, "reward_chosen": 0.1})
     ['accuracy 75%', 'margin 0.125']
+    >>> means_words({"reward": 0.5, "reward/format": 1.0, "kl": 0.02, "completion_tokens": 31.5})
+    ['reward 0.500', 'kl 0.020', 'tokens 31.5']
     """
-    words = [f"accuracy {means[name]:.0%}" for name in ACCURACIES if name in means]
+    words = [f"reward {means['reward']:.3f}"] if "reward" in means else []
+    if "kl" in means:
+        words.append(f"kl {means['kl']:.3f}")
+    if "completion_tokens" in means:
+        words.append(f"tokens {means['completion_tokens']:.1f}")
+    words += [f"accuracy {means[name]:.0%}" for name in ACCURACIES if name in means]
     if "reward_margin" in means:
         words.append(f"margin {means['reward_margin']:.3f}")
     return words

@@ -31,6 +31,9 @@ from soup_xb.core.vera_file import (
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."
+# The scalar head of a reward model, by transformers' name for it.
+HEAD = "score"
+HEAD_KEY = f"{PREFIX}{HEAD}.weight"
 
 Array = np.ndarray[Any, Any]
 Factors = Mapping[str, Mapping[str, Array]]
@@ -38,10 +41,14 @@ Factors = Mapping[str, Mapping[str, Array]]
 
 @frozen(eq=False)
 class SavedAdapter:
-    """An adapter read from a folder: `factors` by module name, and the settings file as it is."""
+    """An adapter read from a folder: `factors` by module name, and the settings file as it is.
+
+    `head` is that of a reward model, float32 (1, hidden size).
+    """
 
     factors: Factors
     settings: Mapping[str, Any]
+    head: Array | None = None
 
     @property
     def is_vera(self) -> bool:
@@ -56,7 +63,7 @@ class SavedAdapter:
         if not self.is_vera:
             return self
         settings = plain_settings(self.settings, self.factors, modules)
-        return SavedAdapter(plain_factors(self.factors, modules, folder / WEIGHTS), settings)
+        return SavedAdapter(plain_factors(self.factors, modules, folder / WEIGHTS), settings, self.head)
 
 
 def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, names: Sequence[str]) -> None:
@@ -65,8 +72,6 @@ def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, 
     `names` are the names of the base's linear modules: `target_modules` is written in its short form (`q_proj`)
     only where that reaches the adapted modules and no other.
     """
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes memory as it lies: a transposed view would come back scrambled.
     tensors = {
@@ -74,14 +79,21 @@ def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, 
         for name, arrays in file_factors(factors, plan.modules).items()
         for factor, array in arrays.items()
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    # safetensors writes with mode 0600 whatever the umask says.
-    _take_umask(folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, tensors)
     if plan.use_vera:
         settings = vera_settings(plan, base, short_names([adapter.name for adapter in plan.modules], names))
     else:
         settings = adapter_settings(saved_plan(plan, factors), base, names)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Array]) -> None:
+    """Write a file of weights as PEFT's readers expect it."""
+    from safetensors.numpy import save_file
+
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    # safetensors writes with mode 0600 whatever the umask says.
+    _take_umask(file)
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -105,6 +117,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         ) from error
     if not tensors:
         raise damaged(folder / WEIGHTS, "holds no factors")
+    head = _read_head(tensors, folder / WEIGHTS)
     factors: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
         name, factor = _split_key(key, settings["peft_type"], folder / WEIGHTS)
@@ -120,13 +133,23 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 )
     if settings["peft_type"] == "VERA":
         check_vera(factors, folder / WEIGHTS)
-        return SavedAdapter(factors, settings)
+        return SavedAdapter(factors, settings, head)
     try:
-        return SavedAdapter(named_factors(factors, settings), settings)
+        return SavedAdapter(named_factors(factors, settings), settings, head)
     except ValueError as error:
         raise damaged(folder / WEIGHTS, str(error)) from error
     except ConfigError as error:
         raise damaged(folder / SETTINGS, error.problems[0].message) from error
+
+
+def _read_head(tensors: dict[str, Array], file: Path) -> Array | None:
+    """Take a reward model's head out of the tensors. Raises ModelError for one that is no head."""
+    head = tensors.pop(HEAD_KEY, None)
+    if head is None:
+        return None
+    if head.ndim != 2 or len(head) != 1 or not head.size or not np.isfinite(head).all():
+        raise damaged(file, f"`{HEAD}` must be one row of finite numbers, and is {tuple(head.shape)}")
+    return head.astype(np.float32)
 
 
 def adapter_folder(path: Path) -> Path:

@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.made import Made
 from soup_xb.core.media import Inputs, RowMedia, media_inputs
+from soup_xb.core.prompts import PromptRow, Rollout
 from soup_xb.core.random_numbers import permutation
 
 # Rows are sorted by length inside a window of so many micro-batches: wide enough for rows of nearly equal length
@@ -59,7 +60,8 @@ class MicroBatch:
     there. `lengths` is int64 (rows,), the real tokens of each row. `position_ids` is int32 (rows, length), the place of
     each token in its document, where a row holds several documents; None where no row does. `comparison` is what
     preference tasks know besides, `contrast` what embedding tasks do. `media` are the pictures or sounds of the rows
-    that have some, in order.
+    that have some, in order. `prompts` are the rows to answer, for tasks that sample; once they are answered the rows
+    here are prompts with their answers, and `rollout` is what these earned.
     """
 
     tokens: Array
@@ -70,6 +72,8 @@ class MicroBatch:
     comparison: Comparison | None = None
     contrast: Contrast | None = None
     media: tuple[RowMedia, ...] = ()
+    prompts: tuple[PromptRow, ...] = ()
+    rollout: Rollout | None = None
 
     def inputs(self) -> Inputs:
         """What the model takes besides tokens, read from the files now and kept by nobody."""

@@ -18,13 +18,16 @@ PAIRED = ("dpo", "ipo", "orpo", "simpo")
 JUDGED = ("kto", "bco")
 REFERENCED = ("dpo", "ipo", "kto", "bco")
 PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
-TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, "ppo", "grpo", "rlhf", "embedding", "vision", "audio")
+# Tasks that learn from answers which the model itself gives to the rows' prompts.
+SAMPLED = ("grpo", "rlhf")
+TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, *SAMPLED, "embedding", "vision", "audio")
 # Tasks whose rows hold files -> the kind that they read.
 MEDIA_TASKS: Mapping[str, str] = MappingProxyType({"vision": "image", "audio": "audio"})
+PROMPT_FORMATS = ("prompt",)
 PREFERENCE_FORMATS = ("preference", "unpaired-preference")
 ANSWER_FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text")
 EMBEDDING_FORMAT = "anchor-positive"
-FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS, EMBEDDING_FORMAT, "transcript")
+FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS, *PROMPT_FORMATS, EMBEDDING_FORMAT, "transcript")
 POOLINGS = ("auto", "mean", "cls", "last")
 VISION_FORMATS = ("messages", "sharegpt")
 AUDIO_FORMATS = ("transcript", "messages")
@@ -181,8 +184,9 @@ class TrainingConfig:
     beta: float | None = number(
         None,
         "Preference tasks: scale of the rewards, by which the model is held to the base (orpo: weight of the odds "
-        "ratio). Absent: 0.1, and 2 for simpo.",
-        Range(0, 1000, above=True),
+        "ratio). grpo, rlhf: weight of the KL divergence from the base, 0 for none. Absent: 0.1, for simpo 2, for grpo "
+        "and rlhf 0.04.",
+        Range(0, 1000),
     )
     label_smoothing: float = number(
         0.0,
@@ -211,6 +215,26 @@ class TrainingConfig:
     rope_scaling: RopeScalingConfig = field(
         factory=RopeScalingConfig,
         metadata=section(RopeScalingConfig, "Positions for rows longer than the base was made for."),
+    )
+    rewards: tuple[str, ...] = paths(
+        (),
+        "grpo, rlhf: what an answer earns, summed: `exact-match`, `format`, or a function of yours as "
+        "`./rewards.py:function`.",
+    )
+    reward_model: str | None = words(
+        None, "rlhf: the output folder of a `task: reward` run; what its model thinks of an answer is earned."
+    )
+    answer_pattern: str = words(
+        r"<answer>(.*?)</answer>",
+        "grpo, rlhf: regular expression that finds the answer in what the model wrote; its first group is the answer.",
+    )
+    group_size: int = integer(8, "grpo, rlhf: answers that are sampled to each prompt.", 2, 1024)
+    max_new_tokens: int = integer(256, "grpo, rlhf: longest sampled answer, in tokens.", 1, 65_536)
+    temperature: float = number(
+        1.0, "grpo, rlhf: the logits are divided by it where answers are sampled.", Range(0, 100, above=True)
+    )
+    scale_rewards: bool = switch(
+        True, "grpo, rlhf: divide a group's advantages by the standard deviation of its rewards."
     )
     lora: LoraConfig = field(factory=LoraConfig, metadata=section(LoraConfig, "The adapter."))
 
@@ -246,6 +270,8 @@ def task_formats(task: str) -> tuple[str, ...]:
         return (EMBEDDING_FORMAT,)
     if task in ("vision", "audio"):
         return VISION_FORMATS if task == "vision" else AUDIO_FORMATS
+    if task in SAMPLED:
+        return PROMPT_FORMATS
     return PREFERENCE_FORMATS[:1] if task in PREFERENCE_TASKS else ANSWER_FORMATS[1:]
 
 

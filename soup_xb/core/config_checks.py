@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from soup_xb.core import lora_rules, run_rules, sharding_rules
+from soup_xb.core import lora_rules, reward_rules, run_rules, sharding_rules
 from soup_xb.core.dependent_keys import DEPENDENCES, OVERRULED
 from soup_xb.core.errors import Problem
 from soup_xb.core.loaded_config import LoadedConfig
 
-RULES = (*lora_rules.RULES, *run_rules.RULES, *sharding_rules.RULES)
+RULES = (*lora_rules.RULES, *run_rules.RULES, *reward_rules.RULES, *sharding_rules.RULES)
 
 
 def contradictions(loaded: LoadedConfig, faulty: Collection[str] = ()) -> list[Problem]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.config import JUDGED, PAIRED, Config, value_of
+from soup_xb.core.config import JUDGED, PAIRED, SAMPLED, Config, value_of
 from soup_xb.core.errors import Problem
 from soup_xb.core.loaded_config import LoadedConfig
 
@@ -106,7 +106,27 @@ DEPENDENCES = (
         help="write `training.save_steps` too, or remove this key.",
     ),
     Dependence(
-        "training.beta", "task", PREFERENCES, help="remove this key: the task has no preference to weigh."
+        "training.beta",
+        "task",
+        (*PREFERENCES, *SAMPLED),
+        help="remove this key: the task has no preference and no reward to weigh.",
+    ),
+    *(
+        Dependence(f"training.{name}", "task", SAMPLED, help="remove this key: the task samples no answers.")
+        for name in (
+            "rewards",
+            "answer_pattern",
+            "group_size",
+            "max_new_tokens",
+            "temperature",
+            "scale_rewards",
+        )
+    ),
+    *_only(
+        "task",
+        "rlhf",
+        "training.reward_model",
+        help="remove this key; `task: rlhf` asks a reward model.",
     ),
     Dependence(
         "training.label_smoothing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,17 @@ class EmbeddingExample:
     source: Source
 
 
-AnyExample = Example | PreferenceExample | JudgedExample | EmbeddingExample
+@frozen
+class PromptExample:
+    """A prompt that the model itself will answer: turns, or plain `text`. `columns` is the whole row, for rewards."""
+
+    messages: tuple[Message, ...]
+    text: str
+    columns: Mapping[str, Any] = field(hash=False)
+    source: Source
+
+
+AnyExample = Example | PreferenceExample | JudgedExample | EmbeddingExample | PromptExample
 
 
 def _token_ids(array: Any) -> np.ndarray[Any, Any]:

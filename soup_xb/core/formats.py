@@ -28,7 +28,7 @@ class Detection:
 class Format:
     """A way to write rows: the columns it needs, those it knows besides, and how a row becomes an example.
 
-    `aliases` are other names of its columns.
+    `aliases` are other names of its columns. With `keeps_all` every other column is part of the example too.
     """
 
     required: tuple[str, ...]
@@ -36,6 +36,7 @@ class Format:
     optional: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
     aliases: Mapping[str, str] = MappingProxyType({})
+    keeps_all: bool = False
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the columns that the format needs."""
@@ -109,6 +110,8 @@ def extra_columns(row: Mapping[str, Any], format: str, formats: Formats | None =
     extra = [
         column for column, value in known.named(row).items() if column not in named and value is not None
     ]
+    if known.keeps_all:
+        extra = []
     for column in known.turns:
         if isinstance(row[column], list):
             extra += extra_turn_keys(row, column)

@@ -7,10 +7,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from attrs import evolve
 
-from soup_xb.core.config import JUDGED
+from soup_xb.core.config import JUDGED, SAMPLED
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.preferences import JudgedRow, LearnedRow, PairRow, first_target
+from soup_xb.core.prompts import PromptRow
 from soup_xb.core.row_facts import RowFacts
 from soup_xb.core.rows import Rows, as_rows, combined
 
@@ -24,10 +26,29 @@ def rows_for_task(rows: Sequence[LearnedRow], task: str, max_length: int) -> Row
     accumulation, nor the number of processes has a part in them.
     """
     known = as_rows(rows)
+    if task in SAMPLED:
+        return NumberedPrompts(known)
     if task not in JUDGED or not known:
         return known
     judged = JudgedAnswers(known)
     return MismatchedAnswers(judged, max_length) if task == "kto" else judged
+
+
+class NumberedPrompts(Rows):
+    """Prompts, each of which knows its own place."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self.facts = rows, rows.facts
+
+    def row(self, index: int) -> LearnedRow:
+        """The row of a number."""
+        row = self._rows.row(index)
+        return evolve(row, number=index) if isinstance(row, PromptRow) else row
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the prompts."""
+        return combined("prompts", self._rows.fingerprint)
 
 
 class JudgedAnswers(Rows):

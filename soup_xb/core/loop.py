@@ -12,7 +12,7 @@ from soup_xb.core.errors import NonFiniteError
 from soup_xb.core.events import EvalEvent, Listener, Notice, RestartEvent, StepEvent
 from soup_xb.core.plan import Plan
 from soup_xb.core.restart_watch import RestartWatch
-from soup_xb.core.session import Session, StepSettings
+from soup_xb.core.session import StepSettings, TrainingSession
 
 
 @frozen
@@ -38,7 +38,7 @@ class LoopResult:
 
 
 def run_loop(
-    plan: Plan, session: Session, hooks: Hooks, done: int = 0, losses: Sequence[float] = ()
+    plan: Plan, session: TrainingSession, hooks: Hooks, done: int = 0, losses: Sequence[float] = ()
 ) -> LoopResult:
     """Train from step `done + 1` to the end of the plan, or until a signal.
 
@@ -66,7 +66,7 @@ def run_loop(
     return LoopResult(step, tokens, time.perf_counter() - started, signal)
 
 
-def _train_step(plan: Plan, session: Session, step: int, last_loss: float) -> StepEvent:
+def _train_step(plan: Plan, session: TrainingSession, step: int, last_loss: float) -> StepEvent:
     started = time.perf_counter()
     settings = StepSettings(
         step=step,
@@ -89,7 +89,7 @@ def _train_step(plan: Plan, session: Session, step: int, last_loss: float) -> St
     )
 
 
-def _restart(plan: Plan, session: Session, step: int) -> RestartEvent:
+def _restart(plan: Plan, session: TrainingSession, step: int) -> RestartEvent:
     rows = plan.micro_batches(step, session.process, session.processes)
     before = session.evaluate(rows)
     result = session.restart(plan.restart(step))
@@ -97,7 +97,7 @@ def _restart(plan: Plan, session: Session, step: int) -> RestartEvent:
     return RestartEvent(step, result.entries, result.pruned, before.mean, after.mean)
 
 
-def _evaluate(plan: Plan, session: Session, step: int) -> EvalEvent:
+def _evaluate(plan: Plan, session: TrainingSession, step: int) -> EvalEvent:
     started = time.perf_counter()
     loss = session.evaluate(plan.eval_micro_batches(session.process, session.processes))
     return EvalEvent(

@@ -35,7 +35,8 @@ class CardFacts:
 
     `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
     saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. `embeds`: the model makes vectors
-    of texts. `rope` is what was changed of the base's rope parameters. Losses are None where there were none.
+    of texts; `scores`: it is a reward model. `rope` is what was changed of the base's rope parameters. Losses are None
+    where there were none.
     """
 
     base: str
@@ -47,6 +48,7 @@ class CardFacts:
     version: str
     kind: str = "LoRA"
     embeds: bool = False
+    scores: bool = False
     train_loss: float | None = None
     eval_loss: float | None = None
     tags: Sequence[str] = ()
@@ -76,6 +78,7 @@ def _front_matter(base: str, facts: CardFacts) -> str:
     if facts.embeds:
         tags = dict.fromkeys([*tags, "sentence-transformers"])
     task = "sentence-similarity" if facts.embeds else "text-generation"
+    task = "text-classification" if facts.scores else task
     lines = ["---", "library_name: peft", f"pipeline_tag: {task}"]
     if base:
         lines.append(f"base_model: {json.dumps(base)}")
@@ -103,6 +106,9 @@ def _loading(base: str, facts: CardFacts) -> str:
                 f"As a whole model, which needs no PEFT:\n\n{_fenced(merge, 'bash')}",
             ]
         )
+    if facts.scores:
+        told = "A reward model: it scores an answer with its prompt, and writes none."
+        return f"{told} With PEFT:\n\n{_fenced(_score_code(base), 'python')}"
     parts = [f"With PEFT:\n\n{_fenced(_peft_code(base, facts.rope), 'python')}"]
     if facts.rope is not None:
         parts.insert(
@@ -143,6 +149,23 @@ def _peft_code(base: str, rope: Mapping[str, Any] | None) -> str:
             f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{given})",
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
             'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+        ]
+    )
+
+
+def _score_code(base: str) -> str:
+    named = json.dumps(base)
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            f"base = AutoModelForSequenceClassification.from_pretrained({named}, num_labels=1)",
+            'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
+            'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+            'turns = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
+            'ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)',
+            "score = model(**ids).logits[0, 0]",
         ]
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import fields
 
-from soup_xb.core.config import JUDGED, PAIRED, Config
+from soup_xb.core.config import JUDGED, PAIRED, SAMPLED, Config
 from soup_xb.core.objectives import OBJECTIVES
 
 # Keys that carry their task's name.
@@ -14,13 +14,13 @@ _KEYS = {"gamma": "simpo_gamma", "scale": "embedding_scale"}
 
 
 def objective_of(config: Config) -> Any:
-    """The objective of a task that compares texts (see core.objectives), None for tasks that learn tokens.
+    """The objective of a task that compares or rewards texts (see core.objectives), None where tokens are learned.
 
     A key that the file leaves open has the objective's own default.
     """
-    if config.task not in (*PAIRED, *JUDGED, "embedding"):
+    if config.task not in (*PAIRED, *JUDGED, "reward", *SAMPLED, "embedding"):
         return None
     kind = OBJECTIVES[config.task]
     names = [attribute.name for attribute in fields(kind)]
-    asked = {name: getattr(config.training, _KEYS.get(name, name)) for name in names}
+    asked = {name: getattr(config.training, _KEYS.get(name, name), None) for name in names}
     return kind(**{name: value for name, value in asked.items() if value is not None})

@@ -80,13 +80,16 @@ class Reward:
 class Grpo:
     """`beta` weighs the KL term; a token's ratio counts between 1 - `epsilon_low` and 1 + `epsilon_high`.
 
-    `scale_rewards` divides a group's advantages by their standard deviation.
+    `scale_rewards` divides a group's advantages by their standard deviation. `group_size` answers are sampled to each
+    prompt, at `temperature`.
     """
 
     beta: float = _zero_or_more(0.04)
     epsilon_low: float = field(default=0.2, validator=[gt(0), lt(1)])
     epsilon_high: float = _above_zero(0.2)
     scale_rewards: bool = True
+    group_size: int = field(default=8, validator=ge(2))
+    temperature: float = _above_zero(1.0)
 
 
 @frozen
@@ -110,6 +113,7 @@ OBJECTIVES: Mapping[str, type] = MappingProxyType(
         "simpo": Simpo,
         "reward": Reward,
         "grpo": Grpo,
+        "rlhf": Grpo,
         "embedding": Embedding,
     }
 )

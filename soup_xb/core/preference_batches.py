@@ -21,6 +21,7 @@ from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.made import Made
 from soup_xb.core.preferences import JudgedRow, LearnedRow, PairRow
+from soup_xb.core.prompts import PromptRow
 from soup_xb.core.rows import Rows, as_rows
 
 Array = np.ndarray[Any, Any]
@@ -40,6 +41,9 @@ def collate_rows(rows: Sequence[LearnedRow], references: Array | None, pad_id: i
     judged = [row for row in rows if isinstance(row, JudgedRow)]
     if judged:
         return _judged(judged, references, pad_id)
+    prompts = tuple(row for row in rows if isinstance(row, PromptRow))
+    if prompts:
+        return evolve(collate([row.sequences[0] for row in prompts], pad_id), prompts=prompts)
     return collate([row for row in rows if isinstance(row, TokenRow)], pad_id)
 
 

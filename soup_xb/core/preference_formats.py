@@ -20,6 +20,7 @@ from soup_xb.core.examples import (
 )
 from soup_xb.core.formats import FORMATS, Format, read_prompt_completion
 from soup_xb.core.media_formats import media_formats
+from soup_xb.core.prompt_formats import PROMPTS
 from soup_xb.core.row_text import mistyped, read_text
 from soup_xb.core.tool_rows import read_tools
 from soup_xb.core.turns import read_turns
@@ -108,4 +109,6 @@ PREFERENCES: Mapping[str, Format] = MappingProxyType(
         ),
     }
 )
-EVERY_FORMAT: Mapping[str, Format] = MappingProxyType({**FORMATS, **PREFERENCES, **embedding_formats()})
+EVERY_FORMAT: Mapping[str, Format] = MappingProxyType(
+    {**FORMATS, **PREFERENCES, **PROMPTS, **embedding_formats()}
+)

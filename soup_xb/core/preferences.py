@@ -9,6 +9,7 @@ from attrs import frozen
 
 from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.examples import Source, TokenRow
+from soup_xb.core.prompts import PromptRow
 
 Array = np.ndarray[Any, Any]
 
@@ -94,11 +95,13 @@ class JudgedRow:
         return self.answer.target_tokens
 
 
-LearnedRow = TokenRow | PairRow | JudgedRow | EmbeddingRow
+LearnedRow = TokenRow | PairRow | JudgedRow | EmbeddingRow | PromptRow
 
 
 def side_names(row: LearnedRow) -> tuple[str, ...]:
     """What each of a row's sequences is, in a word; nothing for a row that is no preference."""
+    if isinstance(row, PromptRow):
+        return ("prompt",)
     if isinstance(row, PairRow):
         return ("chosen", "rejected")
     if isinstance(row, EmbeddingRow):

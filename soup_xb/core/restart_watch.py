@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -38,12 +39,14 @@ class RestartWatch:
             return None
         losses = list(self.losses)
         before, after = sum(losses[:WINDOW]) / WINDOW, sum(losses[WINDOW:]) / WINDOW
-        if after <= before * (1 + TOLERANCE):
+        # The loss of a task that earns rewards is below zero.
+        if after <= before + TOLERANCE * abs(before):
             return None
+        share = (after - before) / abs(before) if before else math.inf
         return Problem(
             "restart-hurts",
             f"mean loss {after:.4f} in the {WINDOW} steps after the restart at step {restart}, "
-            f"{before:.4f} in the {WINDOW} before: {after / before - 1:.0%} higher",
+            f"{before:.4f} in the {WINDOW} before: {share:.0%} higher",
             where=f"step {step}",
             help="lower `training.relora_prune_ratio`, raise `training.relora_steps`, or use `relora_mode: merge`.",
         )

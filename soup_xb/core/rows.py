@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 
 from soup_xb.core.examples import TokenRow
 from soup_xb.core.preferences import LearnedRow, PairRow, side_names
+from soup_xb.core.prompts import PromptRow
 from soup_xb.core.row_facts import RowFacts, facts_of
 
 Array = np.ndarray[Any, Any]
@@ -70,8 +72,10 @@ class ListedRows(Rows):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of every token, trained mark, document's beginning, verdict and file, in order."""
+        """sha256 of every token, trained mark, document's beginning, verdict, file and prompt's column, in order."""
         digest = hashlib.sha256()
+        for prompt in (row for row in self._rows if isinstance(row, PromptRow)):
+            digest.update(json.dumps(prompt.columns, sort_keys=True, default=str).encode())
         for name, row in (
             (name, row)
             for one in self._rows

@@ -6,7 +6,7 @@ import os.path
 import re
 from collections.abc import Iterator
 
-from soup_xb.core.config import MEDIA_TASKS, PREFERENCE_TASKS, TASKS, task_formats
+from soup_xb.core.config import MEDIA_TASKS, PREFERENCE_TASKS, SAMPLED, TASKS, task_formats
 from soup_xb.core.errors import Problem
 from soup_xb.core.loaded_config import LoadedConfig
 from soup_xb.core.rules import Rule, excluded
@@ -112,7 +112,7 @@ def _packing_keeps_files_apart(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _packing_keeps_answers_apart(loaded: LoadedConfig) -> Iterator[Problem]:
-    if loaded.config.data.packing and loaded.config.task in (*PREFERENCE_TASKS, "embedding"):
+    if loaded.config.data.packing and loaded.config.task in (*PREFERENCE_TASKS, *SAMPLED, "embedding"):
         reason = "what is compared are whole texts, each in a sequence of its own"
         yield excluded(loaded, ("data.packing", "`true`"), "task", reason)
 

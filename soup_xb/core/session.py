@@ -184,14 +184,31 @@ class GenerationSettings:
     seed: int = 0
 
 
-class Session(Protocol):
+class TrainingSession(Protocol):
+    """What the training loop asks of a session, or of what stands before one (see core.rollouts)."""
+
+    process: int
+    processes: int
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
+        """One optimizer update over this process's micro-batches."""
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSum:
+        """Loss without dropout and without touching any training state."""
+
+    def restart(self, settings: RestartSettings) -> RestartResult:
+        """Restart the adapters (ReLoRA): see core.prune for what a prune takes, core.pieces for what a merge leaves."""
+
+    def agree(self, value: int) -> int:
+        """The largest value over all processes, the same on each; it waits for all of them."""
+
+
+class Session(TrainingSession, Protocol):
     """One opened base with, later, adapters on it."""
 
     backend: str
     device: str
     precision: str
-    process: int
-    processes: int
 
     def notices(self) -> tuple[Problem, ...]:
         """What opening decided, with its reasons: device, precision, patches."""
@@ -202,14 +219,8 @@ class Session(Protocol):
     def attach(self, plan: AdapterPlan) -> None:
         """Put adapters on the base and make them, and nothing else, trainable."""
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
-        """One optimizer update over this process's micro-batches."""
-
     def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
         """Loss without dropout and without touching any training state; `adapter=False` is the true base."""
-
-    def restart(self, settings: RestartSettings) -> RestartResult:
-        """Restart the adapters (ReLoRA): see core.prune for what a prune takes, core.pieces for what a merge leaves."""
 
     def save_state(self, folder: Path) -> None:
         """Write factors and optimizer state, all that an exact resume needs, as safetensors and JSON."""
@@ -248,9 +259,6 @@ class Session(Protocol):
     def peak_memory_bytes(self) -> int:
         """The most memory this process held: on the accelerator if it runs on one, else resident."""
 
-    def agree(self, value: int) -> int:
-        """The largest value over all processes, the same on each; it waits for all of them."""
-
     def close(self) -> None:
         """Undo every patch and give the memory back."""
 
@@ -272,3 +280,28 @@ class EmbeddingSession(Session, Protocol):
 
     def embeddings(self, batch: MicroBatch, adapter: bool = True) -> Array:
         """A unit vector for each row of the batch, float32 (rows, width)."""
+
+
+class JudgingSession(Session, Protocol):
+    """A session opened for the task that trains a reward model."""
+
+    def head(self) -> Array:
+        """The scalar head, float32 (1, hidden size)."""
+
+    def load_head(self, head: Array) -> None:
+        """Set the head. Raises ModelError where it does not fit the base."""
+
+    def scores(self, batch: MicroBatch) -> Array:
+        """The score of each row of this process's batch, float32 (rows,)."""
+
+
+class SamplingSession(Session, Protocol):
+    """A session that tasks which learn from their own answers can run on."""
+
+    def sample(
+        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings
+    ) -> Sequence[Array]:
+        """Continue each int32 (length,) prompt, all in one batch, without dropout: int32 ids, an end id included.
+
+        chances, float64 (prompts, max_new_tokens) in [0, 1), choose the tokens: by them alone, no generator has a part.
+        """

@@ -56,23 +56,19 @@ def _choices(key: str, *choices: str) -> tuple[Row, ...]:
     return _works(key, *(f"{key}={choice}" for choice in choices))
 
 
-def _later(instead: str) -> No:
-    return No("it is not built yet in this version", instead)
-
-
-def _unbuilt(name: str, feature: str, instead: str) -> Row:
-    return Row(name, feature, torch=_later(instead), mlx=_later(instead))
-
-
-def _task(task: str, instead: str) -> Row:
-    return _unbuilt(f"task={task}", task, instead)
-
-
 _CHOSEN_ANSWERS = "train on the preferred answers alone: chat rows with `task: sft`."
 _WORKED_ANSWERS = "train on worked answers: chat rows with `task: sft`."
 _TEXT_ROWS = "`task: sft` on text rows is what this version trains."
 
 _NO_PREFERENCES = No("the mlx engine has no preference losses", _CHOSEN_ANSWERS)
+_NO_HEAD = No(
+    "the mlx engine has no scalar head, and MLX's own tools would not load one",
+    "use `--backend torch`, or `task: sft` on the preferred answers.",
+)
+_NO_ROLLOUTS = No(
+    "the mlx engine samples no answers while it trains",
+    f"use `--backend torch`, or {_WORKED_ANSWERS}",
+)
 
 _NO_EMBEDDINGS = No(
     "the mlx engine opens no encoders and has no loss over texts that are compared with each other",
@@ -94,8 +90,8 @@ _TASKS = (
         Row(f"task={name}", name, mlx=_NO_PREFERENCES)
         for name in ("dpo", "ipo", "kto", "orpo", "simpo", "bco")
     ),
-    _task("reward", _CHOSEN_ANSWERS),
-    *(_task(name, _WORKED_ANSWERS) for name in ("ppo", "grpo", "rlhf")),
+    Row("task=reward", "reward", mlx=_NO_HEAD),
+    *(Row(f"task={name}", name, mlx=_NO_ROLLOUTS) for name in ("grpo", "rlhf")),
     Row("task=embedding", "embedding", mlx=_NO_EMBEDDINGS),
     Row("task=vision", "vision", mlx=_NO_PICTURES),
     Row("task=audio", "audio", mlx=_NO_SOUNDS),
@@ -139,6 +135,7 @@ _DATA = (
     ),
     *_of_embeddings("data.format=anchor-positive", "data.query_prompt", "data.document_prompt"),
     Row("data.format=transcript", "audio", mlx=_NO_SOUNDS, follows="task=audio"),
+    Row("data.format=prompt", "grpo", mlx=_NO_ROLLOUTS, follows="task=grpo"),
     *_works("data.packing", "data.chat_template"),
 )
 
@@ -203,6 +200,18 @@ _TRAINING = (
             "the mlx engine opens no mixture of experts whose router could be balanced",
             "remove the key, or run with --backend torch.",
         ),
+    ),
+    *(
+        Row(f"training.{name}", "grpo", mlx=_NO_ROLLOUTS, follows="task=grpo")
+        for name in (
+            "rewards",
+            "reward_model",
+            "answer_pattern",
+            "group_size",
+            "max_new_tokens",
+            "temperature",
+            "scale_rewards",
+        )
     ),
     *_works(
         "training.eval_steps", "training.save_steps", "training.save_total_limit", "training.logging_steps"

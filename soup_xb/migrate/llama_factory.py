@@ -6,6 +6,7 @@ from typing import Any
 
 from soup_xb.core.run_rules import is_local_path
 from soup_xb.migrate.account import Account
+from soup_xb.migrate.policies import without_critic
 from soup_xb.migrate.preferences import LLAMA_FACTORY_NAMES, read_preferences
 from soup_xb.migrate.values import (
     OPTIMIZERS,
@@ -29,7 +30,7 @@ from soup_xb.migrate.values import (
     whole,
 )
 
-_STAGES = {"sft": "sft", "pt": "pretrain", "rm": "reward", "kto": "kto", "ppo": "ppo"}
+_STAGES = {"sft": "sft", "pt": "pretrain", "rm": "reward", "kto": "kto"}
 _LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _PER_DEVICE = (
     "there it counts rows of one device, here of all processes together: multiply it by their number"
@@ -57,6 +58,7 @@ def _task(account: Account) -> None:
         losses = one_of(_LOSSES, "there is no such loss here; dpo is used")
         account.carry("pref_loss", "task", losses)
         account.carry("stage", "task", always(account.values.get("task", "dpo")))
+    without_critic(account, "stage")
     account.carry("stage", "task", task_of(_STAGES))
     read_preferences(account, LLAMA_FACTORY_NAMES)
     account.same("do_train", "`soupx train` trains")

@@ -59,7 +59,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             ref_model* create_ref_model precompute_ref_log_probs""",
         "nothing here reads such a setting of a preference loss": """
             dpo_* orpo_* kto_* simpo_* rl_* pref_* ipo_* bco_* preference_*""",
-        "nothing here reads such a setting of reinforcement learning or distillation": """
+        "set `training.rewards`, `group_size`, `max_new_tokens` and `temperature` by hand": """
             trl trl.* vllm vllm.* vllm_* ppo_* grpo_* reward_* num_generations num_labels teacher_* distill_*""",
         "the base stays frozen; the adapter alone is trained": """
             unfrozen_parameters freeze_* lora_modules_to_save additional_target use_llama_pro *galore* *apollo*

@@ -6,6 +6,7 @@ from typing import Any
 
 from soup_xb.core.config import KEYS, TASKS
 from soup_xb.migrate.account import Account
+from soup_xb.migrate.policies import without_critic
 from soup_xb.migrate.preferences import read_preferences, soup_names
 from soup_xb.migrate.values import (
     OPTIMIZERS,
@@ -78,6 +79,7 @@ def _task(account: Account) -> None:
     if account.peek("task") == "preference":
         account.carry("training.preference_loss", "task", task_of(tasks))
         account.carry("task", "task", always(account.values.get("task", "dpo")))
+    without_critic(account, "task")
     account.carry("task", "task", task_of(tasks))
     read_preferences(account, soup_names(account.values.get("task", "sft")))
     modality = account.peek("modality")

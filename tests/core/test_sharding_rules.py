@@ -25,7 +25,7 @@ def load(task: str = "sft", lora: dict[str, Any] | None = None, **training: Any)
         ({"quantization": "4bit"}, "out of whole matrices"),
         ({"quantization": "8bit"}, "hangs the scales of its rows on the parameter"),
         ({"lora": {"use_dora": True}}, "norms of whole weights"),
-        ({"task": "grpo"}, "equally often"),
+        ({"task": "grpo", "rewards": ("format",)}, "equally often"),
     ],
 )
 def test_what_does_not_go_with_a_sharded_base_is_refused_with_its_own_reason(

@@ -76,7 +76,7 @@ def test_the_defaults_are_refused_by_neither_backend() -> None:
 
 
 REFUSED = [
-    ("task=ppo", "ppo"),
+    ("training.precision=fp16", "fp16"),
 ]
 
 
@@ -84,6 +84,7 @@ REFUSED_ON_MLX = [
     *((f"task={task}", task) for task in ("dpo", "ipo", "orpo", "simpo", "kto", "bco")),
     *((f"task={task}", task) for task in ("vision", "audio")),
     ("task=embedding", "embedding"),
+    ("task=reward", "reward"),
     ("training.router_aux_loss_coef=0.01", "router-loss"),
     ("training.relora_steps=5", "relora"),
     ("training.lora.use_vera=true", "vera"),

@@ -20,6 +20,17 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] 
 
 PAIRS = {"data.train": "pairs.jsonl"}
 TEXTS = {"task": "embedding", "data.train": "texts.jsonl"}
+# Few and short answers; a reward that sets them apart.
+ROLLOUTS = {
+    "task": "grpo",
+    "data.train": "prompts.jsonl",
+    "data.val_split": 0.0,
+    "training.rewards": "rewards.py:vowels",
+    "training.group_size": 2,
+    "training.max_new_tokens": 4,
+    "training.max_steps": 2,
+}
+MATCHED = ROLLOUTS | {"training.rewards": ["rewards.py:vowels", "format"]}
 
 # Another value for each key. A dict is a set of keys written together, where one alone would be refused as meaningless.
 OTHERS: dict[str, Any] = {
@@ -90,6 +101,13 @@ OTHERS: dict[str, Any] = {
     "training.pooling": TEXTS | {"training.pooling": "mean"},
     "training.embedding_scale": TEXTS | {"training.embedding_scale": 5.0},
     "training.router_aux_loss_coef": 0.1,
+    "training.rewards": ROLLOUTS | {"training.rewards": "rewards.py:length"},
+    "training.reward_model": ROLLOUTS | {"task": "rlhf", "training.reward_model": "judge"},
+    "training.answer_pattern": MATCHED | {"training.answer_pattern": "[a-m]"},
+    "training.group_size": ROLLOUTS | {"training.group_size": 3},
+    "training.max_new_tokens": ROLLOUTS | {"training.max_new_tokens": 5},
+    "training.temperature": ROLLOUTS | {"training.temperature": 0.5},
+    "training.scale_rewards": ROLLOUTS | {"training.scale_rewards": False},
     "training.lora.r": 3,
     "training.lora.alpha": 5,
     "training.lora.dropout": 0.4,
@@ -127,6 +145,11 @@ BESIDE = {
         ("data.query_prompt", "data.document_prompt", "training.pooling", "training.embedding_scale"), TEXTS
     ),
 }
+BESIDE |= {
+    f"training.{name}": ROLLOUTS
+    for name in ("rewards", "reward_model", "group_size", "max_new_tokens", "temperature", "scale_rewards")
+}
+BESIDE["training.answer_pattern"] = MATCHED
 # The first changes memory and time alone; the torch and contract tests see the blocks run twice. The second is about
 # several processes, one of which hangs; the tests of sharded runs stop one.
 SEEN_ELSEWHERE = {"training.gradient_checkpointing", "training.process_timeout"}
@@ -149,6 +172,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_f
     (place / "other.jsonl").write_text("\n".join(lines[20:45]))
     (place / "pairs.jsonl").write_text("\n".join(map(pair, lines[:16])))
     (place / "texts.jsonl").write_text("\n".join(map(texts, lines[:16])))
+    prompts = [json.dumps({"prompt": json.loads(line)["messages"][:1]}) for line in lines[:6]]
+    (place / "prompts.jsonl").write_text("\n".join(prompts))
+    (place / "rewards.py").write_text(
+        "def vowels(completion, row):\n    return sum(letter in 'aeiou' for letter in completion)\n\n\n"
+        "def length(completion, row):\n    return len(completion)\n"
+    )
     return place
 
 
@@ -248,6 +277,8 @@ def test_another_value_of_the_key_changes_something(
     monkeypatch.chdir(workplace)
     if key == "adapter" and not (workplace / "first").exists():
         assert "weights" in run(workplace, {"output": "first"})
+    if key == "training.reward_model" and not (workplace / "judge").exists():
+        assert "weights" in run(workplace, PAIRS | {"task": "reward", "output": "judge"})
     assert run(workplace, BESIDE.get(key, {})) != run(workplace, values_of(key))
 
 

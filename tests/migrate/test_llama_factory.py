@@ -176,6 +176,14 @@ def test_a_preference_stage_takes_the_task_of_its_loss(accounted: Accounted) -> 
     assert {carried.to for carried in done.carried if carried.key == "pref_beta"} == {"training.beta"}
 
 
+def test_ppo_is_left_with_the_reason_and_the_task_that_does_its_work(accounted: Accounted) -> None:
+    done = accounted(LEAST.replace("stage: sft", "stage: ppo"), ok=False)
+    [left] = [left for left in done.left if left.key == "stage"]
+    assert "no critic" in left.reason
+    assert "task: rlhf" in done.text
+    assert "training.reward_model" in done.problems[0].where
+
+
 LEAST = "model_name_or_path: tiny\nstage: sft\ndataset: a\noutput_dir: out\n"
 
 

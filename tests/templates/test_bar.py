@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from soup_xb.core.config import TASKS
+from soup_xb.core.config import SAMPLED, TASKS
 from soup_xb.core.config_file import parse_config
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.support import check_supported
@@ -135,6 +135,22 @@ def test_the_sample_rows_are_whole_and_distinct(template: Template) -> None:
     assert len({json.dumps(row) for row in rows}) == len(rows)
 
 
+def train_judge(base: Any, soupx: Callable[..., Any]) -> None:
+    """The reward model that the template's first command makes, on the tiny base."""
+    assert soupx("init", "--template", "dpo", "--with-data", "--output", "judge.yaml").code == 0
+    values = {
+        "base": base,
+        "task": "reward",
+        "output": "./reward-output",
+        "training.max_steps": 1,
+        "training.beta": "null",
+        "data.max_length": 256,
+    }
+    words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    made = soupx("train", "judge.yaml", *words)
+    assert made.code == 0, made.err
+
+
 @every_template
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_the_sample_rows_train_for_three_steps(
@@ -159,6 +175,13 @@ def test_the_sample_rows_train_for_three_steps(
         "training.gradient_accumulation_steps": 1,
         "data.max_length": LENGTHS.get(template.name, 256),
     }
+    if template.task in SAMPLED:
+        changes |= {"training.group_size": 2, "training.max_new_tokens": 8}
+    if template.task == "grpo":
+        # Of what a random model writes, nothing but letters could earn anything.
+        changes["training.answer_pattern"] = "'[a-m]'"
+    if template.task == "rlhf":
+        train_judge(changes["base"], soupx)
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     done = soupx("train", "--backend", backend, *words)
     assert done.code == 0, done.err

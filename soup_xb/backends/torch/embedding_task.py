@@ -86,6 +86,10 @@ class EmbeddingTask:
             name: total / count for name, (total, count) in zip(_NAMES, sums, strict=True) if count
         }
 
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The adapter is all."""
+        return {}
+
     def state(self) -> Mapping[str, float]:
         """Nothing is carried."""
         return {}

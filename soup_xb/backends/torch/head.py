@@ -124,6 +124,11 @@ def pass_through(model: Any, batch: BatchTensors) -> None:
     _logits(model, evolve(batch, positions=batch.positions[:0]))
 
 
+def target_log_probabilities(model: Any, batch: BatchTensors, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability (nats) of each target, float32 (n,), of logits divided by `temperature`."""
+    return -functional.cross_entropy(_logits(model, batch) / temperature, batch.targets, reduction="none")
+
+
 def _logits(model: Any, batch: BatchTensors) -> torch.Tensor:
     """Float32 logits (n, vocabulary) at `positions`.
 

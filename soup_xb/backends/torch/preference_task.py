@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from soup_xb.backends.torch import preference_losses as losses
-from soup_xb.backends.torch.embedding_task import EmbeddingTask
 from soup_xb.backends.torch.head import BatchTensors, row_log_probabilities
 from soup_xb.backends.torch.preference_losses import Judged, Losses, Pair, per_token
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.backends.torch.task_loss import TaskLoss, TokenLoss
 from soup_xb.core.batches import Comparison, MicroBatch
-from soup_xb.core.objectives import Bco, Dpo, Embedding, Ipo, Kto, Orpo, RewardMean, Simpo
+from soup_xb.core.objectives import Bco, Dpo, Ipo, Kto, Orpo, RewardMean, Simpo
 from soup_xb.core.session import StepSettings
 
 _PAIRED: Mapping[type, Callable[[Pair, Pair, Any], Losses]] = MappingProxyType(
@@ -38,15 +36,6 @@ _NAMES = (
     "log_odds",
     "reward",
 )
-
-
-def task_loss(objective: Any, processes: Processes, place: torch.device) -> TaskLoss:
-    """The loss of a session's objective (see core.objectives); without one, that of target tokens."""
-    if objective is None:
-        return TokenLoss(place)
-    if isinstance(objective, Embedding):
-        return EmbeddingTask(objective, processes, place)
-    return PreferenceTask(objective, processes, place)
 
 
 def log_probabilities(model: Any, batch: MicroBatch, place: torch.device) -> Tensor:
@@ -109,6 +98,10 @@ class PreferenceTask:
         if isinstance(self._objective, Kto):
             means["drift"] = self._drift.item()
         return int(sums["reward_accuracy"][1]), means
+
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The adapter is all."""
+        return {}
 
     def state(self) -> Mapping[str, float]:
         """BCO's mean reward with the number of rewards."""

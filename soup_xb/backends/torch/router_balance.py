@@ -88,6 +88,10 @@ class RouterBalance:
         seen = self._shared(self._seen)
         return examples, {**means, METRIC: _balance(seen, seen).item()}
 
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """What the task trains."""
+        return self._task.parameters()
+
     def state(self) -> Mapping[str, float]:
         """The task's: nothing is carried from step to step."""
         return self._task.state()

@@ -20,21 +20,30 @@ from soup_xb.backends.torch.addition import base_outputs, live_addition
 from soup_xb.backends.torch.base_kind import pooling_for, text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.embedding_task import embed
+from soup_xb.backends.torch.generation import continue_prompt, sample
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
 from soup_xb.backends.torch.patches.expert_dropout import expert_dropout
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
-from soup_xb.backends.torch.preference_task import log_probabilities, task_loss
+from soup_xb.backends.torch.preference_task import log_probabilities
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
+from soup_xb.backends.torch.reward_task import RewardTask, check_scorable
 from soup_xb.backends.torch.router_balance import RouterBalance, check_router
 from soup_xb.backends.torch.sharded_load import load_sharded, sharding_notices
 from soup_xb.backends.torch.sharding import is_sharded
 from soup_xb.backends.torch.task_loss import TaskLoss
-from soup_xb.backends.torch.task_state import load_task_state, save_task_state
+from soup_xb.backends.torch.task_state import (
+    load_parameters,
+    load_task_state,
+    save_parameters,
+    save_task_state,
+)
+from soup_xb.backends.torch.tasks import Surroundings, task_loss
 from soup_xb.backends.torch.vera import VeraAdapters
+from soup_xb.core.adapter_file import HEAD, check_factors
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
@@ -96,7 +105,16 @@ class TorchSession:
             pooling, reason = pooling_for(objective.pooling, settings.base, model)
             self._patch_notices.append(Problem("pooling", f"{pooling}: {reason}"))
             self.pooling, objective = pooling, evolve(objective, pooling=pooling)
-        self._loss: TaskLoss = task_loss(objective, processes, device.torch_device)
+        surroundings = Surroundings(
+            processes,
+            device.torch_device,
+            lambda: self._with_adapter(False),
+            self._description.hidden_size,
+            settings.seed,
+        )
+        self._loss: TaskLoss = task_loss(objective, surroundings)
+        # What a reward model's head is asked of, whatever stands before it.
+        self._judge = self._loss if isinstance(self._loss, RewardTask) else None
         if settings.router_aux_loss_coef is not None:
             check_router(model)
             self._loss = RouterBalance(
@@ -132,9 +150,10 @@ class TorchSession:
                 if plan.merges:
                     self._true_outputs = base_outputs(self._adapters)
             self._adapters.train(False)
-            self._optimizer = Optimizer(
-                self._adapters.parameters(), self.settings.optimizer, self.settings.media
-            )
+            if self._judge is not None:
+                check_scorable(self.model, plan)
+            trained = {**self._adapters.parameters(), **self._loss.parameters()}
+            self._optimizer = Optimizer(trained, self.settings.optimizer, self.settings.media)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """One update; dropout masks are a function of seed, step and process."""
@@ -212,11 +231,13 @@ class TorchSession:
         save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
         save_task_state(self._loss.state(), folder)
+        save_parameters(self._loss.parameters(), folder)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         load_adapters(self._trained(self._adapters), folder)
         self._measure_merges()
+        load_parameters(self._loss.parameters(), folder)
         if optimizer:
             self._trained(self._optimizer).load(folder)
             self._loss.load(load_task_state(self._loss.state(), folder))
@@ -234,6 +255,25 @@ class TorchSession:
         """Set the adapter's factors."""
         self._trained(self._adapters).load(factors)
 
+    def head(self) -> Array:
+        """The reward model's head, a copy."""
+        result: Array = self._reward_task().head.detach().cpu().numpy().copy()
+        return result
+
+    def load_head(self, head: Array) -> None:
+        """Set the reward model's head."""
+        task = self._reward_task()
+        check_factors({HEAD: tuple(task.head.shape)}, {HEAD: head})
+        with torch.no_grad():
+            task.head.copy_(torch.from_numpy(head))
+
+    def scores(self, batch: MicroBatch) -> Array:
+        """What the reward model thinks of each row of this process's batch."""
+        with torch.no_grad(), memory_guard("scoring answers"):
+            scores = self._reward_task().scores(self.model, batch)
+        result: Array = scores[: len(batch.lengths)].cpu().numpy()
+        return result
+
     def logits(self, tokens: Array, adapter: bool = True) -> Array:
         """Float32 logits (rows, length, vocabulary)."""
         ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device.torch_device)
@@ -243,29 +283,14 @@ class TorchSession:
 
     def generate(self, prompt: Array, settings: GenerationSettings, adapter: bool = True) -> Array:
         """Continue a prompt with transformers' generate."""
-        ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64)).unsqueeze(0).to(self._device.torch_device)
-        sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
-        if settings.temperature > 0:
-            sampling |= {"temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
-        config = transformers.GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=list(settings.end_ids),
-            pad_token_id=settings.end_ids[0],
-            **sampling,
-        )
         torch.manual_seed(step_seed(settings.seed, "generate"))
-        with torch.no_grad(), self._with_adapter(adapter), memory_guard("generating"):
-            # The base's own generation_config would add its temperature and penalties to ours in silence.
-            own, self.model.generation_config = self.model.generation_config, transformers.GenerationConfig()
-            try:
-                output = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config
-                )
-            finally:
-                self.model.generation_config = own
-        new = output[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
-        ends = np.flatnonzero(np.isin(new, settings.end_ids))
-        return new[: ends[0]] if ends.size else new
+        with self._with_adapter(adapter), memory_guard("generating"):
+            return continue_prompt(self.model, prompt, settings)
+
+    def sample(self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
+        """Continue each prompt, with the tokens that `chances` choose."""
+        with memory_guard("sampling answers"):
+            return sample(self.model, prompts, chances, settings)
 
     def save_merged(self, folder: Path) -> None:
         """Write the base with the adapter folded in."""
@@ -304,6 +329,11 @@ class TorchSession:
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
+
+    def _reward_task(self) -> RewardTask:
+        if self._judge is None:
+            raise RuntimeError("open the session for the task that trains a reward model")
+        return self._judge
 
     @staticmethod
     def _trained(part: Any) -> Any:

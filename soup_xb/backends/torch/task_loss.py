@@ -30,6 +30,9 @@ class TaskLoss(Protocol):
         After a training step what the task carries from step to step moves on.
         """
 
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """What is trained beside the adapter, by name."""
+
     def state(self) -> Mapping[str, float]:
         """What the task carries from step to step, for checkpoints."""
 
@@ -58,6 +61,10 @@ class TokenLoss:
     def finish(self, training: bool) -> tuple[int, Mapping[str, float]]:
         """The loss says it all."""
         return 0, {}
+
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The adapter is all."""
+        return {}
 
     def state(self) -> Mapping[str, float]:
         """Nothing is carried."""

@@ -1,0 +1,65 @@
+"""Rewards out of a config, opened before the base is, and the session that earns them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+from soup_xb.core.answer_pattern import BUILT_IN, compiled_pattern
+from soup_xb.core.config import SAMPLED
+from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.prompts import PromptRow
+from soup_xb.core.rewards import PatternReward, Reward
+from soup_xb.core.rollouts import RollingSession, Rules
+from soup_xb.core.session import GenerationSettings, SamplingSession, TrainingSession
+from soup_xb.reward_file import load_reward
+from soup_xb.reward_model import open_reward_model
+
+if TYPE_CHECKING:
+    from soup_xb.train import Opened
+
+
+@contextmanager
+def open_rewards(loaded: LoadedConfig) -> Iterator[tuple[Reward, ...]]:
+    """What the config's answers earn.
+
+    Raises ConfigError for a file of rewards that does not run, ModelError for a folder without a reward model.
+    """
+    training = loaded.config.training
+    where = loaded.where("training.answer_pattern")
+    rewards = tuple(
+        PatternReward(reward, compiled_pattern(training.answer_pattern, where), where)
+        if reward in BUILT_IN
+        else load_reward(reward)
+        for reward in training.rewards
+    )
+    if training.reward_model is None:
+        yield rewards
+        return
+    with open_reward_model(loaded.config) as judge:
+        yield (judge, *rewards)
+
+
+def session_for(run: Opened, rewards: Sequence[Reward]) -> TrainingSession:
+    """What the loop trains through: for tasks that sample, the session with rollouts before it.
+
+    Raises DataError for a row that a reward cannot judge.
+    """
+    config = run.loaded.config
+    if config.task not in SAMPLED:
+        return run.session
+    rows = [row for row in (*run.plan.rows, *run.plan.evaluation) if isinstance(row, PromptRow)]
+    for reward in rewards:
+        reward.check(rows)
+    training = config.training
+    rules = Rules(
+        rewards=rewards,
+        decode=run.tokenizer.decode,
+        group_size=training.group_size,
+        generation=GenerationSettings(
+            training.max_new_tokens, training.temperature, run.tokenizer.end_ids, training.seed
+        ),
+        pad_id=run.plan.pad_id,
+    )
+    return RollingSession(cast("SamplingSession", run.session), rules)
