@@ -42,7 +42,7 @@ def without_gradient(names: Sequence[str], where: str, media: str = "") -> list[
     unseen = sum(is_unseen(name, media) for name in names)
     if not unseen:
         return []
-    kind = f"rows with {'pictures' if media == 'image' else 'sound'}" if media else "rows of text"
+    kind = f"rows with {'pictures' if media == 'image' else 'sound'}" if media else "text rows"
     if unseen == len(names):
         message = (
             f"all {unseen} adapted modules are in vision and audio towers, which {kind} do not run through"

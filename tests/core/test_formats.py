@@ -11,6 +11,7 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.example_file import ExampleReader
 from soup_xb.core.examples import ChatExample, CompletionExample, Message, Source
 from soup_xb.core.formats import FORMATS, detect_format, extra_columns, to_example
+from soup_xb.core.media_formats import media_formats
 from soup_xb.core.preference_formats import EVERY_FORMAT
 
 SOURCE = Source("rows.jsonl", 7)
@@ -111,7 +112,9 @@ def test_a_filled_column_wins_over_a_column_of_nulls():
 
 
 def test_the_formats_are_those_of_the_config():
-    assert {"auto", *EVERY_FORMAT} == set(config.FORMATS)
+    assert {"auto", "transcript", *EVERY_FORMAT} == set(config.FORMATS)
+    assert set(media_formats("audio")) == set(config.task_formats("audio"))
+    assert set(media_formats("vision")) == set(config.task_formats("vision"))
     assert set(FORMATS) == set(config.task_formats("sft"))
 
 

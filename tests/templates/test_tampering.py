@@ -201,3 +201,20 @@ def test_the_witness_would_notice(folder: Path, opened: Opened) -> None:
         (folder / ".." / "outside" / "canary.yaml").read_text()
     with pytest.raises(AssertionError):
         reads_nothing_outside(folder, names)
+
+
+@pytest.mark.parametrize("name", ["../outside/secret.png", "other/a.png", "vision/../a.png", "/etc/hostname"])
+def test_sample_rows_that_name_files_outside_of_their_own_folder_are_refused_unread(
+    name: str, folder: Path, opened: Opened
+) -> None:
+    from soup_xb.core.templates_files import load_sample_files
+
+    entry = json.loads((folder / "manifest.json").read_text())
+    entry["templates"]["vision"] = entry["templates"].pop("chat") | {"task": "vision"}
+    (folder / "manifest.json").write_text(json.dumps(entry))
+    turn = {"role": "user", "content": [{"type": "image", "path": name}]}
+    (folder / "data" / "vision.jsonl").write_text(json.dumps({"messages": [turn]}))
+    (folder.parent / "outside" / "secret.png").write_bytes(b"secret")
+    with opened() as files, pytest.raises(ConfigError):
+        load_sample_files("vision", folder)
+    assert not [file for file in files if "outside" in file or "hostname" in file]
