@@ -113,7 +113,7 @@ def _measure(file: Path) -> None:
     from soup_xb.core.modules import Resolution
     from soup_xb.core.plan import make_plan
     from soup_xb.core.processors import tokenizing_processes
-    from soup_xb.core.rows import combined
+    from soup_xb.core.rows.rows import combined
     from soup_xb.dataset import load_dataset
     from soup_xb.tokenizer import open_tokenizer
 

@@ -133,8 +133,8 @@ def _child(asked: dict[str, Any]) -> None:
     from soup_xb.backends.torch.session import open_session
     from soup_xb.core.batches import collate, process_share
     from soup_xb.core.config import LoraConfig
-    from soup_xb.core.examples import Source, TokenRow
     from soup_xb.core.modules import resolve_adapters
+    from soup_xb.core.rows.examples import Source, TokenRow
     from soup_xb.core.session import AdapterPlan, OptimizerSettings, SessionSettings, StepSettings
 
     # The libraries' own memory is there already: the structure alone imports what opening imports.

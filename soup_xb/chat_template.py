@@ -9,9 +9,9 @@ from typing import Any
 
 from attrs import field, frozen
 
+from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.examples import Message
-from soup_xb.core.places import local_path
+from soup_xb.core.rows.examples import Message
 from soup_xb.core.units import bytes_text
 from soup_xb.rendering import RENDERER, RunawayError
 from soup_xb.tool_spelling import ToolSpelling, size

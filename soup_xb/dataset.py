@@ -13,18 +13,18 @@ from attrs import frozen
 
 from soup_xb.core.config import DataConfig
 from soup_xb.core.data import read_rows
-from soup_xb.core.embedding_formats import embedding_formats
-from soup_xb.core.embedding_rows import EmbeddingRow, repeated_positives
+from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.formats import FORMATS, Formats
-from soup_xb.core.judged_rows import rows_for_task
-from soup_xb.core.packing import pack, packing_notice, split_long
-from soup_xb.core.places import local_path
-from soup_xb.core.preference_formats import EVERY_FORMAT, formats_of
-from soup_xb.core.preferences import LearnedRow
 from soup_xb.core.random_numbers import permutation
-from soup_xb.core.rows import Rows, SelectedRows, as_rows, join_rows
-from soup_xb.core.run_rules import is_local_path
+from soup_xb.core.rows.embedding_formats import embedding_formats
+from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
+from soup_xb.core.rows.judged_rows import rows_for_task
+from soup_xb.core.rows.packing import pack, packing_notice, split_long
+from soup_xb.core.rows.preference_formats import EVERY_FORMAT, formats_of
+from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
+from soup_xb.core.rules.run_rules import is_local_path
 from soup_xb.core.schedule import floor_share
 from soup_xb.hub_dataset import hub_rows
 from soup_xb.token_file import DataSource, Reading, TokenFile, token_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from soup_xb.core.adapter.embedding_files import EmbeddingFacts, read_embedding_facts, write_embedding_files
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
-from soup_xb.core.embedding_files import EmbeddingFacts, read_embedding_facts, write_embedding_files
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import EmbeddingSession, Session

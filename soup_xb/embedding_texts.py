@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from soup_xb.core.base_folder import BaseFolder
+from soup_xb.core.base.base_folder import BaseFolder
 from soup_xb.core.config import Config, DataConfig
-from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.errors import Problem
-from soup_xb.core.examples import AnyExample, EmbeddingExample, TokenRow
+from soup_xb.core.rows.embedding_rows import EmbeddingRow
+from soup_xb.core.rows.examples import AnyExample, EmbeddingExample, TokenRow
 from soup_xb.tokenizer import ChatTokenizer, Tokenized
 
 # Types whose first position is the one behind the padding token's id.

@@ -9,12 +9,12 @@ from typing import cast
 
 from attrs import evolve
 
-from soup_xb.core import staging
+from soup_xb.core.adapter.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_mlx_lm, write_mlx_lm
 from soup_xb.core.adapter_file import adapter_folder, read_adapter, write_adapter
-from soup_xb.core.durable import disk_errors
+from soup_xb.core.disk import staging
+from soup_xb.core.disk.durable import disk_errors
 from soup_xb.core.errors import ModelError, Problem, ResourceError
 from soup_xb.core.legible import mask_file
-from soup_xb.core.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_mlx_lm, write_mlx_lm
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import EmbeddingSession
 from soup_xb.embedding_model import refuse_embeddings, save_embedding_model, saved_facts

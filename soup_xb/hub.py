@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ModelError
-from soup_xb.core.places import local_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # What a base needs and nothing that can run: no pickles, no code.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import Row, Source
+from soup_xb.core.rows.examples import Row, Source
 
 # The datasets library names a reader by its module. `cache` is what one of the others has read before.
 _READERS = "datasets.packaged_modules."

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, cast
 from attrs import frozen
 
 from soup_xb import __version__
-from soup_xb.core import staging
+from soup_xb.core.adapter.model_card import CardFacts, model_card
+from soup_xb.core.adapter.proof import check_effect, prove
+from soup_xb.core.adapter.reward_head import check_head, write_head
 from soup_xb.core.adapter_file import Factors, write_adapter
+from soup_xb.core.base.coverage_text import coverage_rows
+from soup_xb.core.base.rope_scaling import asked_scaling, note_scaling
 from soup_xb.core.config_file import dump_config
-from soup_xb.core.coverage_text import coverage_rows
-from soup_xb.core.durable import disk_errors, write_text
+from soup_xb.core.disk import staging
+from soup_xb.core.disk.durable import disk_errors, write_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
-from soup_xb.core.examples import Message
-from soup_xb.core.metrics import read_events
-from soup_xb.core.model_card import CardFacts, model_card
 from soup_xb.core.modules import group_adapters, reachable_names
-from soup_xb.core.proof import check_effect, prove
-from soup_xb.core.report import ModuleRow, ReportFacts, Sample, write_report
-from soup_xb.core.reward_head import check_head, write_head
-from soup_xb.core.rope_scaling import asked_scaling, note_scaling
+from soup_xb.core.rows.examples import Message
+from soup_xb.core.run.metrics import read_events
+from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
+from soup_xb.core.run.run_record import RunRecord
 from soup_xb.core.run_folder import RunFolder
-from soup_xb.core.run_record import RunRecord
 from soup_xb.core.session import GenerationSettings, JudgingSession
 from soup_xb.embedding_model import save_embedding_model, trained_facts
 from soup_xb.keeper import checkpoint_bytes

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from attrs import evolve
 
-from soup_xb.core.examples import (
+from soup_xb.core.rows.examples import (
     AnyExample,
     ChatExample,
     EmbeddingExample,
@@ -16,8 +16,8 @@ from soup_xb.core.examples import (
     PromptExample,
     TokenRow,
 )
-from soup_xb.core.preferences import JudgedRow, PairRow
-from soup_xb.core.prompts import PromptRow
+from soup_xb.core.rows.preferences import JudgedRow, PairRow
+from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.embedding_texts import embedding_rows
 from soup_xb.tokenizer import ChatTokenizer, Tokenized
 

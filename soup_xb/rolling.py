@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 from soup_xb.core.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.config import SAMPLED
 from soup_xb.core.config_file import LoadedConfig
-from soup_xb.core.prompts import PromptRow
-from soup_xb.core.rewards import PatternReward, Reward
-from soup_xb.core.rollouts import RollingSession, Rules
+from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.session import GenerationSettings, SamplingSession, TrainingSession
+from soup_xb.core.tasks.rewards import PatternReward, Reward
+from soup_xb.core.tasks.rollouts import RollingSession, Rules
 from soup_xb.reward_file import load_reward
 from soup_xb.reward_model import open_reward_model
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from soup_xb.core.errors import DataError, Problem
-from soup_xb.core.preferences import PairRow
+from soup_xb.core.rows.preferences import PairRow
 from soup_xb.preference_rows import EQUAL_ANSWERS
 from soup_xb.tokenizer import Tokenized
 

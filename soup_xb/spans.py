@@ -24,7 +24,7 @@ from attrs import frozen
 
 from soup_xb.call_spans import CallTurn
 from soup_xb.chat_template import ChatTemplate, RenderError
-from soup_xb.core.examples import ChatExample, Message
+from soup_xb.core.rows.examples import ChatExample, Message
 from soup_xb.tool_template import with_tools
 
 # A private-use character: no template strips, escapes or splits at it.

@@ -15,18 +15,18 @@ import numpy as np
 from attrs import evolve, frozen
 
 import soup_xb
-from soup_xb.core import staging
-from soup_xb.core.checkpoint_manifest import file_sha256
-from soup_xb.core.durable import FULL, free_bytes
+from soup_xb.core.disk import staging
+from soup_xb.core.disk.durable import FULL, free_bytes
+from soup_xb.core.disk.user_cache import user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
-from soup_xb.core.example_file import ExampleReader
-from soup_xb.core.examples import Row
 from soup_xb.core.formats import Formats
 from soup_xb.core.processors import tokenizing_processes
-from soup_xb.core.row_kinds import KINDS
-from soup_xb.core.row_table import COLUMNS, Columns, RowTable
-from soup_xb.core.rows import ListedRows, Rows
-from soup_xb.core.token_cache import (
+from soup_xb.core.rows.example_file import ExampleReader
+from soup_xb.core.rows.examples import Row
+from soup_xb.core.rows.row_kinds import KINDS
+from soup_xb.core.rows.row_table import COLUMNS, Columns, RowTable
+from soup_xb.core.rows.rows import ListedRows, Rows
+from soup_xb.core.rows.token_cache import (
     DamagedEntryError,
     Entry,
     EntryWriter,
@@ -35,8 +35,8 @@ from soup_xb.core.token_cache import (
     evict,
     open_entry,
 )
+from soup_xb.core.run.checkpoint_manifest import file_sha256
 from soup_xb.core.units import bytes_text
-from soup_xb.core.user_cache import user_cache
 from soup_xb.row_tally import RowTally
 from soup_xb.tokenize_process import Batch, Tokenizing, UnkeptRowsError
 from soup_xb.tokenizing import tokenized

@@ -15,11 +15,11 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.errors import SoupError
-from soup_xb.core.example_lines import example_of
-from soup_xb.core.examples import AnyExample
-from soup_xb.core.preferences import LearnedRow
-from soup_xb.core.row_kinds import kind_of
-from soup_xb.core.row_table import columns_of
+from soup_xb.core.rows.example_lines import example_of
+from soup_xb.core.rows.examples import AnyExample
+from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.rows.row_kinds import kind_of
+from soup_xb.core.rows.row_table import columns_of
 from soup_xb.preference_rows import is_chat, tokenize_examples
 from soup_xb.row_tally import RowTally
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
@@ -71,8 +71,8 @@ def serve() -> None:
     """Answer requests until stdin ends.
 
     The first line tells `base`, `template` (None for the base's own), `name`, `max_length` and the `fingerprint` that
-    the tokenizer has to have; each other one is a list of examples as `core.example_lines` writes them. An answer is a
-    line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the name of
+    the tokenizer has to have; each other one is a list of examples as `core.rows.example_lines` writes them. An answer is
+    a line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the name of
     its class, with its `problems`; or `unkept` where rows have no columns, or the tokenizer is another one.
     """
     # Ctrl-C reaches every process of the terminal; this one ends with its parent, when stdin does.

@@ -20,12 +20,12 @@ from soup_xb.chat_template import (
     own_template,
     read_template,
 )
+from soup_xb.core.base.weight_files import read_object
+from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import DataError, ModelError, Problem
-from soup_xb.core.examples import ChatExample, Example, Message, Source, TokenRow
-from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.legible import mask_file
-from soup_xb.core.preferences import LearnedRow
-from soup_xb.core.weight_files import read_object
+from soup_xb.core.rows.examples import ChatExample, Example, Message, Source, TokenRow
+from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.encoding import Array, Encoder
 from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
 

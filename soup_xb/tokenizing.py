@@ -16,10 +16,10 @@ import numpy as np
 
 from soup_xb.core import errors
 from soup_xb.core.errors import ResourceError, SoupError
-from soup_xb.core.example_lines import plain, travels
-from soup_xb.core.examples import AnyExample
 from soup_xb.core.own_process import python_command
-from soup_xb.core.row_table import COLUMNS
+from soup_xb.core.rows.example_lines import plain, travels
+from soup_xb.core.rows.examples import AnyExample
+from soup_xb.core.rows.row_table import COLUMNS
 from soup_xb.encoding import BATCH
 from soup_xb.tokenize_process import Batch, Tokenizing, UnkeptRowsError, tokenize_batch
 

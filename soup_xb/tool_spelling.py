@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.examples import Message, ToolCall
+from soup_xb.core.rows.examples import Message, ToolCall
 
 
 @frozen

@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 
 from soup_xb.chat_template import ChatTemplate, RenderError
 from soup_xb.core.errors import ModelError
-from soup_xb.core.examples import ChatExample, Message, ToolCall
+from soup_xb.core.rows.examples import ChatExample, Message, ToolCall
 from soup_xb.tool_spelling import ToolSpelling
 
 # In the order of preference.

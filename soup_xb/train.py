@@ -10,26 +10,26 @@ from typing import cast
 from attrs import evolve, field, frozen
 
 from soup_xb.backends import choose_backend, open_session
+from soup_xb.core.adapter.reward_head import is_reward_model
 from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
-from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.coverage import Coverage, cover
+from soup_xb.core.base.coverage_text import coverage_notices
+from soup_xb.core.base.gemma4 import check_towers
+from soup_xb.core.base.rope_scaling import asked_scaling
 from soup_xb.core.config import MEDIA_TASKS, Config
 from soup_xb.core.config_file import LoadedConfig
-from soup_xb.core.coverage import Coverage, cover
-from soup_xb.core.coverage_text import coverage_notices
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
 from soup_xb.core.events import Listener, Notice, StartEvent
-from soup_xb.core.gemma4 import check_towers
 from soup_xb.core.launch import launched_processes
 from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.modules import Resolution, resolve_adapters
-from soup_xb.core.objective_settings import objective_of
-from soup_xb.core.packing import check_apart
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
-from soup_xb.core.reward_head import is_reward_model
-from soup_xb.core.rope_scaling import asked_scaling
+from soup_xb.core.rows.packing import check_apart
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import JudgingSession, Session, SessionSettings
 from soup_xb.core.stop import stop_on_signals
+from soup_xb.core.tasks.objective_settings import objective_of
 from soup_xb.dataset import load_dataset
 from soup_xb.embedding_texts import fitted_data
 from soup_xb.hub import resolve_base

@@ -10,19 +10,19 @@ from typing import Any
 from attrs import evolve, frozen
 
 from soup_xb.backends import available_backend, is_installed, open_session
+from soup_xb.core.adapter.embedding_files import EmbeddingFacts
+from soup_xb.core.adapter.reward_head import is_reward_model
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
-from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.rope_scaling import noted_scaling
 from soup_xb.core.config import MEDIA_TASKS
-from soup_xb.core.embedding_files import EmbeddingFacts
-from soup_xb.core.embedding_formats import embedding_formats
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.examples import Message
 from soup_xb.core.formats import FORMATS, Formats
-from soup_xb.core.media_formats import media_formats
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.objectives import Embedding
-from soup_xb.core.reward_head import is_reward_model
-from soup_xb.core.rope_scaling import noted_scaling
+from soup_xb.core.rows.embedding_formats import embedding_formats
+from soup_xb.core.rows.examples import Message
+from soup_xb.core.rows.media_formats import media_formats
 from soup_xb.core.session import (
     AdapterPlan,
     GenerationSettings,

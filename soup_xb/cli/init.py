@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from soup_xb.cli.options import DEFAULT_FILE
-from soup_xb.core.durable import disk_errors, write_bytes
+from soup_xb.core.disk.durable import disk_errors, write_bytes
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.templates import list_templates, load_sample, load_template
 
@@ -42,8 +42,8 @@ def command(name: str | None, output: Path, with_data: bool, force: bool, templa
         text = load_template(name, templates_dir)
     files: dict[Path, str | bytes] = {output: text}
     if with_data:
-        from soup_xb.core.templates_edit import sample_path
-        from soup_xb.core.templates_files import load_sample_files, media_path
+        from soup_xb.core.registry.templates_edit import sample_path
+        from soup_xb.core.registry.templates_files import load_sample_files, media_path
 
         rows_file = sample_path(text, name)
         files[rows_file] = load_sample(name, templates_dir)
@@ -67,7 +67,7 @@ def _asked(templates_dir: Path | None) -> tuple[str, str, str]:
             help=f"name a template, such as `soupx init --template chat`; there are: {known}.",
         )
     from soup_xb.cli.questions import ask
-    from soup_xb.core.templates_edit import with_values
+    from soup_xb.core.registry.templates_edit import with_values
 
     answers = ask(templates)
     text = load_template(answers.template, templates_dir)
@@ -115,7 +115,7 @@ def _exists(path: Path) -> Problem:
 
 def _write_schema(path: Path) -> None:
     """The JSON Schema beside the config, for editors; one that is there stays."""
-    from soup_xb.core.schema import config_schema
+    from soup_xb.core.keys.schema import config_schema
 
     text = json.dumps(config_schema(), indent=2) + "\n"
     if not os.path.lexists(path):

@@ -13,7 +13,7 @@ from attrs import evolve
 from soup_xb.cli.options import config_options, json_option, load
 
 if TYPE_CHECKING:
-    from soup_xb.core.coverage_text import CoverageRow
+    from soup_xb.core.base.coverage_text import CoverageRow
 
 _HELD = {
     "none": "each with the whole base",
@@ -36,7 +36,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     """Show modules, ranks, steps, learning rates and memory of FILE (default: soup.yaml)."""
     loaded = load(file, named, backend, overrides)
     from soup_xb.backends import choose_backend
-    from soup_xb.core.coverage_text import coverage_rows
+    from soup_xb.core.base.coverage_text import coverage_rows
     from soup_xb.core.memory import LargestBatch, estimate_memory
     from soup_xb.core.plan_summary import plan_summary
     from soup_xb.core.support import refusals

@@ -17,9 +17,9 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
 
     Looks below the current directory, or below each FOLDER.
     """
-    from soup_xb.core.durable import json_text
+    from soup_xb.core.disk.durable import json_text
     from soup_xb.core.errors import ConfigError
-    from soup_xb.core.run_listing import list_runs
+    from soup_xb.core.run.run_listing import list_runs
 
     for folder in folders:
         if not folder.is_dir():

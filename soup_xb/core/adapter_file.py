@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.adapter_settings import adapter_settings, pattern_values, short_names
-from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.expert_file import by_weight_names, file_factors, named_factors
-from soup_xb.core.foreign_settings import check_peft_settings, damaged, read_settings
-from soup_xb.core.modules import AdapterModule, Module, adapter_scale
-from soup_xb.core.pieces import saved_plan
-from soup_xb.core.session import AdapterPlan
-from soup_xb.core.vera_file import (
+from soup_xb.core.adapter.adapter_settings import adapter_settings, pattern_values, short_names
+from soup_xb.core.adapter.expert_file import by_weight_names, file_factors, named_factors
+from soup_xb.core.adapter.foreign_settings import check_peft_settings, damaged, read_settings
+from soup_xb.core.adapter.pieces import saved_plan
+from soup_xb.core.adapter.vera_file import (
     check_vera,
     plain_factors,
     plain_settings,
@@ -27,6 +24,9 @@ from soup_xb.core.vera_file import (
     vera_key,
     vera_settings,
 )
+from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.core.modules import AdapterModule, Module, adapter_scale
+from soup_xb.core.session import AdapterPlan
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
@@ -52,7 +52,7 @@ class SavedAdapter:
 
     @property
     def is_vera(self) -> bool:
-        """Whether the factors are VeRA's (see core.vera) and not a plain LoRA."""
+        """Whether the factors are VeRA's (see core.adapter.vera) and not a plain LoRA."""
         return bool(self.settings["peft_type"] == "VERA")
 
     def plain(self, modules: Sequence[Module | AdapterModule], folder: Path) -> SavedAdapter:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from soup_xb.core.examples import TokenRow
-from soup_xb.core.made import Made
-from soup_xb.core.media import Inputs, RowMedia, media_inputs
-from soup_xb.core.prompts import PromptRow, Rollout
 from soup_xb.core.random_numbers import permutation
+from soup_xb.core.rows.examples import TokenRow
+from soup_xb.core.rows.made import Made
+from soup_xb.core.rows.media import Inputs, RowMedia, media_inputs
+from soup_xb.core.rows.prompts import PromptRow, Rollout
 
 # Rows are sorted by length inside a window of so many micro-batches: wide enough for rows of nearly equal length
 # to meet, narrow enough that a window still is a random sample of the data.

@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import NOTHING, field, frozen
 
-from soup_xb.core.fields import Key, Range, choice, declared, integer, number, paths, ranks, section, switch
-from soup_xb.core.fields import targets as target_patterns
-from soup_xb.core.fields import text as words
+from soup_xb.core.keys.fields import (
+    Key,
+    Range,
+    choice,
+    declared,
+    integer,
+    number,
+    paths,
+    ranks,
+    section,
+    switch,
+)
+from soup_xb.core.keys.fields import targets as target_patterns
+from soup_xb.core.keys.fields import text as words
 
 # Tasks that compare two answers, tasks that judge one, and those that measure how far the model went from the base.
 PAIRED = ("dpo", "ipo", "orpo", "simpo")

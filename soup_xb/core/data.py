@@ -8,10 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import Row
-from soup_xb.core.json_rows import json_lines, json_rows
+from soup_xb.core.rows.examples import Row
+from soup_xb.core.rows.json_rows import json_lines, json_rows
+from soup_xb.core.rows.table_rows import csv_rows, parquet_rows, tsv_rows
 from soup_xb.core.suggest import did_you_mean
-from soup_xb.core.table_rows import csv_rows, parquet_rows, tsv_rows
 
 READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = MappingProxyType(
     {

@@ -9,11 +9,19 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import AnyExample, ChatExample, CompletionExample, Example, Message, Row, Source
-from soup_xb.core.format_errors import known_formats, other_format, unknown_columns
-from soup_xb.core.row_text import checked_text, mistyped, read_text
-from soup_xb.core.tool_rows import check_declared, read_tools
-from soup_xb.core.turns import extra_turn_keys, read_turns
+from soup_xb.core.rows.examples import (
+    AnyExample,
+    ChatExample,
+    CompletionExample,
+    Example,
+    Message,
+    Row,
+    Source,
+)
+from soup_xb.core.rows.format_errors import known_formats, other_format, unknown_columns
+from soup_xb.core.rows.row_text import checked_text, mistyped, read_text
+from soup_xb.core.rows.tool_rows import check_declared, read_tools
+from soup_xb.core.rows.turns import extra_turn_keys, read_turns
 
 
 @frozen

@@ -11,7 +11,7 @@ from attrs import frozen
 from soup_xb.core.errors import NonFiniteError
 from soup_xb.core.events import EvalEvent, Listener, Notice, RestartEvent, StepEvent
 from soup_xb.core.plan import Plan
-from soup_xb.core.restart_watch import RestartWatch
+from soup_xb.core.run.restart_watch import RestartWatch
 from soup_xb.core.session import StepSettings, TrainingSession
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.config import TrainingConfig
-from soup_xb.core.head_chunks import positions_at_once
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import BaseDescription
-from soup_xb.core.vera import shared_entries
+from soup_xb.core.tasks.head_chunks import positions_at_once
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 # 4 bits and a scale for 64 weights that is quantized itself; 8 bits and a scale a row.

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
+from soup_xb.core.base.patterns import matching_names
+from soup_xb.core.base.target_checks import check_expert_targets, no_experts, ranks_above_side
+from soup_xb.core.base.towers import is_in_tower, without_gradient
 from soup_xb.core.config import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.patterns import matching_names
 from soup_xb.core.suggest import close_names
-from soup_xb.core.target_checks import check_expert_targets, no_experts, ranks_above_side
-from soup_xb.core.towers import is_in_tower, without_gradient
 
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _ENCODER = re.compile(r"(^|\.)encoder\.(layers|blocks)\.")

@@ -11,13 +11,13 @@ from attrs import frozen
 
 from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches
 from soup_xb.core.config import MEDIA_TASKS, Config, TrainingConfig
-from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution
-from soup_xb.core.preference_batches import micro_batches
-from soup_xb.core.preferences import JudgedRow, LearnedRow
-from soup_xb.core.reference import Reference
-from soup_xb.core.rows import Rows, as_rows
+from soup_xb.core.rows.embedding_rows import EmbeddingRow
+from soup_xb.core.rows.preference_batches import micro_batches
+from soup_xb.core.rows.preferences import JudgedRow, LearnedRow
+from soup_xb.core.rows.rows import Rows, as_rows
+from soup_xb.core.run.reference import Reference
 from soup_xb.core.schedule import LearningRates, restart_steps, steps_every, warmup_steps
 from soup_xb.core.session import AdapterPlan, OptimizerSettings, RestartSettings
 

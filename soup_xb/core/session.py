@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from attrs import field, frozen
 
+from soup_xb.core.adapter.deviation import Addition
+from soup_xb.core.base.rope_scaling import RopeScaling
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
 from soup_xb.core.modules import AdapterModule, Module
-from soup_xb.core.rope_scaling import RopeScaling
 
 Array = np.ndarray[Any, Any]
 
@@ -185,7 +185,7 @@ class GenerationSettings:
 
 
 class TrainingSession(Protocol):
-    """What the training loop asks of a session, or of what stands before one (see core.rollouts)."""
+    """What the training loop asks of a session, or of what stands before one (see core.tasks.rollouts)."""
 
     process: int
     processes: int
@@ -197,7 +197,10 @@ class TrainingSession(Protocol):
         """Loss without dropout and without touching any training state."""
 
     def restart(self, settings: RestartSettings) -> RestartResult:
-        """Restart the adapters (ReLoRA): see core.prune for what a prune takes, core.pieces for what a merge leaves."""
+        """Restart the adapters (ReLoRA).
+
+        See core.prune for what a prune takes, core.adapter.pieces for what a merge leaves.
+        """
 
     def agree(self, value: int) -> int:
         """The largest value over all processes, the same on each; it waits for all of them."""
@@ -235,11 +238,11 @@ class Session(TrainingSession, Protocol):
         """The adapter as a plain LoRA on the untouched base: module name -> {"lora_A": …, "lora_B": …}, float32.
 
         Those of expert weights are stacks, the expert first. With DoRA also "lora_magnitude_vector" (out_features,).
-        VeRA's factors are its own: see core.vera.
+        VeRA's factors are its own: see core.adapter.vera.
         """
 
     def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
-        """What the live layer adds for the inputs of core.deviation, on this process alone.
+        """What the live layer adds for the inputs of core.adapter.deviation, on this process alone.
 
         `adapter` and `factors` are a saved adapter's; they decide nothing but which layer it is, and DoRA's norms.
         """

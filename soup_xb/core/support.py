@@ -8,7 +8,7 @@ from attrs import frozen
 
 from soup_xb.core.config import KEYS, value_of
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.loaded_config import COMMAND_LINE, LoadedConfig
+from soup_xb.core.keys.loaded_config import COMMAND_LINE, LoadedConfig
 from soup_xb.core.support_rows import BACKENDS, ROWS, No, Row
 
 SETTING_OF = "a setting of"

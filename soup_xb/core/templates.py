@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import soup_xb
-from soup_xb.core.config_values import safe_text
 from soup_xb.core.errors import ConfigError
+from soup_xb.core.keys.config_values import safe_text
+from soup_xb.core.registry.templates_folder import TemplateFolder
+from soup_xb.core.registry.templates_manifest import MANIFEST, Template, read_manifest
 from soup_xb.core.suggest import did_you_mean
-from soup_xb.core.templates_folder import TemplateFolder
-from soup_xb.core.templates_manifest import MANIFEST, Template, read_manifest
 
 __all__ = [
     "Template",

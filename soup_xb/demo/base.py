@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from soup_xb.core import staging
-from soup_xb.core.checkpoint_manifest import file_sha256
+from soup_xb.core.disk import staging
+from soup_xb.core.disk.user_cache import user_cache
 from soup_xb.core.errors import ModelError, ResourceError
+from soup_xb.core.run.checkpoint_manifest import file_sha256
 from soup_xb.core.units import bytes_text
-from soup_xb.core.user_cache import user_cache
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import Attachment, Source
-from soup_xb.core.media import MediaFile
+from soup_xb.core.rows.examples import Attachment, Source
+from soup_xb.core.rows.media import MediaFile
 from soup_xb.core.suggest import did_you_mean
 from soup_xb.core.units import bytes_text
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
+from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.foreign import foreign_errors
-from soup_xb.core.media import Array, Inputs, MediaFile, RowMedia
+from soup_xb.core.rows.media import Array, Inputs, MediaFile, RowMedia
 from soup_xb.media.files import unusable
 from soup_xb.media.images import read_image
 from soup_xb.media.sounds import read_sound

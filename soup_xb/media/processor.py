@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from soup_xb.core.base.weight_files import read_object
+from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ModelError
-from soup_xb.core.foreign import foreign_errors
-from soup_xb.core.weight_files import read_object
 
 # In the order in which AutoProcessor asks them for the processor's class.
 CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")

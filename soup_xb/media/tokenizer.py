@@ -12,9 +12,9 @@ from attrs import evolve, field, fields, frozen
 
 from soup_xb.core.config import MEDIA_TASKS
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import ChatExample, Example, Message, TokenRow
 from soup_xb.core.legible import mask_file
-from soup_xb.core.media import RowMedia
+from soup_xb.core.rows.examples import ChatExample, Example, Message, TokenRow
+from soup_xb.core.rows.media import RowMedia
 from soup_xb.encoding import Array
 from soup_xb.media.files import find_files
 from soup_xb.media.inputs import InputMaker

@@ -11,11 +11,11 @@ from attrs import frozen
 
 from soup_xb.core.config import KEYS
 from soup_xb.core.config_file import parse_config
-from soup_xb.core.config_values import safe_text
 from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.keys.config_values import safe_text
 from soup_xb.core.support import refusals
 from soup_xb.core.support_rows import BACKENDS, ROWS, Row
-from soup_xb.core.yaml_text import write_yaml
+from soup_xb.core.yaml.yaml_text import write_yaml
 from soup_xb.migrate import soup
 from soup_xb.migrate.account import Account, Added, Carried, Left
 from soup_xb.migrate.axolotl import read_axolotl

@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from soup_xb.core.answer_pattern import compiled_pattern
-from soup_xb.core.examples import Source
-from soup_xb.core.prompts import PromptRow
-from soup_xb.core.rewards import Answer, PatternReward
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.tasks.rewards import Answer, PatternReward
 
 Config = Callable[..., Path]
 Soupx = Callable[..., Any]

@@ -12,9 +12,9 @@ import transformers
 
 from soup_xb.core.batches import collate
 from soup_xb.core.errors import ModelError
-from soup_xb.core.examples import Source, TokenRow
-from soup_xb.core.packing import check_apart, pack
 from soup_xb.core.plan import Plan
+from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.packing import check_apart, pack
 from soup_xb.core.session import Session, StepSettings
 from soup_xb.core.support_rows import BACKENDS
 

@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from soup_xb.core.checkpoint import CheckpointFacts, newest_whole, read_checkpoint, rotate, write_checkpoint
+from soup_xb.core.run.checkpoint import (
+    CheckpointFacts,
+    newest_whole,
+    read_checkpoint,
+    rotate,
+    write_checkpoint,
+)
 
 FACTS = CheckpointFacts("torch", 1, "c" * 64, "d" * 64, {"torch": "2.13"})
 CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "close")

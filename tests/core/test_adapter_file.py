@@ -10,6 +10,7 @@ import pytest
 from attrs import evolve
 from safetensors.numpy import load_file
 
+from soup_xb.core.adapter.adapter_settings import adapter_settings
 from soup_xb.core.adapter_file import (
     adapter_folder,
     adapter_modules,
@@ -17,7 +18,6 @@ from soup_xb.core.adapter_file import (
     read_adapter,
     write_adapter,
 )
-from soup_xb.core.adapter_settings import adapter_settings
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.core.checkpoint import (
+from soup_xb.core.errors import CheckpointError, ResourceError
+from soup_xb.core.run.checkpoint import (
     CheckpointFacts,
     fingerprint,
     newest_whole,
@@ -24,7 +25,6 @@ from soup_xb.core.checkpoint import (
     rotate,
     write_checkpoint,
 )
-from soup_xb.core.errors import CheckpointError, ResourceError
 
 FACTS = CheckpointFacts("mlx", 2, fingerprint({"lr": 1e-4}), fingerprint([1, 2]), {"mlx": "0.32.4"})
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
@@ -322,7 +322,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
-from soup_xb.core.checkpoint import CheckpointFacts, newest_whole, write_checkpoint
+from soup_xb.core.run.checkpoint import CheckpointFacts, newest_whole, write_checkpoint
 from soup_xb.core.errors import ResourceError
 
 root, kind = Path(sys.argv[1]), sys.argv[2]

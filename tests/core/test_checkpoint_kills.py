@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from soup_xb.core.checkpoint import CheckpointFacts, write_checkpoint
+from soup_xb.core.run.checkpoint import CheckpointFacts, write_checkpoint
 
 PROGRAM = Path(__file__).with_name("kill_at_call.py")
 

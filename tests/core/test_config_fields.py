@@ -6,7 +6,7 @@ import pytest
 from attrs.exceptions import FrozenInstanceError
 
 from soup_xb.core.config import KEYS, Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.fields import Range
+from soup_xb.core.keys.fields import Range
 
 
 def test_every_key_has_one_line_of_meaning() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from soup_xb.core import staging
-from soup_xb.core.durable import disk_errors, free_bytes, json_text, write_bytes, write_text
+from soup_xb.core.disk import staging
+from soup_xb.core.disk.durable import disk_errors, free_bytes, json_text, write_bytes, write_text
 from soup_xb.core.errors import ResourceError
 
 

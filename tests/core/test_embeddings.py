@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soup_xb.core.config import Config, DataConfig, TrainingConfig
-from soup_xb.core.config_file import parse_config
-from soup_xb.core.contrast_batches import contrast_batch
-from soup_xb.core.embedding_files import (
+from soup_xb.core.adapter.embedding_files import (
     EmbeddingFacts,
     base_pooling,
     read_embedding_facts,
     write_embedding_files,
 )
-from soup_xb.core.embedding_formats import embedding_formats
-from soup_xb.core.embedding_rows import EmbeddingRow, repeated_positives
+from soup_xb.core.config import Config, DataConfig, TrainingConfig
+from soup_xb.core.config_file import parse_config
 from soup_xb.core.errors import ConfigError, DataError, ModelError
-from soup_xb.core.examples import Source, TokenRow
 from soup_xb.core.formats import detect_format, extra_columns, to_example
 from soup_xb.core.modules import Module, resolve_adapters
 from soup_xb.core.plan import make_plan
+from soup_xb.core.rows.contrast_batches import contrast_batch
+from soup_xb.core.rows.embedding_formats import embedding_formats
+from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
+from soup_xb.core.rows.examples import Source, TokenRow
 
 SOURCE = Source("rows.jsonl", 3)
 FACTS = EmbeddingFacts(pooling="last", scale=30.0, max_length=64, query_prompt="query: ")

@@ -7,8 +7,8 @@ import pytest
 from attrs import evolve
 from ruamel.yaml import YAML
 
-from soup_xb.core.model_card import CardFacts, model_card
-from soup_xb.core.report import ModuleRow
+from soup_xb.core.adapter.model_card import CardFacts, model_card
+from soup_xb.core.run.report import ModuleRow
 
 FACTS = CardFacts(
     base="org/base-1B",

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.config import LoraConfig
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.factors import random_factor
 from soup_xb.core.modules import AdapterModule, Module, group_adapters, is_decoder_linear, resolve_adapters
-from soup_xb.core.patterns import matching_names
 
 SIDES = {
     "self_attn.q_proj": (64, 64),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soup_xb.core.batches import collate
-from soup_xb.core.examples import Source, TokenRow
-from soup_xb.core.packing import pack, packing_notice, split_long
+from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.packing import pack, packing_notice, split_long
 
 
 def row(length: int, line: int = 1) -> TokenRow:

@@ -9,13 +9,13 @@ import pytest
 
 from soup_xb.core.config_file import parse_config
 from soup_xb.core.errors import ConfigError, DataError
-from soup_xb.core.example_file import ExampleReader
-from soup_xb.core.examples import Message, Source, TokenRow
-from soup_xb.core.judged_rows import rows_for_task
-from soup_xb.core.preference_batches import collate_rows, sequence_batches
-from soup_xb.core.preference_formats import formats_of
-from soup_xb.core.preferences import JudgedRow, PairRow, prompt_tokens
-from soup_xb.core.reference import Reference, read_reference, reference_key, write_reference
+from soup_xb.core.rows.example_file import ExampleReader
+from soup_xb.core.rows.examples import Message, Source, TokenRow
+from soup_xb.core.rows.judged_rows import rows_for_task
+from soup_xb.core.rows.preference_batches import collate_rows, sequence_batches
+from soup_xb.core.rows.preference_formats import formats_of
+from soup_xb.core.rows.preferences import JudgedRow, PairRow, prompt_tokens
+from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
 
 SOURCE = Source("rows.jsonl", 7)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from soup_xb.core.coverage_text import CoverageRow
+from soup_xb.core.base.coverage_text import CoverageRow
 from soup_xb.core.errors import Problem
 from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, StepEvent
-from soup_xb.core.report import ModuleRow, ReportFacts, Sample, figures, report_html, write_report
-from soup_xb.core.report_curves import MAX_POINTS, curves_svg, smoothed, thinned
+from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, figures, report_html, write_report
+from soup_xb.core.run.report_curves import MAX_POINTS, curves_svg, smoothed, thinned
 from soup_xb.core.run_folder import RunRecord, open_run_folder
 
 EVIL = '</pre><script>alert("1")</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'
@@ -218,7 +218,7 @@ def test_the_report_is_written_into_the_run_folder(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_page_says_that_it_has_no_curves() -> None:
     program = (
-        "import sys, runpy; from soup_xb.core.report import report_html\n"
+        "import sys, runpy; from soup_xb.core.run.report import report_html\n"
         "sys.modules['matplotlib'] = None\n"
         "page = report_html(runpy.run_path(sys.argv[1])['facts']())\n"
         "print('<svg' not in page and 'no curves' in page)"
@@ -231,7 +231,7 @@ def test_without_matplotlib_the_page_says_that_it_has_no_curves() -> None:
 
 def test_the_display_is_never_touched() -> None:
     program = (
-        "import sys, runpy; from soup_xb.core.report import report_html\n"
+        "import sys, runpy; from soup_xb.core.run.report import report_html\n"
         "report_html(runpy.run_path(sys.argv[1])['facts']())\n"
         "print([name for name in sys.modules if name in ('tkinter', 'matplotlib.pyplot')])"
     )

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from soup_xb.core.checkpoint import CheckpointFacts, read_checkpoint, write_checkpoint
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem, ResourceError
 from soup_xb.core.events import EvalEvent, Notice, RestartEvent, SaveEvent, StepEvent
-from soup_xb.core.metrics import last_step, losses_until, read_events
+from soup_xb.core.run.checkpoint import CheckpointFacts, read_checkpoint, write_checkpoint
+from soup_xb.core.run.metrics import last_step, losses_until, read_events
 from soup_xb.core.run_folder import RunFolder, RunRecord, open_run_folder, read_record
 
 RECORD = RunRecord(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from soup_xb.core.errors import ResourceError
+from soup_xb.core.run.run_lock import acquire, live_owner
 from soup_xb.core.run_folder import open_run_folder
-from soup_xb.core.run_lock import acquire, live_owner
 
 OWNER = """
 import sys, time

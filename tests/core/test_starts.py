@@ -8,10 +8,10 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
+from soup_xb.core.adapter.pieces import Piece, difference, joined, saved_plan
+from soup_xb.core.adapter.starts import Start, top_directions, weight_start
 from soup_xb.core.modules import AdapterModule
-from soup_xb.core.pieces import Piece, difference, joined, saved_plan
 from soup_xb.core.session import AdapterPlan
-from soup_xb.core.starts import Start, top_directions, weight_start
 
 Array = np.ndarray[Any, Any]
 

@@ -11,7 +11,7 @@ from soup_xb.core import support
 from soup_xb.core.config import KEYS
 from soup_xb.core.config_file import parse_config
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.loaded_config import LoadedConfig
+from soup_xb.core.keys.loaded_config import LoadedConfig
 from soup_xb.core.support import (
     available_backend,
     check_supported,

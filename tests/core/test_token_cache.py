@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soup_xb.core import staging, token_cache
-from soup_xb.core.embedding_rows import EmbeddingRow
-from soup_xb.core.examples import Source, TokenRow
-from soup_xb.core.preferences import JudgedRow, LearnedRow, PairRow
-from soup_xb.core.row_kinds import KINDS, kind_of
-from soup_xb.core.row_table import Columns, RowTable, columns_of
-from soup_xb.core.rows import ListedRows
-from soup_xb.core.token_cache import DamagedEntryError, EntryWriter, entry_lock, evict, open_entry
+from soup_xb.core.disk import staging
+from soup_xb.core.rows import token_cache
+from soup_xb.core.rows.embedding_rows import EmbeddingRow
+from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.preferences import JudgedRow, LearnedRow, PairRow
+from soup_xb.core.rows.row_kinds import KINDS, kind_of
+from soup_xb.core.rows.row_table import Columns, RowTable, columns_of
+from soup_xb.core.rows.rows import ListedRows
+from soup_xb.core.rows.token_cache import DamagedEntryError, EntryWriter, entry_lock, evict, open_entry
 
 KEY = {"files": ["abc"], "max_length": 8}
 

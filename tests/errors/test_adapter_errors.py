@@ -211,7 +211,7 @@ def test_factors_that_do_not_belong_together_are_refused_on_both_engines(
     check: Callable[[Any], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("soup_xb.core.patterns.SECONDS_PER_PATTERN", 0.2)
+    monkeypatch.setattr("soup_xb.core.base.patterns.SECONDS_PER_PATTERN", 0.2)
     row: dict[str, Any] = {"exit": 4, **PAIRS[name]}
     check({**row, "argv": f"{COMMANDS['generate']} --backend {backend}"})
 

@@ -11,7 +11,7 @@ import pytest
 
 from soup_xb.chat_template import ChatTemplate, RenderError
 from soup_xb.core.errors import ModelError
-from soup_xb.core.examples import Message
+from soup_xb.core.rows.examples import Message
 from soup_xb.rendering import RENDERER, Renderer, RunawayError
 
 TURNS = [Message("user", "How are you?"), Message("assistant", "Well.")]

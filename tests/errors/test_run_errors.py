@@ -265,7 +265,7 @@ CHECKPOINTS = {
 def test_targets_that_cannot_be_are_named(
     name: str, backend: str, check: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("soup_xb.core.patterns.SECONDS_PER_PATTERN", 0.2)
+    monkeypatch.setattr("soup_xb.core.base.patterns.SECONDS_PER_PATTERN", 0.2)
     row: dict[str, Any] = {"exit": 2, **TARGETS[name]}
     argv = row["argv"] if "--backend" in row["argv"] else f"{row['argv']} --backend {backend}"
     check({**row, "argv": argv})

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from mutation import SAMPLE, full, spoiled
 from safetensors.numpy import save
 
+from soup_xb.core.adapter.mlx_lm_file import read_mlx_lm
 from soup_xb.core.adapter_file import adapter_modules, read_adapter
-from soup_xb.core.base_folder import inspect_base
-from soup_xb.core.checkpoint import read_checkpoint
-from soup_xb.core.metrics import kept_lines, last_step, read_events
-from soup_xb.core.mlx_lm_file import read_mlx_lm
-from soup_xb.core.patterns import matching_names
-from soup_xb.core.run_record import read_record
+from soup_xb.core.base.base_folder import inspect_base
+from soup_xb.core.base.patterns import matching_names
+from soup_xb.core.run.checkpoint import read_checkpoint
+from soup_xb.core.run.metrics import kept_lines, last_step, read_events
+from soup_xb.core.run.run_record import read_record
 
 MODULE = "model.layers.0.self_attn.q_proj"
 PREFIX = f"base_model.model.{MODULE}"
@@ -215,7 +215,7 @@ PATTERNS = spoiled(["(.*\\.)?q_proj", "layers\\.[0-7]"], PIECES)
 def short_time() -> Iterator[None]:
     """Less than a person's pattern has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soup_xb.core.patterns.SECONDS_PER_PATTERN", 0.2)
+        patch.setattr("soup_xb.core.base.patterns.SECONDS_PER_PATTERN", 0.2)
         yield
 
 

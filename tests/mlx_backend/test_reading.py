@@ -14,8 +14,8 @@ import transformers
 
 from soup_xb.backends.mlx.reading import FAMILIES
 from soup_xb.backends.mlx.session import MlxSession, open_session
+from soup_xb.core.base.layer_settings import layer_settings
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.session import OptimizerSettings, SessionSettings
 
 SIZES = {

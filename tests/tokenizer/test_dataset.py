@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from soup_xb.core.config import DataConfig
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.dataset import load_dataset, load_file, split_rows, tokenize_file
 from soup_xb.hub_dataset import hub_rows
 from soup_xb.tokenizer import open_tokenizer

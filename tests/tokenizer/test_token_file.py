@@ -13,7 +13,7 @@ import pytest
 from soup_xb import token_file
 from soup_xb.core.config import DataConfig
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.dataset import load_dataset, tokenize_file
 from soup_xb.encoding import BATCH
 from soup_xb.row_tally import RowTally

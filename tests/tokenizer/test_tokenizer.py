@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from soup_xb.core.errors import ConfigError, DataError, ModelError
-from soup_xb.core.examples import ChatExample, CompletionExample, Message, Source
+from soup_xb.core.rows.examples import ChatExample, CompletionExample, Message, Source
 from soup_xb.tokenizer import open_tokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.examples import ChatExample, Message, Source, TokenRow
+from soup_xb.core.rows.examples import ChatExample, Message, Source, TokenRow
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from soup_xb.backends.torch import head
-from soup_xb.core import head_chunks
 from soup_xb.core.batches import collate
-from soup_xb.core.examples import Source, TokenRow
-from soup_xb.core.packing import pack
+from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.packing import pack
+from soup_xb.core.tasks import head_chunks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from soup_xb.backends.torch.load import describe_model
+from soup_xb.core.base.coverage import Coverage, cover
+from soup_xb.core.base.layers import layers_text
 from soup_xb.core.config import LoraConfig
-from soup_xb.core.coverage import Coverage, cover
-from soup_xb.core.layers import layers_text
 from soup_xb.core.modules import resolve_adapters
 
 SIZES = {

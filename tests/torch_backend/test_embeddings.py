@@ -18,12 +18,12 @@ from soup_xb.backends.torch.session import TorchSession, open_session
 from soup_xb.core.adapter_file import write_adapter
 from soup_xb.core.batches import MicroBatch, collate
 from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.embedding_rows import EmbeddingRow
 from soup_xb.core.errors import ModelError
-from soup_xb.core.examples import Source, TokenRow
 from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.plan import Plan, make_plan
+from soup_xb.core.rows.embedding_rows import EmbeddingRow
+from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.session import RestartSettings, StepSettings
 from soup_xb.train import session_settings
 

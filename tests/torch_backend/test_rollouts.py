@@ -13,13 +13,13 @@ import transformers
 
 from soup_xb.backends.torch.session import open_session
 from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.examples import Source
 from soup_xb.core.modules import resolve_adapters
-from soup_xb.core.objective_settings import objective_of
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
-from soup_xb.core.prompts import PromptRow
-from soup_xb.core.rollouts import RollingSession, Rules
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.session import GenerationSettings, SessionSettings, StepResult, StepSettings
+from soup_xb.core.tasks.objective_settings import objective_of
+from soup_xb.core.tasks.rollouts import RollingSession, Rules
 
 ENDS = (2,)
 Opener = Callable[..., tuple[Any, RollingSession, Plan]]
@@ -147,7 +147,7 @@ def test_what_earns_more_becomes_more_frequent(opener: Opener, way: str) -> None
 
 
 def test_how_a_step_is_cut_into_micro_batches_changes_nothing(opener: Opener) -> None:
-    from soup_xb.core.preference_batches import collate_rows
+    from soup_xb.core.rows.preference_batches import collate_rows
 
     _, whole, plan = opener(batch_size=6)
     _, parts, _ = opener(batch_size=6)

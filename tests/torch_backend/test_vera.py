@@ -13,6 +13,7 @@ import transformers
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
+from soup_xb.core.adapter.vera import SHARED, first_factors, shared_entries
 from soup_xb.core.adapter_file import read_adapter, write_adapter
 from soup_xb.core.config import LoraConfig
 from soup_xb.core.config_file import parse_config
@@ -21,7 +22,6 @@ from soup_xb.core.events import StepEvent
 from soup_xb.core.loop import Hooks, run_loop
 from soup_xb.core.modules import AdapterModule, Module, resolve_adapters
 from soup_xb.core.support_rows import BACKENDS
-from soup_xb.core.vera import SHARED, first_factors, shared_entries
 from soup_xb.export import export_adapter, merge_adapter
 from soup_xb.train import TrainOptions
 from soup_xb.train import train as run_file

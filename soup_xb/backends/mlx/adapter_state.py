@@ -9,9 +9,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from soup_xb.backends.mlx.adapters import Adapters
+from soup_xb.core.adapter.starts import Start
 from soup_xb.core.errors import CheckpointError
-from soup_xb.core.starts import Start
-from soup_xb.core.state_file import check_pairs, grouped, read_tensors
+from soup_xb.core.run.state_file import check_pairs, grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 

@@ -1,4 +1,4 @@
-"""What a live layer adds to its base, measured one layer at a time on the inputs of core.deviation."""
+"""What a live layer adds to its base, measured one layer at a time on the inputs of core.adapter.deviation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.quantization import dequantized_weight
-from soup_xb.core.deviation import Addition, probe_inputs
+from soup_xb.core.adapter.deviation import Addition, probe_inputs
 from soup_xb.core.modules import AdapterModule
 
 _ROUNDOFF = 2.0**-24

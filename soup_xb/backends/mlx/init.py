@@ -12,14 +12,14 @@ import numpy as np
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.backends.mlx.tree import submodule
+from soup_xb.core.adapter.starts import Start, weight_start
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
-from soup_xb.core.starts import Start, weight_start
 
 
 class MlxAlgebra:
-    """See soup_xb.core.starts.Algebra."""
+    """See soup_xb.core.adapter.starts.Algebra."""
 
     def array(self, values: np.ndarray[Any, Any]) -> mx.array:
         """A NumPy array as MLX's."""

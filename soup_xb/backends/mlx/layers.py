@@ -9,8 +9,8 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from soup_xb.backends.mlx.names import factor_from_numpy
+from soup_xb.core.adapter.starts import Start
 from soup_xb.core.modules import AdapterModule
-from soup_xb.core.starts import Start
 
 
 class KeyedDropout(nn.Module):

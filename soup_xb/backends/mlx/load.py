@@ -22,12 +22,12 @@ from soup_xb.backends.mlx.quantization import (
 from soup_xb.backends.mlx.reading import Reading, read_base, unreadable_config
 from soup_xb.backends.mlx.rope import check_rope
 from soup_xb.backends.mlx.tree import walk
-from soup_xb.core.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.weight_files import weight_files
+from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.foreign import foreign_errors
 from soup_xb.core.modules import Module
 from soup_xb.core.session import BaseDescription, SessionSettings
-from soup_xb.core.weight_files import weight_files
 
 
 @frozen(eq=False)

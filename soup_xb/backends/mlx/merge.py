@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.load import Opened, read_arrays
+from soup_xb.core.base.weight_files import weight_files
 from soup_xb.core.errors import ModelError
-from soup_xb.core.weight_files import weight_files
 
 # What belongs to a model besides its weights; code is left behind.
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from soup_xb.core.base_folder import BaseFolder
+from soup_xb.core.base.base_folder import BaseFolder
 from soup_xb.core.errors import ConfigError, ModelError, Problem
 from soup_xb.core.modules import is_decoder_linear
 from soup_xb.core.support import feature_refusal

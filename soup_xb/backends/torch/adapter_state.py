@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 
 from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.backends.torch.vera import VeraAdapters
+from soup_xb.core.adapter.pieces import Piece
+from soup_xb.core.adapter.starts import Start
 from soup_xb.core.errors import CheckpointError
-from soup_xb.core.pieces import Piece
-from soup_xb.core.starts import Start
-from soup_xb.core.state_file import check_pairs, grouped, read_tensors
+from soup_xb.core.run.state_file import check_pairs, grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -15,13 +15,13 @@ from soup_xb.backends.torch.expert_layers import add_piece, base_weight, is_stor
 from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
 from soup_xb.backends.torch.injection import inject
 from soup_xb.backends.torch.sharding import compute_device, own_part
+from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.adapter.pieces import Piece, difference, joined
+from soup_xb.core.adapter.starts import Start
 from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.errors import ModelError
-from soup_xb.core.factors import random_factor
 from soup_xb.core.modules import AdapterModule
-from soup_xb.core.pieces import Piece, difference, joined
 from soup_xb.core.session import AdapterPlan
-from soup_xb.core.starts import Start
 
 ADAPTER = "default"
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]

@@ -8,10 +8,10 @@ from typing import Any
 
 import transformers
 
-from soup_xb.core.base_folder import BaseFolder, inspect_base
-from soup_xb.core.embedding_files import base_pooling
+from soup_xb.core.adapter.embedding_files import base_pooling
+from soup_xb.core.base.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.towers import is_in_tower
 from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.towers import is_in_tower
 
 _CAUSAL = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 _MASKED = transformers.MODEL_FOR_MASKED_LM_MAPPING

@@ -1,7 +1,7 @@
 """Experts as 3-D weights: which parameters they are, and LoRA on a stack of them.
 
 The sum is made for the whole stack before each forward, as PEFT does it: that is right whatever the module does with
-its weight. PEFT keeps A and B flat; here they are stacks (see core.expert_file).
+its weight. PEFT keeps A and B flat; here they are stacks (see core.adapter.expert_file).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 
 from soup_xb.backends.torch.sharding import compute_device, whole
+from soup_xb.core.adapter.pieces import Piece
 from soup_xb.core.modules import AdapterModule, Module
-from soup_xb.core.pieces import Piece
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 

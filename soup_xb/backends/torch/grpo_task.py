@@ -53,7 +53,7 @@ class GrpoTask:
         reference = self._references.pop(0) if self._references else policy.detach()
         rollout = batch.rollout
         if rollout is None:
-            raise RuntimeError("prompts are answered before they are trained on: see core.rollouts")
+            raise RuntimeError("prompts are answered before they are trained on: see core.tasks.rollouts")
         rewards = torch.from_numpy(rollout.rewards).to(self._place, torch.float32)
         told = {name: torch.from_numpy(values) for name, values in rollout.told.items()}
         if not len(rewards):

@@ -15,17 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from soup_xb.backends.torch.expert_layers import expert_matrices
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import compute_device, is_cut, is_sharded, whole
+from soup_xb.core.adapter.starts import Start, stacked_start, weight_start
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
-from soup_xb.core.starts import Start, stacked_start, weight_start
 
 # Each holds a float32 copy of the weight that it works on.
 _MOST_WORKERS = 8
 
 
 class TorchAlgebra:
-    """See soup_xb.core.starts.Algebra."""
+    """See soup_xb.core.adapter.starts.Algebra."""
 
     def __init__(self, device: torch.device) -> None:
         """Compute on `device`."""

@@ -15,13 +15,13 @@ from soup_xb.backends.torch.base_kind import auto_class, check_embedding, check_
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.backends.torch.expert_layers import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
-from soup_xb.core.base_folder import BaseFolder, inspect_base, unknown_type
+from soup_xb.core.base.base_folder import BaseFolder, inspect_base, unknown_type
+from soup_xb.core.base.layer_settings import layer_settings
+from soup_xb.core.base.rope_scaling import RopeScaling
+from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.foreign import foreign_errors
-from soup_xb.core.layer_settings import layer_settings
 from soup_xb.core.modules import Module
 from soup_xb.core.objectives import Embedding
-from soup_xb.core.rope_scaling import RopeScaling
 from soup_xb.core.session import BaseDescription, SessionSettings
 
 # A config.json may name a kernel on the hub here, which is code that somebody else wrote; None is the library's own.

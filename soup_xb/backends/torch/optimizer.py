@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from soup_xb.core.base.towers import is_unseen
 from soup_xb.core.errors import CheckpointError
+from soup_xb.core.run.state_file import grouped, read_tensors
 from soup_xb.core.session import OptimizerSettings
-from soup_xb.core.state_file import grouped, read_tensors
-from soup_xb.core.towers import is_unseen
 
 STATE_FILE = "optimizer.safetensors"
 

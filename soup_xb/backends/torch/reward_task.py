@@ -17,10 +17,10 @@ from soup_xb.backends.torch.means import Means
 from soup_xb.backends.torch.preference_losses import Pair
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import reward
+from soup_xb.core.adapter.reward_head import head_start
 from soup_xb.core.adapter_file import HEAD
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.errors import ModelError
-from soup_xb.core.reward_head import head_start
 from soup_xb.core.session import AdapterPlan, StepSettings
 
 _TOLD = {

@@ -43,9 +43,9 @@ from soup_xb.backends.torch.task_state import (
 )
 from soup_xb.backends.torch.tasks import Surroundings, task_loss
 from soup_xb.backends.torch.vera import VeraAdapters
+from soup_xb.core.adapter.deviation import Addition
 from soup_xb.core.adapter_file import HEAD, check_factors
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.deviation import Addition
 from soup_xb.core.errors import Problem
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.objectives import Embedding

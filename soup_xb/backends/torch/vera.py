@@ -1,4 +1,4 @@
-"""VeRA layers on a transformers model: PEFT's layers, core's projections and starts (see core.vera)."""
+"""VeRA layers on a transformers model: PEFT's layers, core's projections and starts (see core.adapter.vera)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.adapters import ADAPTER, Factors, check_reach
 from soup_xb.backends.torch.sharding import compute_device
+from soup_xb.core.adapter.pieces import Piece
+from soup_xb.core.adapter.vera import LAMBDA_START, SHARED, first_factors, lora_pair
 from soup_xb.core.adapter_file import check_factors
-from soup_xb.core.pieces import Piece
 from soup_xb.core.session import AdapterPlan
-from soup_xb.core.vera import LAMBDA_START, SHARED, first_factors, lora_pair
 
 _LAMBDAS = ("vera_lambda_d", "vera_lambda_b")
 _PROJECTIONS = ("vera_A", "vera_B")

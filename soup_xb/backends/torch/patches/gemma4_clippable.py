@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from soup_xb.core.base.gemma4 import is_gemma4
 from soup_xb.core.errors import Problem
-from soup_xb.core.gemma4 import is_gemma4
 
 WRAPPER = "Gemma4ClippableLinear"
 _CLAMPS = ("input_min", "input_max", "output_min", "output_max")

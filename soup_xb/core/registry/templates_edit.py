@@ -1,0 +1,71 @@
+"""A template's text with other values in it, every comment kept, and where its sample rows may go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from soup_xb.core.config_file import parse_config
+from soup_xb.core.errors import ConfigError
+from soup_xb.core.keys.config_values import safe_text
+from soup_xb.core.rules.run_rules import is_local_path
+from soup_xb.core.yaml.yaml_text import write_yaml
+
+# `key: value  # comment`, the value on the same line.
+_LINE = re.compile(r"(?P<start> *[a-z_]+: +)(?P<value>[^#]*?)(?P<space> *)(?P<comment>#.*)?")
+
+
+def with_values(text: str, values: Mapping[str, Any], source: str) -> str:
+    r"""The text with the values of some dotted keys replaced, where it writes them on one line each.
+
+    Keys that the text does not write stay as they are. Raises ConfigError where the result would not be a
+    config, or a value that is written in another way.
+
+    >>> text = "base: tiny  # small\ndata:\n  train: rows.jsonl\n"
+    >>> with_values(text, {"base": "large"}, "soup.yaml").splitlines()[0]
+    'base: large # small'
+    """
+    lines = text.split("\n")
+    written = parse_config(text, source).written
+    for key, value in values.items():
+        if key not in written:
+            continue
+        match = _LINE.fullmatch(lines[written[key] - 1])
+        if match is None or not match["value"]:
+            message = f"`{key}` is not written on one line, so it cannot be changed here"
+            raise ConfigError("template-edit", message, where=f"{source}:{written[key]}")
+        lines[written[key] - 1] = _line(match, value)
+    edited = "\n".join(lines)
+    parse_config(edited, source)
+    return edited
+
+
+def sample_path(text: str, source: str) -> Path:
+    """Where the sample rows of a template belong: its `data.train`, relative to the current directory.
+
+    Raises ConfigError where that is not one relative path that stays below the current directory, whatever
+    links lie on the way: a template decides which file is written, so it must not reach others.
+    """
+    train = parse_config(text, source).config.data.train
+    path = Path(train[0])
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts
+    here = Path.cwd().resolve()
+    if len(train) != 1 or not is_local_path(train[0]) or not inside or here not in path.resolve().parents:
+        raise ConfigError(
+            "template-data",
+            f"sample rows cannot be written to `data.train`: {safe_text(', '.join(train))}",
+            where=source,
+            help="they go to one path below the current directory; leave `--with-data` out.",
+        )
+    return path
+
+
+def _line(match: re.Match[str], value: Any) -> str:
+    """The line with another value; the comment keeps its column where the value leaves room for it."""
+    shown = write_yaml({"x": value}).removeprefix("x: ").rstrip("\n")
+    if not match["comment"]:
+        return f"{match['start']}{shown}"
+    width = len(match["value"]) + len(match["space"]) - 1
+    return f"{match['start']}{shown:{max(width, 1)}} {match['comment']}"

@@ -1,0 +1,208 @@
+"""What a data row means, before and after the tokenizer; plain values that cross every border."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from attrs import field, frozen
+
+from soup_xb.core.rows.media import RowMedia
+
+
+@frozen
+class Source:
+    """Where a row stands: file and line (1-based), or file and row number for formats without lines."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+Row = tuple[Source, dict[str, Any]]
+
+
+@frozen
+class ToolCall:
+    """A call in an assistant's turn; `arguments` is the JSON text of an object, `id` empty where the row has none."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@frozen
+class Attachment:
+    """A picture or a sound that a row names: `kind` is image or audio, `name` is as the row writes it."""
+
+    kind: str
+    name: str
+
+
+@frozen
+class Message:
+    """One turn. `role` is system, user, assistant or tool.
+
+    `calls` are an assistant's; a tool's turn has the `name` of the function and the `call_id` that it answers, each
+    empty where the row does not tell.
+    A turn with pictures or sounds has `parts`, its texts and what stands between them; `content` is its text alone.
+    """
+
+    role: str
+    content: str
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
+    parts: tuple[str | Attachment, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The pieces of text, in order."""
+        return tuple(part for part in self.parts if isinstance(part, str)) if self.parts else (self.content,)
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """The pictures and sounds, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Attachment))
+
+
+@frozen
+class ChatExample:
+    """A conversation; the assistant's turns from the turn `first_trained` on are trained on.
+
+    `tools` are the functions that it may call, each as JSON text.
+    """
+
+    messages: tuple[Message, ...]
+    source: Source
+    first_trained: int = 0
+    tools: tuple[str, ...] = ()
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are declared or called."""
+        return bool(self.tools) or any(message.calls for message in self.messages)
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """The pictures and sounds of all turns, in order."""
+        return tuple(attachment for message in self.messages for attachment in message.attachments)
+
+
+@frozen
+class CompletionExample:
+    """Plain text with an untrained `prompt` (empty for plain text) and a trained `completion`.
+
+    For a transcript `attachments` is the sound that says it, and `language` its language, empty where none is told.
+    """
+
+    prompt: str
+    completion: str
+    source: Source
+    attachments: tuple[Attachment, ...] = ()
+    language: str = ""
+
+
+Example = ChatExample | CompletionExample
+
+
+@frozen
+class PreferenceExample:
+    """Two answers to one prompt, the better and the worse; each side tells the prompt and its answer."""
+
+    chosen: Example
+    rejected: Example
+    source: Source
+
+
+@frozen
+class JudgedExample:
+    """One answer, and whether answers should be like it."""
+
+    answer: Example
+    desirable: bool
+    source: Source
+
+
+@frozen
+class EmbeddingExample:
+    """Two texts that mean the same or answer each other; `negative` is a text that does not, where there is one."""
+
+    anchor: str
+    positive: str
+    negative: str | None
+    source: Source
+
+
+@frozen
+class PromptExample:
+    """A prompt that the model itself will answer: turns, or plain `text`. `columns` is the whole row, for rewards."""
+
+    messages: tuple[Message, ...]
+    text: str
+    columns: Mapping[str, Any] = field(hash=False)
+    source: Source
+
+
+AnyExample = Example | PreferenceExample | JudgedExample | EmbeddingExample | PromptExample
+
+
+def _token_ids(array: Any) -> np.ndarray[Any, Any]:
+    return _read_only(np.asarray(array, dtype=np.int32))
+
+
+def _marks(array: Any) -> np.ndarray[Any, Any]:
+    return _read_only(np.asarray(array, dtype=np.bool_))
+
+
+def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    view = array.view()
+    view.setflags(write=False)
+    return view
+
+
+@frozen(eq=False)
+class TokenRow:
+    """One tokenized row.
+
+    `tokens` is int32 (length,); `trained` is bool (length,): True where the token is a target, that is, where
+    the model learns to predict it. The first token is never a target, since nothing comes before it.
+    `documents` is where the documents in it begin; there is more than one after packing. `media` are the pictures or
+    sounds that its tokens tell of.
+    """
+
+    tokens: np.ndarray[Any, Any] = field(converter=_token_ids)
+    trained: np.ndarray[Any, Any] = field(converter=_marks)
+    source: Source
+    documents: tuple[int, ...] = (0,)
+    media: RowMedia | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return int(self.tokens.size)
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of targets."""
+        return int(self.trained[1:].sum())
+
+    @property
+    def real_tokens(self) -> int:
+        """Number of tokens in all its sequences; here there is one."""
+        return self.length
+
+    @property
+    def sequences(self) -> tuple[TokenRow, ...]:
+        """What goes through the model for this row; here the row itself."""
+        return (self,)
+
+    @property
+    def position_ids(self) -> np.ndarray[Any, Any]:
+        """The place of each token in its own document, int32 (length,)."""
+        starts = np.array(self.documents)
+        lengths = np.diff(starts, append=self.length)
+        return np.arange(self.length, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)

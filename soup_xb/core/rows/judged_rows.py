@@ -1,0 +1,141 @@
+"""Rows as a task learns them: kto and bco judge answers one by one, and kto measures drift on mismatched ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from attrs import evolve
+
+from soup_xb.core.config import JUDGED, SAMPLED
+from soup_xb.core.rows.examples import TokenRow
+from soup_xb.core.rows.preferences import JudgedRow, LearnedRow, PairRow, first_target
+from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.rows.row_facts import RowFacts
+from soup_xb.core.rows.rows import Rows, as_rows, combined
+
+Array = np.ndarray[Any, Any]
+
+
+def rows_for_task(rows: Sequence[LearnedRow], task: str, max_length: int) -> Rows:
+    """The rows as a task learns them: kto and bco judge the two sides of a pair one by one.
+
+    KTO's rows get their mismatched answers here, once for the whole set, so that neither the order of rows, nor
+    accumulation, nor the number of processes has a part in them.
+    """
+    known = as_rows(rows)
+    if task in SAMPLED:
+        return NumberedPrompts(known)
+    if task not in JUDGED or not known:
+        return known
+    judged = JudgedAnswers(known)
+    return MismatchedAnswers(judged, max_length) if task == "kto" else judged
+
+
+class NumberedPrompts(Rows):
+    """Prompts, each of which knows its own place."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self.facts = rows, rows.facts
+
+    def row(self, index: int) -> LearnedRow:
+        """The row of a number."""
+        row = self._rows.row(index)
+        return evolve(row, number=index) if isinstance(row, PromptRow) else row
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the prompts."""
+        return combined("prompts", self._rows.fingerprint)
+
+
+class JudgedAnswers(Rows):
+    """Judged answers out of rows that are judged already, or pairs: there the chosen one, then the rejected one."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        counts = 1 + rows.pairs.astype(np.int64)
+        self._owners = np.repeat(np.arange(len(rows)), counts)
+        self._sides = np.arange(len(self._owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        one = (self._owners, self._sides)
+        facts = rows.facts
+        lengths, targets = facts.sequence_lengths[one], facts.sequence_targets[one]
+        self.facts = RowFacts(
+            lengths=lengths,
+            targets=targets,
+            tokens=lengths,
+            sequence_lengths=lengths[:, None],
+            sequence_targets=targets[:, None],
+            prompt_lengths=facts.prompt_lengths[one][:, None],
+            prompt_keys=facts.prompt_keys[one][:, None],
+        )
+
+    def row(self, index: int) -> JudgedRow:
+        """The row of a number."""
+        row = self._rows.row(int(self._owners[index]))
+        if isinstance(row, PairRow):
+            side = int(self._sides[index])
+            return JudgedRow(row.sequences[side], desirable=side == 0)
+        assert isinstance(row, JudgedRow)
+        return row
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the rows they are made of."""
+        return combined("judged", self._rows.fingerprint)
+
+
+class MismatchedAnswers(Rows):
+    """Judged answers, each with that of the next row with another prompt; where all share one, of the next row."""
+
+    def __init__(self, rows: JudgedAnswers, max_length: int) -> None:
+        self._rows, self._longest = rows, max_length
+        facts = rows.facts
+        partners = mismatched_partners(facts.prompt_keys[:, 0])
+        self._partners = partners
+        answers = (facts.lengths - facts.prompt_lengths[:, 0])[partners]
+        others = np.minimum(facts.prompt_lengths[:, 0] + answers, max_length)
+        self.facts = RowFacts(
+            lengths=facts.lengths,
+            targets=facts.targets,
+            tokens=facts.lengths + others,
+            sequence_lengths=np.stack([facts.lengths, others], axis=1),
+            # What is never trained on has no targets to count.
+            sequence_targets=np.stack([facts.targets, np.zeros_like(others)], axis=1),
+            prompt_lengths=facts.prompt_lengths,
+            prompt_keys=facts.prompt_keys,
+        )
+
+    def row(self, index: int) -> JudgedRow:
+        """The row of a number."""
+        row, other = self._rows.row(index), self._rows.row(int(self._partners[index]))
+        return JudgedRow(row.answer, row.desirable, _swapped(row.answer, other.answer, self._longest))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the answers, and whose is whose mismatched one."""
+        return combined("mismatched", self._rows.fingerprint, self._partners, str(self._longest))
+
+
+def mismatched_partners(prompts: Array) -> Array:
+    """For each row the next one around the circle with another prompt; where all share one, the next one.
+
+    >>> mismatched_partners(np.array([7, 7, 8, 9])).tolist()
+    [2, 2, 3, 0]
+    """
+    following = (np.arange(len(prompts)) + 1) % len(prompts)
+    last_of_runs = np.flatnonzero(prompts != prompts[following])
+    if not len(last_of_runs):
+        return following
+    runs = np.searchsorted(last_of_runs, np.arange(len(prompts))) % len(last_of_runs)
+    return following[last_of_runs[runs]]
+
+
+def _swapped(row: TokenRow, other: TokenRow, max_length: int) -> TokenRow:
+    """The prompt of one row with the answer of another, cut from the right."""
+    start, answer = first_target(row), first_target(other)
+    tokens = np.concatenate([row.tokens[:start], other.tokens[answer:]])[:max_length]
+    trained = np.concatenate([np.zeros(start, dtype=np.bool_), other.trained[answer:]])[:max_length]
+    return TokenRow(tokens, trained, row.source)

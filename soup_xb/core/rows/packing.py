@@ -1,0 +1,214 @@
+"""Several documents in one sequence, each by itself: positions restart, and attention does not cross.
+
+Best-fit packing (arXiv:2404.10830): no document is cut that fits a sequence, and sequences are nearly full.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from soup_xb.core.batches import collate
+from soup_xb.core.errors import ModelError, Problem
+from soup_xb.core.rows.examples import TokenRow
+from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.rows.row_facts import plain_facts
+from soup_xb.core.rows.rows import Rows, as_rows, combined
+from soup_xb.core.session import Session
+
+Array = np.ndarray[Any, Any]
+
+# Two short documents show whether the second sees the first; rounding is far smaller than what that does.
+_PROBE = 48
+# Lengths that are Python numbers at one time.
+_BLOCK = 65_536
+_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+
+
+class Pieces(Rows):
+    """Documents as pieces of at most `length` tokens, in their order; a piece without a target is left out.
+
+    The first token of a piece is not learned: nothing comes before it.
+    """
+
+    def __init__(self, rows: Rows, length: int) -> None:
+        self._rows = rows
+        sizes = rows.facts.lengths.astype(np.int64)
+        counts = -(-sizes // length)
+        owners = np.repeat(np.arange(len(rows)), counts)
+        starts = length * (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts))
+        lengths = np.minimum(sizes[owners] - starts, length)
+        targets = rows.facts.targets.astype(np.int64)[owners]
+        for index in np.flatnonzero(counts > 1):
+            first = np.searchsorted(owners, index)
+            marks = _document(rows.row(int(index))).trained
+            for piece in range(first, first + counts[index]):
+                begin = starts[piece]
+                targets[piece] = marks[begin + 1 : begin + lengths[piece]].sum()
+        kept = np.flatnonzero((targets > 0) | (counts[owners] == 1))
+        self._owners, self._starts = owners[kept], starts[kept]
+        self._cut = counts[self._owners] > 1
+        self.facts = plain_facts(lengths[kept], targets[kept])
+
+    def row(self, index: int) -> TokenRow:
+        """The piece of a number."""
+        document = _document(self._rows.row(int(self._owners[index])))
+        if not self._cut[index]:
+            return document
+        here = slice(int(self._starts[index]), int(self._starts[index] + self.facts.lengths[index]))
+        return TokenRow(document.tokens[here], document.trained[here], document.source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the documents, and where they are cut."""
+        return combined("pieces", self._rows.fingerprint, self._owners, self._starts)
+
+
+class PackedRows(Rows):
+    """Documents put together into sequences of at most `length` tokens, in the order of their first document.
+
+    The longest go first, each into the sequence that it fills best. Raises ValueError for one that is longer.
+    """
+
+    def __init__(self, rows: Rows, length: int) -> None:
+        self._rows = rows
+        self._members, self._ends = _groups(rows.facts.lengths, length)
+        self.facts = plain_facts(self._summed(rows.facts.lengths), self._summed(rows.facts.targets))
+
+    def row(self, index: int) -> TokenRow:
+        """The sequence of a number."""
+        start = int(self._ends[index - 1]) if index else 0
+        members = self._members[start : self._ends[index]]
+        return _joined([_document(self._rows.row(int(member))) for member in members])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the documents, and which are together."""
+        return combined("packed", self._rows.fingerprint, self._members, self._ends)
+
+    @property
+    def first_packed(self) -> TokenRow | None:
+        """The first sequence that holds several documents."""
+        several = np.flatnonzero(np.diff(self._ends, prepend=0) > 1)
+        return self.row(int(several[0])) if len(several) else None
+
+    def _summed(self, values: Array) -> Array:
+        totals = np.concatenate([[0], np.cumsum(values[self._members], dtype=np.int64)])
+        return np.diff(totals[np.concatenate([[0], self._ends])])
+
+
+def split_long(rows: Sequence[LearnedRow], length: int) -> Rows:
+    """Documents as pieces of at most `length` tokens."""
+    known = as_rows(rows)
+    return Pieces(known, length) if len(known) and known.facts.lengths.max() > length else known
+
+
+def pack(rows: Sequence[LearnedRow], length: int) -> Rows:
+    """Rows put together into sequences of at most `length` tokens. Raises ValueError for a row that is longer."""
+    return PackedRows(as_rows(rows), length)
+
+
+def _document(row: LearnedRow) -> TokenRow:
+    assert isinstance(row, TokenRow)
+    return row
+
+
+def packing_notice(documents: int, sequences: Rows, length: int) -> Problem:
+    """How many documents became how many sequences, and how full those are."""
+    filled = int(sequences.facts.lengths.sum()) / (len(sequences) * length) if len(sequences) else 0.0
+    text = f"{documents:,} documents in {len(sequences):,} sequences of {length:,} tokens, {filled:.1%} full"
+    return Problem("packing", text)
+
+
+def check_apart(session: Session, rows: Sequence[LearnedRow], pad_id: int) -> None:
+    """Raise ModelError where the base lets a document see the one before it in its sequence.
+
+    Models with a recurrent state do. Two documents are evaluated together and one by one.
+    """
+    packed = as_rows(rows).first_packed
+    if packed is None:
+        return
+    first, second = (_probe(packed, index) for index in (0, 1))
+    together = session.evaluate([collate([_joined([first, second])], pad_id)]).total
+    alone = session.evaluate([collate([row], pad_id) for row in (first, second)]).total
+    if abs(together - alone) > _TOLERANCE[session.precision] * max(1.0, alone):
+        raise ModelError(
+            "documents-not-apart",
+            f"this base ({session.describe().model_type}) lets a document see the one before it in its sequence "
+            f"(loss {together:.4f} together, {alone:.4f} alone)",
+            where="data.packing",
+            help="such a base takes one document a row: remove `data.packing`, or use `task: sft` with text rows.",
+        )
+
+
+def _probe(row: TokenRow, index: int) -> TokenRow:
+    """The beginning of one document of a packed row, every token of it a target."""
+    starts = (*row.documents, row.length)
+    tokens = row.tokens[starts[index] : starts[index + 1]][:_PROBE]
+    return TokenRow(tokens, np.arange(tokens.size) > 0, row.source)
+
+
+def _groups(lengths: Array, length: int) -> tuple[Array, Array]:
+    """The rows of each sequence: their indices, sequence by sequence, and where each sequence ends in them."""
+    if len(lengths) and lengths.max() > length:
+        raise ValueError(f"a row of {lengths.max()} tokens does not fit a sequence of {length}")
+    group_of = np.empty(len(lengths), dtype=np.int64)
+    fitting = _BestFit(length)
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        group_of[block] = [fitting.place(size) for size in lengths[block].tolist()]
+    firsts = np.full(fitting.groups, len(lengths), dtype=np.int64)
+    np.minimum.at(firsts, group_of, np.arange(len(lengths)))
+    turns = np.empty(fitting.groups, dtype=np.int64)
+    turns[np.argsort(firsts)] = np.arange(fitting.groups)
+    group_of = turns[group_of]
+    members = np.argsort(group_of, kind="stable")
+    return members, np.cumsum(np.bincount(group_of, minlength=fitting.groups))
+
+
+class _BestFit:
+    """Sequences that are being filled: each document goes where it leaves the least room."""
+
+    def __init__(self, length: int) -> None:
+        self.groups = 0
+        self._length = length
+        # Room that is left -> sequences with that room; `_rooms` has the keys in order.
+        self._by_room: dict[int, list[int]] = {}
+        self._rooms: list[int] = []
+
+    def place(self, size: int) -> int:
+        """The number of the sequence that a document of `size` tokens goes into."""
+        at = bisect_left(self._rooms, size)
+        if at == len(self._rooms):
+            group, room = self.groups, self._length
+            self.groups += 1
+        else:
+            room = self._rooms[at]
+            group = self._by_room[room].pop()
+            if not self._by_room[room]:
+                del self._by_room[room]
+                self._rooms.pop(at)
+        left = room - size
+        if left not in self._by_room:
+            self._by_room[left] = []
+            insort(self._rooms, left)
+        self._by_room[left].append(group)
+        return group
+
+
+def _joined(rows: Sequence[TokenRow]) -> TokenRow:
+    trained = [row.trained.copy() for row in rows]
+    for marks in trained:
+        marks[0] = False
+    return TokenRow(
+        tokens=np.concatenate([row.tokens for row in rows]),
+        trained=np.concatenate(trained),
+        source=rows[0].source,
+        documents=tuple(accumulate((row.length for row in rows[:-1]), initial=0)),
+    )

@@ -1,0 +1,114 @@
+"""How preferences are written: two answers to a prompt, or one answer with a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from soup_xb.core.config import MEDIA_TASKS, task_formats
+from soup_xb.core.errors import DataError
+from soup_xb.core.formats import FORMATS, Format, read_prompt_completion
+from soup_xb.core.rows.embedding_formats import embedding_formats
+from soup_xb.core.rows.examples import (
+    ChatExample,
+    CompletionExample,
+    Example,
+    JudgedExample,
+    Message,
+    PreferenceExample,
+    Source,
+)
+from soup_xb.core.rows.media_formats import media_formats
+from soup_xb.core.rows.prompt_formats import PROMPTS
+from soup_xb.core.rows.row_text import mistyped, read_text
+from soup_xb.core.rows.tool_rows import read_tools
+from soup_xb.core.rows.turns import read_turns
+
+_SIDES = ("chosen", "rejected")
+
+
+def formats_of(task: str) -> Mapping[str, Format]:
+    """The formats that a task reads, in the order in which detection asks."""
+    if task in MEDIA_TASKS:
+        return media_formats(task)
+    named = task_formats(task)
+    return MappingProxyType({name: known for name, known in EVERY_FORMAT.items() if name in named})
+
+
+def _read_pair(row: Mapping[str, Any], source: Source) -> PreferenceExample:
+    kinds = {side: row[side] for side in _SIDES}
+    if all(isinstance(value, list) for value in kinds.values()):
+        chosen, rejected = _conversations(row, source)
+        return PreferenceExample(chosen, rejected, source)
+    where = f"{source}: "
+    for side in _SIDES:
+        if isinstance(row[side], list):
+            raise mistyped(f"{where}{side}", "text, as the other answer is", row[side])
+    if isinstance(row.get("prompt"), list):
+        raise mistyped(f"{where}prompt", "text, as the answers are", row["prompt"])
+    texts = {side: read_text(row, side, where) for side in _SIDES}
+    prompt = read_text(row, "prompt", where)
+    better, worse = (CompletionExample(prompt, texts[side], source) for side in _SIDES)
+    return PreferenceExample(better, worse, source)
+
+
+def _conversations(row: Mapping[str, Any], source: Source) -> tuple[ChatExample, ChatExample]:
+    """Both sides as conversations whose turns after the prompt are trained on."""
+    chosen, rejected = (read_turns(row, side, source) for side in _SIDES)
+    tools = read_tools(row, source)
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        turns = read_turns(row, "prompt", source)
+        better, worse = (ChatExample(turns + side, source, len(turns), tools) for side in (chosen, rejected))
+        return better, worse
+    start = _shared_turns(chosen, rejected, source)
+    if prompt is not None:
+        _check_same_prompt(read_text(row, "prompt", f"{source}: "), chosen[:start], source)
+    return ChatExample(chosen, source, start, tools), ChatExample(rejected, source, start, tools)
+
+
+def _shared_turns(chosen: tuple[Message, ...], rejected: tuple[Message, ...], source: Source) -> int:
+    """How many turns both conversations begin with. Raises DataError where they have none in common."""
+    longest = min(len(chosen), len(rejected)) - 1
+    shared = next((at for at in range(max(0, longest)) if chosen[at] != rejected[at]), max(0, longest))
+    if not shared:
+        raise DataError(
+            "no-shared-prompt",
+            "`chosen` and `rejected` do not begin with the same turn",
+            where=str(source),
+            help="write the turns before the answers as `prompt`, or begin both conversations with them.",
+        )
+    return shared
+
+
+def _check_same_prompt(prompt: str, shared: tuple[Message, ...], source: Source) -> None:
+    """Some datasets repeat the user's words in a column of their own; they must be those of the conversations."""
+    if prompt.strip() not in (turn.content.strip() for turn in shared):
+        raise DataError(
+            "other-prompt",
+            "`prompt` is a text that neither conversation begins with",
+            where=str(source),
+            help="remove the column, or write it as a list of turns before the answers.",
+        )
+
+
+def _read_judged(row: Mapping[str, Any], source: Source) -> JudgedExample:
+    label = row["label"]
+    if not isinstance(label, bool):
+        raise mistyped(f"{source}: label", "true or false", label)
+    answer: Example = read_prompt_completion(row, source)
+    return JudgedExample(answer, label, source)
+
+
+PREFERENCES: Mapping[str, Format] = MappingProxyType(
+    {
+        "preference": Format(_SIDES, _read_pair, ("prompt", "tools"), _SIDES),
+        "unpaired-preference": Format(
+            ("prompt", "completion", "label"), _read_judged, ("tools",), turns=("prompt", "completion")
+        ),
+    }
+)
+EVERY_FORMAT: Mapping[str, Format] = MappingProxyType(
+    {**FORMATS, **PREFERENCES, **PROMPTS, **embedding_formats()}
+)

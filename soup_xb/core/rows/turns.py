@@ -1,0 +1,155 @@
+"""The turns of a conversation, as a row holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from attrs import evolve
+
+from soup_xb.core.errors import DataError
+from soup_xb.core.rows.examples import Message, Source, ToolCall
+from soup_xb.core.rows.row_text import checked_text, mistyped, read_text
+from soup_xb.core.rows.tool_rows import read_calls, read_said_calls
+from soup_xb.core.suggest import did_you_mean
+
+# The names that datasets give to a role -> the name that chat templates know.
+ROLES: Mapping[str, str] = MappingProxyType(
+    {
+        "system": "system",
+        "developer": "system",
+        "user": "user",
+        "human": "user",
+        "assistant": "assistant",
+        "gpt": "assistant",
+        "chatgpt": "assistant",
+        "model": "assistant",
+        "tool": "tool",
+        "function": "tool",
+        "function_response": "tool",
+        "observation": "tool",
+        "ipython": "tool",
+        "tool_response": "tool",
+        "function_call": "assistant",
+        "tool_call": "assistant",
+    }
+)
+# Roles whose text is not said but calls tools, as sharegpt rows write it.
+_CALLING = ("function_call", "tool_call")
+# How a turn spells its role and its text.
+_SPELLINGS = (("role", "content"), ("from", "value"))
+# Keys of a turn that change what the model should learn; dropping them would train on something else.
+_MEANINGFUL = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "weight",
+    "train",
+    "loss",
+)
+_OF_TOOLS = ("tool_calls", "function_call", "tool_call_id")
+_SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {}, 1)
+
+
+def read_turns(row: Mapping[str, Any], column: str, source: Source) -> tuple[Message, ...]:
+    """The turns in a column: `{role, content}` or `{from, value}` each, content a text or a list of texts.
+
+    An assistant's turn may hold tool calls, and a tool's what it answered. Raises DataError naming the turn and the
+    field.
+    """
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise mistyped(f"{source}: {column}", "a list of turns", turns)
+    return _with_names([read_turn(turn, f"{source}: {column}[{index}]") for index, turn in enumerate(turns)])
+
+
+def extra_turn_keys(row: Mapping[str, Any], column: str) -> Iterator[str]:
+    """The keys of the turns that nothing is made of."""
+    known = {key for spelling in _SPELLINGS for key in spelling} | {*_MEANINGFUL, *_OF_TOOLS}
+    for turn in row[column]:
+        role = ROLES.get(turn.get("role", turn.get("from")))
+        used = known | {"name"} if role == "tool" else known
+        yield from (
+            f"{column}[].{key}" for key, value in turn.items() if key not in used and value is not None
+        )
+
+
+def read_turn(turn: Any, where: str) -> Message:
+    """One turn. Raises DataError naming the field, `where` being the turn's place."""
+    if not isinstance(turn, dict):
+        raise mistyped(where, "an object", turn)
+    role_key, text_key = next((keys for keys in _SPELLINGS if keys[0] in turn), _SPELLINGS[0])
+    for key in _MEANINGFUL:
+        if key in turn and turn[key] not in _SAYS_NOTHING:
+            raise DataError(
+                "unsupported-turn",
+                f"`{key}` is not supported in a turn",
+                where=where,
+                help=f"put what should be learned into `{text_key}`, or remove the row.",
+            )
+    written = read_text(turn, role_key, f"{where}.")
+    role = ROLES.get(written)
+    if role is None:
+        raise DataError(
+            "unknown-role",
+            f"`{written[:50]}` is not a known role",
+            where=f"{where}.{role_key}",
+            help=did_you_mean(written.lower()[:50], ROLES) or f"known roles: {', '.join(ROLES)}.",
+        )
+    if written in _CALLING:
+        said = read_text(turn, text_key, f"{where}.")
+        return Message(role, "", calls=read_said_calls(said, f"{where}.{text_key}"))
+    calls = read_calls(turn, role, where)
+    content = _content(turn, text_key, where, calls=bool(calls), free=role == "tool")
+    if role != "tool":
+        return Message(role, content, calls)
+    name, call_id = (_optional(turn, key, where) for key in ("name", "tool_call_id"))
+    return Message(role, content, name=name, call_id=call_id)
+
+
+def _with_names(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """The turns, each tool's with the name of the function that it answers for.
+
+    That is the call of its id, else the next one of the assistant's turn before.
+    """
+    named, waiting = [], list[ToolCall]()
+    for turn in turns:
+        if turn.role == "assistant":
+            waiting = list(turn.calls)
+        elif turn.role == "tool" and waiting:
+            by_id = next((call for call in waiting if call.id and call.id == turn.call_id), waiting[0])
+            waiting.remove(by_id)
+            turn = evolve(turn, name=turn.name or by_id.name)
+        named.append(turn)
+    return tuple(named)
+
+
+def _optional(turn: Mapping[str, Any], key: str, where: str) -> str:
+    return "" if turn.get(key) is None else read_text(turn, key, f"{where}.")
+
+
+def _content(turn: Mapping[str, Any], key: str, where: str, calls: bool, free: bool) -> str:
+    """The text of a turn; it may be missing beside `calls`, and any JSON where it is `free`."""
+    content = turn.get(key)
+    if content is None and calls:
+        return ""
+    if free and isinstance(content, dict):
+        return checked_text(json.dumps(content, ensure_ascii=False), f"{where}.{key}")
+    if not isinstance(content, list):
+        return read_text(turn, key, f"{where}.")
+    return "".join(_part(part, f"{where}.{key}[{index}]") for index, part in enumerate(content))
+
+
+def _part(part: Any, where: str) -> str:
+    if not isinstance(part, dict):
+        raise mistyped(where, 'an object such as {"type": "text", "text": …}', part)
+    if part.get("type") != "text":
+        raise DataError(
+            "unsupported-content",
+            f"is a part of type `{str(part.get('type'))[:50]}`; only text can be trained on",
+            where=where,
+            help="pictures are for `task: vision`, sounds for `task: audio`.",
+        )
+    return read_text(part, "text", f"{where}.")

@@ -1,0 +1,220 @@
+"""Checkpoints that are whole or not there: `step-00000100/` with the backend's files and a manifest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from attrs import frozen
+from safetensors import SafetensorError
+
+from soup_xb.core.disk import staging
+from soup_xb.core.disk.durable import disk_error, disk_errors, disk_full, free_bytes, write_new
+from soup_xb.core.errors import CheckpointError, Problem, ResourceError
+from soup_xb.core.run.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointFacts,
+    Manifest,
+    StoredFile,
+    damaged,
+    describe,
+    fingerprint,
+    manifest_text,
+    read_manifest,
+    verify,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointFacts",
+    "SavedCheckpoint",
+    "checkpoint_name",
+    "fingerprint",
+    "newest_whole",
+    "read_checkpoint",
+    "remove_after",
+    "remove_all",
+    "rotate",
+    "write_checkpoint",
+]
+
+PREFIX = "step-"
+NAME = re.compile(r"step-(\d{8,12})")
+# safetensors and mlx do not raise OSError for a write that the system refuses.
+WRITER_FULL = re.compile(r"os error (28|27|122|69)\b|No space left|File too large|\[write\] Unable to write")
+
+
+@frozen
+class SavedCheckpoint:
+    """A checkpoint that is whole on the disk; `bytes` without its manifest."""
+
+    path: Path
+    bytes: int
+
+
+@frozen
+class Checkpoint:
+    """A checkpoint whose every file was read back and matches; `files` are relative names."""
+
+    path: Path
+    step: int
+    facts: CheckpointFacts
+    files: tuple[StoredFile, ...]
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step.
+
+    >>> checkpoint_name(100)
+    'step-00000100'
+    """
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    root: Path, step: int, write: Callable[[Path], None], facts: CheckpointFacts
+) -> SavedCheckpoint:
+    """Let `write(folder)` fill a staging folder, then make it `root/step-…` in one piece.
+
+    A kill at any moment leaves the checkpoints that were whole before, and this one whole or unseen. An
+    older checkpoint of the same step is replaced. Raises ResourceError where the disk is full or refuses,
+    naming the path and the bytes needed; earlier checkpoints stay whole.
+    """
+    target = root / checkpoint_name(step)
+    needed = facts.bytes_expected
+    free = free_bytes(root)
+    if free is not None and free < needed:
+        raise disk_full(target, needed, "the disk is too small")
+    needed = max(needed, _newest_bytes(root))
+    with disk_errors(target, needed):
+        staging.clean(root, PREFIX)
+        staged = staging.start(target)
+    try:
+        manifest = _fill(staged, step, write, facts)
+        staging.publish(staged, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refusal = _refusal(error, target, max(needed, _bytes_below(staged)))
+        if refusal is None:
+            raise
+        # What was staged fills the disk that the user now has to free.
+        with disk_errors(target):
+            staging.discard(staged)
+        raise refusal from error
+    return SavedCheckpoint(target, sum(file.bytes for file in manifest.files))
+
+
+def _fill(staged: Path, step: int, write: Callable[[Path], None], facts: CheckpointFacts) -> Manifest:
+    write(staged)
+    if (staged / MANIFEST).exists():
+        raise ValueError(f"a backend may not write `{MANIFEST}`")
+    # The sync comes before the manifest: a manifest on the disk means that its files are there too.
+    staging.sync_tree(staged)
+    manifest = describe(staged, step, facts)
+    write_new(staged / MANIFEST, manifest_text(manifest).encode())
+    return manifest
+
+
+def _refusal(error: Exception, target: Path, needed: int) -> ResourceError | None:
+    if isinstance(error, OSError):
+        return disk_error(error, target, needed)
+    if WRITER_FULL.search(str(error)):
+        return disk_full(target, needed, "the disk or a file size limit refused the write")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Check a checkpoint folder file by file.
+
+    Raises CheckpointError where it is missing, where a file is missing or differs from what was written, or
+    where the manifest names something outside the folder.
+    """
+    if not path.is_dir():
+        raise CheckpointError("no-checkpoint", "no such checkpoint folder", where=str(path))
+    manifest = read_manifest(path)
+    name = path.resolve().name.removeprefix(staging.REPLACED)
+    if NAME.fullmatch(name) and name != checkpoint_name(manifest.step):
+        raise damaged(path, f"the folder's name is not that of its step {manifest.step}")
+    verify(path, manifest)
+    return Checkpoint(path, manifest.step, manifest.facts, manifest.files)
+
+
+def newest_whole(root: Path) -> tuple[Checkpoint | None, tuple[Problem, ...]]:
+    """The newest checkpoint that is whole, and each newer one that is not, with the reason."""
+    skipped: list[Problem] = []
+    for path in _candidates(root):
+        try:
+            return read_checkpoint(path), tuple(skipped)
+        except CheckpointError as error:
+            skipped.extend(error.problems)
+    return None, tuple(skipped)
+
+
+def rotate(root: Path, keep: int | None) -> None:
+    """Delete all but the newest whole checkpoint and the `keep - 1` before it; None keeps all.
+
+    A damaged one that is newer goes too; where none is whole, nothing is deleted.
+    """
+    paths = _candidates(root)
+    if keep is None or len(paths) <= max(keep, 1):
+        return
+    newest, _ = newest_whole(root)
+    if newest is None:
+        return
+    whole_first = paths[paths.index(newest.path) :]
+    kept = set(whole_first[: max(keep, 1)])
+    _discard_all([path for path in paths if path not in kept])
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: a run resumed at `step` goes another way from there."""
+    _discard_all([path for path in _candidates(root) if _step(path) > step])
+
+
+def remove_all(root: Path) -> None:
+    """Delete every checkpoint and what unfinished ones left, and the folder where nothing else is in it."""
+    with disk_errors(root):
+        staging.clean(root, PREFIX)
+    _discard_all(_candidates(root))
+    with disk_errors(root):
+        if not any(root.iterdir()):
+            root.rmdir()
+
+
+def _discard_all(paths: list[Path]) -> None:
+    for path in paths:
+        with disk_errors(path):
+            staging.discard(path)
+
+
+def _candidates(root: Path) -> list[Path]:
+    """Checkpoint folders, newest first; one that is just being replaced counts under its set-aside name."""
+    if not root.is_dir():
+        return []
+    names = {path.name: path for path in root.iterdir() if path.is_dir() and not path.is_symlink()}
+    standing = [path for name, path in names.items() if NAME.fullmatch(name)]
+    aside = [
+        path
+        for name, path in names.items()
+        if name.startswith(staging.REPLACED)
+        and NAME.fullmatch(name.removeprefix(staging.REPLACED))
+        and name.removeprefix(staging.REPLACED) not in names
+    ]
+    return sorted(standing + aside, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _newest_bytes(root: Path) -> int:
+    for path in _candidates(root)[:1]:
+        return _bytes_below(path)
+    return 0
+
+
+def _bytes_below(folder: Path) -> int:
+    try:
+        return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError:
+        return 0

@@ -1,0 +1,126 @@
+"""The session of a task that samples: every batch of prompts is answered and judged before it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+
+from soup_xb.core.batches import MicroBatch, collate
+from soup_xb.core.random_numbers import uniform
+from soup_xb.core.rows.examples import TokenRow
+from soup_xb.core.rows.prompts import PromptRow, Rollout
+from soup_xb.core.session import (
+    GenerationSettings,
+    LossSum,
+    RestartResult,
+    RestartSettings,
+    SamplingSession,
+    StepResult,
+    StepSettings,
+)
+from soup_xb.core.tasks.rewards import Answer, Reward
+
+Array = np.ndarray[Any, Any]
+
+
+@frozen(eq=False)
+class Rules:
+    """How answers are sampled and what they earn: the sum of the `rewards`.
+
+    `decode` turns token ids into text without special tokens; `pad_id` fills short rows.
+    """
+
+    rewards: Sequence[Reward]
+    decode: Callable[[Array], str]
+    group_size: int
+    generation: GenerationSettings
+    pad_id: int
+
+
+class RollingSession:
+    """What the training loop talks to, over a session that can sample.
+
+    The answers of a step are a function of the model, the seed, the step and the row: neither of the other rows
+    of a batch, nor of the number of processes, nor of what was sampled before. Each process answers its own rows.
+    An evaluation samples with the same numbers each time.
+    """
+
+    def __init__(self, session: SamplingSession, rules: Rules) -> None:
+        """Sample with `session` by `rules`."""
+        self.process, self.processes = session.process, session.processes
+        self._session, self._rules = session, rules
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
+        """Answer the step's prompts with the model as it is, and do one update on the answers."""
+        answered = [self._answered(batch, f"step {step.step}") for batch in micro_batches]
+        return self._session.train_step(answered, step)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSum:
+        """Answer the prompts, and tell how the answers fare."""
+        return self._session.evaluate([self._answered(batch, "evaluation") for batch in micro_batches])
+
+    def restart(self, settings: RestartSettings) -> RestartResult:
+        """Restart the adapters."""
+        return self._session.restart(settings)
+
+    def agree(self, value: int) -> int:
+        """The largest value over all processes."""
+        return self._session.agree(value)
+
+    def _answered(self, batch: MicroBatch, occasion: str) -> MicroBatch:
+        """The batch with every prompt `group_size` times, each with an answer, and what the answers earned."""
+        rules = self._rules
+        rows = [row for row in batch.prompts for _ in range(rules.group_size)]
+        if not rows:
+            # A process without a row of this micro-batch adds nothing to the same means.
+            return evolve(batch, rollout=self._judged(rows, []))
+        answers = self._session.sample(
+            [row.tokens for row in rows], self._chances(rows, occasion), rules.generation
+        )
+        sequences = [_joined(row, answer) for row, answer in zip(rows, answers, strict=True)]
+        return evolve(collate(sequences, rules.pad_id), rollout=self._judged(rows, answers))
+
+    def _chances(self, rows: Sequence[PromptRow], occasion: str) -> Array:
+        """Numbers in [0, 1) that choose the tokens, float64 (answers, max_new_tokens)."""
+        size, generation = self._rules.group_size, self._rules.generation
+        return np.stack(
+            [
+                uniform(
+                    generation.max_new_tokens, "rollout", generation.seed, occasion, row.number, index % size
+                )
+                for index, row in enumerate(rows)
+            ]
+        )
+
+    def _judged(self, rows: Sequence[PromptRow], answers: Sequence[Array]) -> Rollout:
+        rules = self._rules
+        ends = rules.generation.end_ids
+        texts = [
+            Answer(row, rules.decode(answer[:-1] if answer[-1] in ends else answer))
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        earned = {reward.name: _numbers(reward.earned(texts)) for reward in rules.rewards}
+        total = np.sum([np.zeros(len(rows)), *earned.values()], axis=0)
+        groups = total.reshape(-1, rules.group_size)
+        alike = np.repeat(np.ptp(groups, axis=1) == 0 if len(rows) else _numbers([]), rules.group_size)
+        told = {
+            "reward": total,
+            # The one reward of a run is the sum.
+            **({f"reward/{name}": values for name, values in earned.items()} if len(earned) > 1 else {}),
+            "completion_tokens": _numbers([len(answer) for answer in answers]),
+            "cut_off": _numbers([answer[-1] not in ends for answer in answers]),
+            "equal_groups": _numbers(alike),
+        }
+        return Rollout(total, told)
+
+
+def _joined(row: PromptRow, answer: Array) -> TokenRow:
+    tokens = np.concatenate([row.tokens, answer])
+    return TokenRow(tokens, np.arange(tokens.size) >= row.length, row.source)
+
+
+def _numbers(values: Any) -> Array:
+    return np.asarray(values, dtype=np.float64)
