@@ -71,9 +71,9 @@ def serve() -> None:
     """Answer requests until stdin ends.
 
     The first line tells `base`, `template` (None for the base's own), `name`, `max_length` and the `fingerprint` that
-    the tokenizer has to have; each other one is a list of examples as `core.rows.example_lines` writes them. An answer is
-    a line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the name of
-    its class, with its `problems`; or `unkept` where rows have no columns, or the tokenizer is another one.
+    the tokenizer has to have; each other one is a list of examples as `core.rows.example_lines` writes them. An answer
+    is a line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the
+    name of its class, with its `problems`; or `unkept` where rows have no columns, or the tokenizer is another one.
     """
     # Ctrl-C reaches every process of the terminal; this one ends with its parent, when stdin does.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -77,14 +77,16 @@ def _part(base: Path, name: str) -> Any:
     """The processor's part of this name (tokenizer, image_processor, feature_extractor), None for videos."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    folder = str(base)
     if name == "tokenizer":
-        return AutoTokenizer.from_pretrained(str(base), **local)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if name == "image_processor":
         # PIL and torchvision scale a picture to slightly other pixels; one of them is on every machine.
-        return AutoImageProcessor.from_pretrained(str(base), backend="pil", **local)
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
     if name == "feature_extractor":
-        return AutoFeatureExtractor.from_pretrained(str(base), **local)
+        return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if name == "video_processor":
         return None
     raise ModelError(
