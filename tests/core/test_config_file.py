@@ -9,7 +9,7 @@ from attrs import evolve
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.config import KEYS, Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config import KEYS, Config, DataConfig, LoraConfig, RopeScalingConfig, TrainingConfig
 from soup_xb.core.config_file import dump_config, load_config, parse_config
 from soup_xb.core.errors import ConfigError, Problem
 
@@ -468,12 +468,14 @@ def _configs(draw: st.DrawFn) -> Config:
         "data": {"train": "x"},
         "training": {},
         "training.lora": {},
+        "training.rope_scaling": {},
     }
     for key in draw(st.lists(st.sampled_from(_LEAVES), max_size=6, unique=True)):
         section, _, name = key.rpartition(".")
         values[section][name] = draw(_drawn(key))
     lora = LoraConfig(**values["training.lora"])  # type: ignore[arg-type]
-    training = TrainingConfig(**values["training"], lora=lora)  # type: ignore[arg-type]
+    rope = RopeScalingConfig(**values["training.rope_scaling"])  # type: ignore[arg-type]
+    training = TrainingConfig(**values["training"], lora=lora, rope_scaling=rope)  # type: ignore[arg-type]
     return Config(**values[""], data=DataConfig(**values["data"]), training=training)  # type: ignore[arg-type]
 
 

@@ -270,10 +270,9 @@ CONTRADICTIONS = {
         "where": "soup.yaml:3: output: ",
     },
     "every problem in one round": {
-        "text": LEAST + "task: ppo\ntraining: {lr: -1, lora: {r: 0, rnak: 1}}\n",
+        "text": LEAST + "training:\n  precision: fp16\n  lr: -1\n  lora: {r: 0, rnak: 1}\n",
         "argv": "check --backend torch",
-        "code": ["torch-no-ppo", "unknown-key", "out-of-range", "out-of-range"],
-        "where": "soup.yaml:4: task: ",
+        "code": ["torch-no-fp16", "out-of-range", "unknown-key", "out-of-range"],
     },
     "several refusals at once": {
         "text": LEAST + "task: dpo\ntraining: {relora_steps: 5, precision: fp16}\n",
@@ -346,9 +345,17 @@ def test_what_people_write_is_taken(name: str, check: Callable[[Any], Any]) -> N
     check({"argv": "check", "exit": 0, **ACCEPTED[name]})
 
 
+# Keys without which a choice means nothing.
+NEEDED: dict[str, dict[str, object]] = {
+    "task=grpo": {"training.rewards": "exact-match"},
+    "task=rlhf": {"training.reward_model": "judge"},
+    "training.rope_scaling.type=dynamic": {"training.rope_scaling.factor": 2},
+}
+
+
 def _asking(row: Any) -> list[str]:
     """`--set` words that ask for the feature of a support row, with the keys that it means something beside."""
-    wanted: dict[str, object] = {}
+    wanted = dict(NEEDED.get(row.name, {}))
     for dependence in DEPENDENCES:
         if dependence.key == row.key:
             wanted[dependence.on] = 5 if dependence.absent else dependence.values[0]

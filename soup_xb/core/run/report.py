@@ -104,7 +104,7 @@ def report_html(facts: ReportFacts) -> str:
         "mean": lambda mean: "—" if mean is None else _loss_text(mean),
     }
     evals = [event for event in facts.events if isinstance(event, EvalEvent)]
-    source = files("soup_xb.core").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = files("soup_xb.core.run").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         facts=facts,
         record=facts.record,
