@@ -252,7 +252,7 @@ def test_an_embedding_model_keeps_the_rows_that_are_told_from_each_other(place: 
 def test_ones_own_rows_and_base_are_put_into_the_file(place: Path) -> None:
     (place / "rows: mine.csv").write_text("text\nhello\n")
     code, screen = on_a_terminal(
-        place, "1\n", "none.csv\n", "rows: mine.csv\n", "4\n", "5\n", "models/my base\n"
+        place, "\n", "none.csv\n", "rows: mine.csv\n", "4\n", "5\n", "models/my base\n"
     )
     assert code == 0, screen
     assert "there is no file none.csv" in screen

@@ -71,7 +71,7 @@ def test_what_the_check_refuses_in_the_result_is_a_warning(soupx: Soupx, theirs:
     theirs.write_text(AXOLOTL + "rl: grpo\n")
     answer = soupx("migrate", "theirs.yml", "--output", "soup.yaml")
     assert answer.code == 0
-    assert "warning[torch-no-grpo]" in answer.err
+    assert "warning[missing-key] soup.yaml: training.rewards" in answer.err
     assert "next: soupx check soup.yaml" in answer.err
 
 

@@ -143,7 +143,7 @@ ROWS = [
     (None, ("--set", "training.lora.target_modules=q_pro"), 2, "pattern-without-module", "q_proj"),
     (None, ("--set", "training.lora.rank_pattern={w_proj: 4}"), 2, "pattern-without-module", "w_proj"),
     (None, ("--set", "training.lora.target_modules=(.w"), 2, "bad-pattern", "not a regular expression"),
-    (None, ("--set", "task=ppo"), 2, "torch-no-ppo", "not available on the torch backend"),
+    (None, ("--set", "task=ppo"), 2, "unknown-choice", "must be one of sft"),
     (None, ("--set", "training.precision=fp16"), 2, "torch-no-fp16", "bf16"),
     (None, ("--backend", "cuda"), 2, "usage", "cuda"),
     (no_data, (), 3, "", "train.jsonl"),

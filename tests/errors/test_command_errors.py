@@ -52,7 +52,7 @@ def copied(place: Path) -> None:
 
 
 COMMAND_LINES = {
-    "a slip in a command": {"argv": "chekc", "code": "usage", "words": "did you mean `check`?"},
+    "a slip in a command": {"argv": "chekc", "code": "usage", "words": "did you mean `check`"},
     "an unknown option": {"argv": "check --fast", "code": "usage", "words": "--fast", "help": "soupx --help"},
     "an unknown backend": {"argv": "train --backend cuda", "code": "usage", "words": "cuda"},
     "two files": {"argv": "check a.yaml --config b.yaml", "code": "usage", "words": "two files"},

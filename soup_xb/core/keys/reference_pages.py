@@ -67,8 +67,8 @@ def refused_rows() -> str:
 def with_refused_rows(page: str) -> str:
     r"""A page whose part between the two marks is the table of today.
 
-    >>> marked = "a\n" + REFUSED_BEGIN + "\nold\n" + REFUSED_END + "\nb\n"
-    >>> "old" in with_refused_rows(marked), with_refused_rows(marked).endswith(REFUSED_END + "\nb\n")
+    >>> marked = "a\n" + REFUSED_BEGIN + "\nyesterday's\n" + REFUSED_END + "\nb\n"
+    >>> "yesterday's" in with_refused_rows(marked), with_refused_rows(marked).endswith(REFUSED_END + "\nb\n")
     (False, True)
     """
     before, _, rest = page.partition(REFUSED_BEGIN)
