@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-# (how it is started again, seed, kills); the first is the sample that every test run makes.
+# (how it is started again, seed, kills); the first is the sample of `make test-all`, since a launcher takes a minute.
 CHAINS = [
-    ("torchrun --max-restarts", 0, 1),
+    pytest.param("torchrun --max-restarts", 0, 1, marks=pytest.mark.slow),
     *(pytest.param("torchrun --max-restarts", seed, 5, marks=pytest.mark.torture) for seed in (1, 2)),
     *(pytest.param("the same command again", seed, 5, marks=pytest.mark.torture) for seed in (3, 4)),
 ]
