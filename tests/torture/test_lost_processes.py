@@ -27,6 +27,13 @@ def steps(folder: Path) -> int:
     return file.read_bytes().count(b'"event":"step"') if file.exists() else 0
 
 
+def finished(launcher: Any) -> str:
+    """What a launch that has to end well wrote to stderr."""
+    _, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode == 0, errors
+    return str(errors)
+
+
 def workers(launcher: Any) -> dict[int, int]:
     """The processes that torchrun has started, by rank."""
     found = {}
@@ -59,9 +66,7 @@ def test_one_process_of_two_killed_again_and_again_changes_no_byte(
     kills: int,
 ) -> None:
     file, out = _config(config, STEPS_PER_KILL * (kills + 1)), tmp_path / "out"
-    whole = launched(2, "train", file, "--output", tmp_path / "whole")
-    _, errors = whole.communicate(timeout=600)
-    assert whole.returncode == 0, errors
+    finished(launched(2, "train", file, "--output", tmp_path / "whole"))
     chance = random.Random(seed)
     restarts = ("--max-restarts", str(kills)) if way.startswith("torchrun") else ()
     launcher, gone = launched(2, "train", file, "--resume", options=restarts), set()
@@ -79,9 +84,7 @@ def test_one_process_of_two_killed_again_and_again_changes_no_byte(
         _, errors = launcher.communicate(timeout=300)
         assert launcher.returncode == 1, errors
         launcher = launched(2, "train", file, "--resume")
-    _, errors = launcher.communicate(timeout=600)
-    assert launcher.returncode == 0, errors
-    assert "going on after step" in errors
+    assert "going on after step" in finished(launcher)
     assert result(out) == result(tmp_path / "whole")
     tally(f"SIGKILL of one process of two, {way}: all ended, resumed byte-equal", kills)
 
@@ -95,9 +98,7 @@ def test_a_process_that_hangs_is_given_up_and_the_restart_is_the_whole_run(
     tmp_path: Path,
 ) -> None:
     file, out = _config(config, 40, process_timeout=5), tmp_path / "out"
-    whole = launched(2, "train", file, "--output", tmp_path / "whole")
-    _, errors = whole.communicate(timeout=600)
-    assert whole.returncode == 0, errors
+    finished(launched(2, "train", file, "--output", tmp_path / "whole"))
     launcher = launched(2, "train", file, "--resume")
     wait_for(8, out, launcher)
     os.kill(workers(launcher)[1], signal.SIGSTOP)
@@ -107,9 +108,7 @@ def test_a_process_that_hangs_is_given_up_and_the_restart_is_the_whole_run(
         "error[process-silent] training.process_timeout: another process did not answer within 5 s" in errors
     )
     assert json.loads((out / "run.json").read_text())["status"] == "failed"
-    again = launched(2, "train", file, "--resume")
-    _, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors
+    finished(launched(2, "train", file, "--resume"))
     assert result(out) == result(tmp_path / "whole")
     tally("one process of two hangs: named after the timeout, resumed byte-equal")
 
@@ -123,9 +122,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint_of_a_sharded_run(
     tmp_path: Path,
 ) -> None:
     file, out = _config(config, 60, save_steps=1000), tmp_path / "out"
-    whole = launched(2, "train", file, "--output", tmp_path / "whole")
-    _, errors = whole.communicate(timeout=600)
-    assert whole.returncode == 0, errors
+    finished(launched(2, "train", file, "--output", tmp_path / "whole"))
     launcher = launched(2, "train", file)
     wait_for(8, out, launcher)
     launcher.send_signal(signal.SIGTERM)
@@ -133,9 +130,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint_of_a_sharded_run(
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "interrupted"
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{record['steps']:08d}"]
-    again = launched(2, "train", file, "--resume")
-    _, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors
+    finished(launched(2, "train", file, "--resume"))
     assert result(out) == result(tmp_path / "whole")
     tally("SIGTERM to the launcher of a sharded run: a checkpoint, resumed byte-equal")
 
