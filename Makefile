@@ -7,8 +7,7 @@ RUFF := $(VENV)/bin/ruff
 TESTED := tests soup_xb/core soup_xb/demo soup_xb/migrate --doctest-modules
 # Processes that share the tests; one that has run out takes from the other's end, so that a file's tests stay together.
 WORKERS ?= 2
-PYTEST := $(VENV)/bin/python -m pytest $(TESTED) -n $(WORKERS) --dist worksteal \
-  --cov=soup_xb --cov-report=term:skip-covered
+PYTEST := $(VENV)/bin/python -m pytest $(TESTED) -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all torture audit docs lint format clean
@@ -22,9 +21,9 @@ demo: $(VENV)/installed-demo
 test: lint
 	$(PYTEST) -m "not slow and not torture"
 
-# Everything, the tests that take minutes and need the real model too.
+# Everything, the tests that take minutes and need the real model too; counting the lines that ran takes its time.
 test-all: lint
-	$(PYTEST) -m "not torture"
+	$(PYTEST) -m "not torture" --cov=soup_xb --cov-report=term:skip-covered
 
 # Kills, corruptions, full disks, fuzzing and long runs, all of them; prints a table of counts.
 torture: $(VENV)/installed-test

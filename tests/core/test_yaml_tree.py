@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import example, given, settings
@@ -106,11 +109,25 @@ SIZE = 250_000
     ids=lambda text: repr(text[:12]),
 )
 def test_hostile_text_is_answered_within_a_second_of_work(text: str) -> None:
-    began = time.process_time()
-    with pytest.raises(SoupError):
-        parse_config(text, "soup.yaml")
+    with _untraced(), pytest.raises(SoupError):
+        began = time.process_time()
+        try:
+            parse_config(text, "soup.yaml")
+        finally:
+            seconds = time.process_time() - began
     # Processor time, so that a busy machine does not matter.
-    assert time.process_time() - began < 1.5
+    assert seconds < 1.5
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Without the hook that counts covered lines, which takes several times as long as the lines."""
+    hook = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(hook)
 
 
 _PIECES = """base: x~data:~  train: a~training:~  lr: 1~ lora: {r: 8~}~- a~? b~: c~  <<: *x~&a~!t~'~"~\t~  ~#
