@@ -64,7 +64,7 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     from soup_xb.core.rows.packing import pack
     from soup_xb.core.session import StepSettings
     from soup_xb.core.tasks import head_chunks
-    from soup_xb.train import session_settings
+    from soup_xb.opened import session_settings
 
     chunked, checkpointing, packed = COLUMNS[column]
     if not chunked:

@@ -37,7 +37,8 @@ from soup_xb.core.run.metrics import read_events
 from soup_xb.core.run.run_record import read_record
 from soup_xb.dataset import load_file
 from soup_xb.demo.base import prepare_base
-from soup_xb.train import TrainOptions, train
+from soup_xb.train import train
+from soup_xb.train_options import TrainOptions
 from soup_xb.trained import TrainedOptions, open_trained
 
 STRATEGIES = ("random", "pissa", "olora")

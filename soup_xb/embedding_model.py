@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from soup_xb.core.adapter.embedding_files import EmbeddingFacts, read_embedding_facts, write_embedding_files
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
@@ -11,10 +11,8 @@ from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import EmbeddingSession, Session
 from soup_xb.embedding_texts import fitted_data
+from soup_xb.opened import Opened
 from soup_xb.tokenizer import ChatTokenizer
-
-if TYPE_CHECKING:
-    from soup_xb.train import Opened
 
 TASK_TYPE = "FEATURE_EXTRACTION"
 

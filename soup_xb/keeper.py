@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from attrs import evolve
 
@@ -28,6 +27,7 @@ from soup_xb.core.run.metrics import losses_until
 from soup_xb.core.run.restart_watch import WINDOW
 from soup_xb.core.run.run_record import RunRecord, read_record
 from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
+from soup_xb.opened import Opened
 from soup_xb.resume import (
     SETTINGS_FILE,
     ResumePoint,
@@ -36,9 +36,7 @@ from soup_xb.resume import (
     run_settings,
     settings_fingerprint,
 )
-
-if TYPE_CHECKING:
-    from soup_xb.train import Opened, TrainOptions
+from soup_xb.train_options import TrainOptions
 
 _PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
 

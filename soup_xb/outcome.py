@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from attrs import frozen
 
@@ -29,10 +29,8 @@ from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import GenerationSettings, JudgingSession
 from soup_xb.embedding_model import save_embedding_model, trained_facts
 from soup_xb.keeper import checkpoint_bytes
+from soup_xb.opened import Opened
 from soup_xb.trained import Trained, continue_chat
-
-if TYPE_CHECKING:
-    from soup_xb.train import Opened
 
 ANSWER_TOKENS = 120
 _VERA_FORMAT = Problem(

@@ -18,7 +18,7 @@ from soup_xb.core.errors import ConfigError, Problem, SoupError
 from soup_xb.core.events import Event, StepEvent
 from soup_xb.core.loop import Hooks, run_loop
 from soup_xb.core.own_process import python_command
-from soup_xb.train import open_run
+from soup_xb.opened import open_run
 
 ENGINES = ("torch", "mlx")
 LOSS_BOUND = 1e-3

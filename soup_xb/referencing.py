@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from attrs import evolve
@@ -18,10 +18,8 @@ from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
 from soup_xb.core.run_folder import REFERENCE
 from soup_xb.core.session import ScoringSession
-
-if TYPE_CHECKING:
-    from soup_xb.keeper import RunKeeper
-    from soup_xb.train import Opened
+from soup_xb.keeper import RunKeeper
+from soup_xb.opened import Opened
 
 Array = np.ndarray[Any, Any]
 

@@ -44,7 +44,8 @@ def command(
     from soup_xb.core.disk.durable import write_text
     from soup_xb.demo.base import prepare_base
     from soup_xb.demo.trial import demo_config, hold_trials
-    from soup_xb.train import TrainOptions, train
+    from soup_xb.train import train
+    from soup_xb.train_options import TrainOptions
 
     chosen = (f"backend={backend}",) if backend else ()
     _say("preparing the base model (once on this machine)")

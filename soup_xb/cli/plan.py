@@ -40,7 +40,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.core.memory import LargestBatch, estimate_memory
     from soup_xb.core.plan_summary import plan_summary
     from soup_xb.core.support import refusals
-    from soup_xb.train import check_processes, open_run
+    from soup_xb.opened import check_processes, open_run
 
     check_processes(loaded, processes)
     chosen = choose_backend(loaded)

@@ -56,7 +56,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     loaded = load(file, named, backend, overrides)
     from soup_xb.cli.progress import ProgressListener
     from soup_xb.resume import ResumeRequest
-    from soup_xb.train import TrainOptions, train
+    from soup_xb.train import train
+    from soup_xb.train_options import TrainOptions
 
     request = ResumeRequest(resume, resume_from, overrides_resume, resume_weights_only)
     options = TrainOptions(resume=request, overwrite=overwrite, prompts=prompts)

@@ -15,7 +15,7 @@ import transformers
 from soup_xb.backends import open_session
 from soup_xb.core.config import Config, DataConfig, RopeScalingConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.train import session_settings
+from soup_xb.opened import session_settings
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (1, 300))
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

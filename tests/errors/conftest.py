@@ -78,7 +78,8 @@ def trained(
 ) -> Callable[[str], Path]:
     """The output folder of a finished run of a backend, made once; copy it before you touch it."""
     from soup_xb.core.config_file import parse_config
-    from soup_xb.train import TrainOptions, train
+    from soup_xb.train import train
+    from soup_xb.train_options import TrainOptions
 
     made: dict[str, Path] = {}
 

@@ -204,7 +204,8 @@ def values_of(key: str) -> dict[str, Any]:
 def run(place: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Everything about a run but times, speeds and places: what it refused, left behind, or said."""
     from soup_xb.core.config_file import parse_config
-    from soup_xb.train import TrainOptions, train
+    from soup_xb.train import train
+    from soup_xb.train_options import TrainOptions
 
     content: dict[str, Any] = {
         "base": "base",

@@ -15,7 +15,7 @@ from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.session import Session
-from soup_xb.train import session_settings
+from soup_xb.opened import session_settings
 
 Attached = Callable[..., tuple[Session, Plan]]
 

@@ -23,8 +23,8 @@ from soup_xb.core.loop import Hooks, run_loop
 from soup_xb.core.modules import AdapterModule, Module, resolve_adapters
 from soup_xb.core.support_rows import BACKENDS
 from soup_xb.export import export_adapter, merge_adapter
-from soup_xb.train import TrainOptions
 from soup_xb.train import train as run_file
+from soup_xb.train_options import TrainOptions
 from soup_xb.trained import TrainedOptions, open_trained
 
 Attached = Callable[..., Any]

@@ -36,7 +36,8 @@ def slope(points: list[tuple[int, int]]) -> float:
 def main() -> None:
     from soup_xb.core.config_file import load_config
     from soup_xb.core.events import Event, SaveEvent, StepEvent
-    from soup_xb.train import TrainOptions, train
+    from soup_xb.train import train
+    from soup_xb.train_options import TrainOptions
 
     points: list[tuple[int, int]] = []
     open_files: list[int] = []

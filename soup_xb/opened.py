@@ -1,0 +1,106 @@
+"""A run that is opened: the base on its backend, the data as token rows, and everything decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from soup_xb.backends import open_session
+from soup_xb.core.base.base_folder import BaseFolder, inspect_base
+from soup_xb.core.base.coverage import Coverage, cover
+from soup_xb.core.base.gemma4 import check_towers
+from soup_xb.core.base.rope_scaling import asked_scaling
+from soup_xb.core.config import MEDIA_TASKS, Config
+from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.modules import Resolution, resolve_adapters
+from soup_xb.core.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.tasks.objective_settings import objective_of
+from soup_xb.dataset import load_dataset
+from soup_xb.embedding_texts import fitted_data
+from soup_xb.hub import resolve_base
+from soup_xb.media.tokenizer import open_tokenizer_for
+from soup_xb.tokenizer import ChatTokenizer
+
+
+@frozen(eq=False)
+class Opened:
+    """A base on a backend, with the data as token rows and everything decided."""
+
+    loaded: LoadedConfig
+    base: BaseFolder
+    session: Session
+    tokenizer: ChatTokenizer
+    plan: Plan
+    coverage: Coverage
+    notices: tuple[Problem, ...]
+
+
+@contextmanager
+def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = True) -> Iterator[Opened]:
+    """Open the base, read the data, and plan; the session is closed on every exit.
+
+    `backend` is a name with the reason for it. With `weights=False` the base's structure alone is opened.
+    """
+    config, (name, reason) = loaded.config, backend
+    base = inspect_base(resolve_base(config.base), weights=weights)
+    check_towers(loaded, base, name)
+    tokenizer = open_tokenizer_for(config.task, base.path, config.data.chat_template)
+    data, cut = fitted_data(config, base, tokenizer)
+    dataset = load_dataset(data, tokenizer, config.training.seed, config.task)
+    session = open_session(name, session_settings(config, base.path, weights))
+    try:
+        resolution, coverage = resolve_for(loaded, session)
+        resolution = evolve(resolution, warnings=(*resolution.warnings, *dataset.warnings))
+        plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
+        notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *cut, *dataset.notices)
+        yield Opened(loaded, base, session, tokenizer, plan, coverage, notices)
+    finally:
+        session.close()
+
+
+def check_processes(loaded: LoadedConfig, processes: int) -> None:
+    """Raise ConfigError where a micro-batch does not split evenly over the processes."""
+    size = loaded.config.training.batch_size
+    if size % processes:
+        raise ConfigError(
+            "batch-not-divisible",
+            f"{size} rows do not split evenly over {processes} processes",
+            where=loaded.where("training.batch_size"),
+            help=f"`batch_size` counts rows over all processes; use {processes * max(1, round(size / processes))}.",
+        )
+
+
+def session_settings(config: Config, base: Path, weights: bool = True) -> SessionSettings:
+    """How to open the config's base."""
+    training = config.training
+    return SessionSettings(
+        base=base,
+        precision=training.precision,
+        quantization=training.quantization,
+        gradient_checkpointing=training.gradient_checkpointing,
+        optimizer=optimizer_settings(training),
+        seed=training.seed,
+        weights=weights,
+        objective=objective_of(config),
+        rope_scaling=asked_scaling(training),
+        router_aux_loss_coef=training.router_aux_loss_coef,
+        sharding=training.sharding,
+        cpu_offload=training.cpu_offload,
+        process_timeout=training.process_timeout,
+        media=MEDIA_TASKS.get(config.task, ""),
+    )
+
+
+def resolve_for(loaded: LoadedConfig, session: Session) -> tuple[Resolution, Coverage]:
+    """The adapted modules and what of the base they cover, with the file's lines in every message."""
+    written = {key: loaded.where(key) for key in loaded.written}
+    base, lora = session.describe(), loaded.config.training.lora
+    media = MEDIA_TASKS.get(loaded.config.task, "")
+    resolution = resolve_adapters(base.modules, lora, written, media)
+    coverage = cover(base, resolution.adapters, lora, written)
+    return evolve(resolution, warnings=(*resolution.warnings, *coverage.warnings)), coverage
