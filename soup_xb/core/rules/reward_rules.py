@@ -65,6 +65,8 @@ def _rewards_are_known(loaded: LoadedConfig) -> Iterator[Problem]:
 
 def _pattern_is_one(loaded: LoadedConfig) -> Iterator[Problem]:
     where = loaded.where("training.answer_pattern")
+    if "training.answer_pattern" not in loaded.written:
+        return
     try:
         compiled_pattern(loaded.config.training.answer_pattern, where)
     except ConfigError as error:
