@@ -24,6 +24,7 @@ from soup_xb.core.modules import group_adapters, reachable_names
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.run.metrics import read_events
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
+from soup_xb.core.run.reward_watch import check_rewards
 from soup_xb.core.run.run_record import RunRecord
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import GenerationSettings, JudgingSession
@@ -81,6 +82,8 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
             write_head(staged, head)
             check_head(staged, head)
         proof = prove(run.session, run.plan.adapters, staged, factors)
+        if not proof.has_effect:
+            check_rewards(read_events(folder.metrics), run.loaded.where("training.rewards"))
         check_effect(proof, run.plan, staged)
         if (scaling := asked_scaling(run.loaded.config.training)) is not None:
             note_scaling(staged, scaling)

@@ -25,6 +25,7 @@ class StepEvent:
     """One optimizer update. `loss` is the mean over the step's target tokens, `tokens` counts real tokens.
 
     For tasks that compare texts it is the mean over pairs or judged answers, and `means` are further means over them.
+    Of tasks that sample, `tokens` are prompts with their answers, as they are trained on; the answers are the targets.
     """
 
     step: int

@@ -12,6 +12,7 @@ from soup_xb.core.errors import NonFiniteError
 from soup_xb.core.events import EvalEvent, Listener, Notice, RestartEvent, StepEvent
 from soup_xb.core.plan import Plan
 from soup_xb.core.run.restart_watch import RestartWatch
+from soup_xb.core.run.reward_watch import RewardWatch
 from soup_xb.core.session import StepSettings, TrainingSession
 
 
@@ -48,14 +49,15 @@ def run_loop(
     started = time.perf_counter()
     tokens, step, signal = 0, done, 0
     last_loss = math.nan
-    watch = RestartWatch(plan.restart_steps, losses)
+    restarts, rewards = RestartWatch(plan.restart_steps, losses), RewardWatch(plan.total_steps)
     while step < plan.total_steps and not signal:
         step += 1
         event = _train_step(plan, session, step, last_loss)
         last_loss, tokens = event.loss, tokens + event.tokens
         hooks.emit(event)
-        if problem := watch.after(step, event.loss):
-            hooks.emit(Notice(problem, warning=True))
+        for problem in (restarts.after(step, event.loss), rewards.after(step, event.means)):
+            if problem:
+                hooks.emit(Notice(problem, warning=True))
         if step in plan.restart_steps:
             hooks.emit(_restart(plan, session, step))
         if step in plan.eval_steps:
@@ -82,8 +84,8 @@ def _train_step(plan: Plan, session: TrainingSession, step: int, last_loss: floa
         loss=result.loss,
         learning_rate=settings.learning_rate,
         grad_norm=result.grad_norm,
-        target_tokens=settings.target_tokens,
-        tokens=plan.real_tokens(step),
+        target_tokens=settings.target_tokens + result.sampled_tokens,
+        tokens=plan.real_tokens(step) + result.sampled_tokens,
         seconds=time.perf_counter() - started,
         means=result.means,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.batches import MicroBatch, epoch_batches, eval_batches
-from soup_xb.core.config import MEDIA_TASKS, Config, TrainingConfig
+from soup_xb.core.config import MEDIA_TASKS, SAMPLED, Config, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
@@ -59,8 +59,12 @@ class Plan:
         return sum(int(self.rows.facts.targets[rows].sum()) for rows in self.step_rows(step))
 
     def real_tokens(self, step: int) -> int:
-        """Tokens of `step` without padding, over all micro-batches and processes."""
-        return sum(int(self.rows.facts.tokens[rows].sum()) for rows in self.step_rows(step))
+        """Tokens of `step` without padding, over all micro-batches and processes.
+
+        A prompt counts once for each of its answers, whose own tokens are known when they are sampled.
+        """
+        times = self.config.training.group_size if self.config.task in SAMPLED else 1
+        return times * sum(int(self.rows.facts.tokens[rows].sum()) for rows in self.step_rows(step))
 
     def examples(self, step: int) -> int:
         """Rows of `step` (pairs, for tasks that compare two answers), over all micro-batches and processes."""

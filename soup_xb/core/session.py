@@ -148,12 +148,14 @@ class StepResult:
     """Mean loss over the step's targets and the gradient's norm before clipping, the same on every process.
 
     `applied` is False when either is not finite; nothing was updated then. `means` are further means of the step.
+    `sampled_tokens` counts the answers' tokens where the step sampled some: targets that no plan knows.
     """
 
     loss: float
     grad_norm: float
     applied: bool
     means: Mapping[str, float] = field(factory=dict)
+    sampled_tokens: int = 0
 
 
 @frozen

@@ -22,6 +22,7 @@ from soup_xb.core.tasks.rewards import Answer, PatternReward
 
 Config = Callable[..., Path]
 Soupx = Callable[..., Any]
+COUNTS = ("tokens", "target_tokens")
 FUNCTIONS = """
 def vowels(completion, row):
     return sum(letter in "aeiou" for letter in completion) / 8
@@ -29,6 +30,10 @@ def vowels(completion, row):
 
 def short(completion, row):
     return -len(completion) / 8
+
+
+def alike(completion, row):
+    return 0.25
 
 
 def divides(completion, row):
@@ -122,6 +127,7 @@ def test_two_processes_train_what_one_trains(soupx: Soupx, config: Config, tmp_p
     for kind in ("step", "eval"):
         for one, two in zip(events(tmp_path / "one", kind), events(tmp_path / "two", kind), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+            assert [two.get(key) for key in COUNTS] == [one.get(key) for key in COUNTS]
             assert two["means"] == pytest.approx(one["means"], abs=1e-5)
     one, two = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
@@ -154,10 +160,25 @@ def test_a_policy_learns_from_a_reward_model(soupx: Soupx, config: Config, tmp_p
     assert "error[no-reward-model]" in refused.err
 
 
+def test_answers_that_all_earn_the_same_are_told_early_and_end_the_run_with_the_way_out(
+    soupx: Soupx, config: Config, tmp_path: Path
+) -> None:
+    file = config(function="alike", save_steps=2)
+    done = soupx("train", file)
+    assert done.code == 4
+    assert "warning[equal-rewards] step 2: 2 steps in a row, from step 1, in which no answer" in done.err
+    assert f"error[equal-rewards] {file}:" in done.err
+    assert "training.rewards: in none of 4 steps did any answer earn more" in done.err
+    assert "0.25 on average" in done.err
+    assert all(f"`training.{key}`" in done.err for key in ("answer_pattern", "temperature", "max_new_tokens"))
+    assert "adapter-inert" not in done.err
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     ("function", "code", "line", "words"),
     [
-        ("divides", "reward-failed", ":11", "ZeroDivisionError: division by zero"),
+        ("divides", "reward-failed", ":15", "ZeroDivisionError: division by zero"),
         ("talks", "reward-not-a-number", "", "returns much"),
         ("vowel", "reward-file", "", "did you mean `vowels`?"),
     ],

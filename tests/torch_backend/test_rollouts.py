@@ -112,6 +112,26 @@ def test_numbers_choose_a_sample_of_the_stock_distribution(opener: Opener, tiny_
         assert len(answer) == 3 or answer[-1] in ENDS
 
 
+def test_the_tokens_of_a_step_are_those_that_are_trained_on(
+    opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, rolling, plan = opener()
+    trained: list[Any] = []
+    own = session.train_step
+
+    def seen(batches: Any, step: StepSettings) -> StepResult:
+        trained.extend(batches)
+        result: StepResult = own(batches, step)
+        return result
+
+    monkeypatch.setattr(session, "train_step", seen)
+    for step in (1, 2):
+        trained.clear()
+        [result] = train(rolling, plan, step, step)
+        assert result.sampled_tokens == sum(batch.target_tokens for batch in trained)
+        assert plan.real_tokens(step) + result.sampled_tokens == sum(batch.real_tokens for batch in trained)
+
+
 def test_an_answer_does_not_depend_on_the_batch_it_is_in(opener: Opener) -> None:
     session, _, plan = opener()
     prompts = [row.sequences[0].tokens for row in plan.rows]

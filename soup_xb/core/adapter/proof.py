@@ -40,6 +40,11 @@ class Proof:
         moved = [one for one in self.deviations if one.inert < one.pairs]
         return max(moved or self.deviations, key=lambda one: one.relative)
 
+    @property
+    def has_effect(self) -> bool:
+        """Whether the adapter adds anything anywhere."""
+        return any(one.inert < one.pairs for one in self.deviations)
+
     def notices(self) -> tuple[Problem, ...]:
         """How close live and saved are, and what of the adapter adds nothing."""
         text = (
@@ -107,7 +112,7 @@ def prove(session: Session, plan: AdapterPlan, folder: Path, factors: Factors) -
 
 def check_effect(proof: Proof, plan: Plan, folder: Path) -> None:
     """Raise ModelError `adapter-inert` where a run ended with an adapter that adds nothing anywhere."""
-    if any(one.inert < one.pairs for one in proof.deviations):
+    if proof.has_effect:
         return
     raise ModelError(
         "adapter-inert",

@@ -56,7 +56,11 @@ class RollingSession:
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """Answer the step's prompts with the model as it is, and do one update on the answers."""
         answered = [self._answered(batch, f"step {step.step}") for batch in micro_batches]
-        return self._session.train_step(answered, step)
+        result = self._session.train_step(answered, step)
+        answers = step.examples * self._rules.group_size
+        # The mean over all processes' answers, each of which knows its own alone.
+        sampled = round(result.means.get("completion_tokens", 0.0) * answers)
+        return evolve(result, sampled_tokens=sampled)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSum:
         """Answer the prompts, and tell how the answers fare."""
