@@ -27,7 +27,7 @@ test-all: lint
 
 # Kills, corruptions, full disks, fuzzing and long runs, all of them; prints a table of counts.
 torture: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest tests/torture tests/fuzz
+	$(VENV)/bin/python -m pytest tests/torture tests/fuzz -n $(WORKERS) --dist worksteal
 
 # Known vulnerabilities of the installed packages; it asks the package registry, so no test does it.
 audit: $(VENV)/installed-test

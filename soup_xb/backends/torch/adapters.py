@@ -103,15 +103,8 @@ class Adapters:
             with self._merges_taken_off():
                 yield
             return
-        for layer in self.layers.values():
-            layer.enable_adapters(False)
-        try:
+        with bypassed(self.layers, self.parameters()):
             yield
-        finally:
-            for layer in self.layers.values():
-                layer.enable_adapters(True)
-            for parameter in self.parameters().values():
-                parameter.requires_grad_(True)
 
     def delta(self, name: str, piece: Piece) -> torch.Tensor:
         """What a piece adds to a module's weight, float32, in its shape."""
@@ -171,6 +164,20 @@ class Adapters:
             parameter.requires_grad_(True)
         first = start or Start(random_factor(adapter, self.plan.seed), np.zeros(adapter.b_shape, np.float32))
         self.begin(adapter.name, first.a, first.b, start)
+
+
+@contextmanager
+def bypassed(layers: Mapping[str, Any], parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, PEFT's layers pass their input to the base alone; `parameters`, which PEFT freezes then, train again."""
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.enable_adapters(True)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
 
 def check_reach(model: Any, plan: AdapterPlan, layers: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as functional
 
 
-class DownFactor(torch.nn.Linear):
-    """A (rank, in_features), stacked under a start A0 with A - A0. `instead` replaces both for a while."""
+class _Factor(torch.nn.Linear):
+    """A trained factor, what it started from where that is base weight, and what replaces both for a while."""
 
     start: torch.Tensor | None
     instead: torch.Tensor | None
@@ -26,8 +26,12 @@ class DownFactor(torch.nn.Linear):
 
     @property
     def trained(self) -> torch.nn.Parameter:
-        """A itself."""
+        """The factor itself."""
         return self.weight
+
+
+class DownFactor(_Factor):
+    """A (rank, in_features), stacked under a start A0 with A - A0."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(…, in_features) -> (…, rank), or twice the rank with a start.
@@ -46,23 +50,8 @@ class DownFactor(torch.nn.Linear):
         return torch.cat([down, down - whole], dim=-1)
 
 
-class UpFactor(torch.nn.Linear):
-    """B (out_features, rank); beside a start B0, [B - B0, B0]. `instead` replaces both for a while."""
-
-    start: torch.Tensor | None
-    instead: torch.Tensor | None
-
-    def __init__(self, shape: tuple[int, ...], place: torch.device) -> None:
-        """Make room for a weight of that shape, float32, which is set later."""
-        super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=torch.float32)
-        self.to_empty(device=place)
-        self.register_buffer("start", None, persistent=False)
-        self.register_buffer("instead", None, persistent=False)
-
-    @property
-    def trained(self) -> torch.nn.Parameter:
-        """B itself."""
-        return self.weight
+class UpFactor(_Factor):
+    """B (out_features, rank); beside a start B0, [B - B0, B0]."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What `DownFactor` gave -> (…, out_features)."""

@@ -13,7 +13,7 @@ from peft import VeraConfig, VeraModel
 from peft.tuners.vera.layer import VeraLayer
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.adapters import ADAPTER, Factors, check_reach
+from soup_xb.backends.torch.adapters import ADAPTER, Factors, bypassed, check_reach
 from soup_xb.backends.torch.sharding import compute_device
 from soup_xb.core.adapter.pieces import Piece
 from soup_xb.core.adapter.vera import LAMBDA_START, SHARED, first_factors, lora_pair
@@ -89,15 +89,8 @@ class VeraAdapters:
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Inside, the model is the base, exact to the bit."""
-        for layer in self.layers.values():
-            layer.enable_adapters(False)
-        try:
+        with bypassed(self.layers, self.parameters()):
             yield
-        finally:
-            for layer in self.layers.values():
-                layer.enable_adapters(True)
-            for parameter in self.parameters().values():
-                parameter.requires_grad_(True)
 
     def _start(self, name: str, arrays: Mapping[str, Array]) -> None:
         layer = self.layers[name]
