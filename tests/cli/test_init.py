@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
+from soup_xb.cli.questions import bases_for
 from soup_xb.core.config_file import load_config, parse_config
 from soup_xb.core.templates import list_templates, load_sample, load_template, shipped_folder
 
@@ -236,6 +238,34 @@ def test_a_small_machine_takes_the_rows_of_a_step_one_at_a_time(place: Path) -> 
     usual = parse_config(load_template("dpo"), "dpo.yaml").config.training
     rows = usual.batch_size * usual.gradient_accumulation_steps
     assert (training.batch_size, training.gradient_accumulation_steps) == (1, rows)
+
+
+def test_plain_text_is_learned_by_a_base_that_is_no_chat_model(place: Path) -> None:
+    templates = [template.name for template in list_templates(shipped_folder())]
+    code, screen = on_a_terminal(place, f"{templates.index('pretrain') + 1}\n", "\n", "3\n", "\n")
+    assert code == 0, screen
+    offered = screen[screen.index("Which base?") :]
+    assert offered.count("-Base (") == 3
+    assert not any(word in offered for word in ("Instruct", "Qwen3-1.7B ("))
+    assert load_config(place / "soup.yaml").config.base == "Qwen/Qwen3-1.7B-Base"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_s_own_base_is_among_those_that_are_offered(name: str) -> None:
+    template = next(one for one in list_templates(shipped_folder()) if one.name == name)
+    base = parse_config(load_template(name), name).config.base
+    assert base in bases_for(template)
+    # One of a person's own is offered what suits its task, whatever its name.
+    assert name == "moe" or base in bases_for(evolve(template, name="mine"))
+
+
+def test_pictures_are_not_cut_off_on_a_small_machine(place: Path) -> None:
+    templates = [template.name for template in list_templates(shipped_folder())]
+    code, screen = on_a_terminal(place, f"{templates.index('vision') + 1}\n", "\n", "4\n", "\n")
+    assert code == 0, screen
+    usual = parse_config(load_template("vision"), "vision.yaml").config
+    config = load_config(place / "soup.yaml").config
+    assert (config.data.max_length, config.training.batch_size) == (usual.data.max_length, 1)
 
 
 def test_an_embedding_model_keeps_the_rows_that_are_told_from_each_other(place: Path) -> None:
