@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from soup_xb.core.adapter.embedding_files import EmbeddingFacts, read_embedding_facts, write_embedding_files
+from soup_xb.core.adapter.embedding_files import (
+    OWN,
+    EmbeddingFacts,
+    read_embedding_facts,
+    write_embedding_files,
+)
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
+from soup_xb.core.base.base_folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import EmbeddingSession, Session
@@ -29,12 +35,25 @@ def trained_facts(run: Opened) -> EmbeddingFacts:
     )
 
 
-def saved_facts(saved: SavedAdapter | None, folder: Path | None) -> EmbeddingFacts | None:
+def embeds(saved: SavedAdapter, folder: Path, base: BaseFolder | None = None) -> bool:
+    """Whether a saved adapter's model makes vectors of texts.
+
+    PEFT writes no task where it was given none: then the files beside it tell, or a `base` that writes none.
+    """
+    told = saved.settings.get("task_type")
+    if told is not None or saved.head is not None:
+        return bool(told == TASK_TYPE)
+    return (folder / OWN).is_file() or (base is not None and base.is_encoder)
+
+
+def saved_facts(
+    saved: SavedAdapter | None, folder: Path | None, base: BaseFolder | None = None
+) -> EmbeddingFacts | None:
     """How a saved adapter's model turns texts into vectors; None for an adapter that does not embed.
 
     One that another tool wrote has our defaults, and the pooling that fits its base.
     """
-    if saved is None or folder is None or saved.settings.get("task_type") != TASK_TYPE:
+    if saved is None or folder is None or not embeds(saved, folder, base):
         return None
     default = Embedding()
     return read_embedding_facts(folder) or EmbeddingFacts(
@@ -54,7 +73,7 @@ def save_embedding_model(
 
 def refuse_embeddings(saved: SavedAdapter, folder: Path, what: str) -> None:
     """Raise ModelError where an adapter that embeds texts is asked for words."""
-    if saved.settings.get("task_type") == TASK_TYPE:
+    if embeds(saved, folder):
         raise ModelError(
             "embeds-only",
             f"the adapter makes vectors of texts, and {what}",

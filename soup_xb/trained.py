@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 
 from soup_xb.backends import available_backend, is_installed, open_session
 from soup_xb.core.adapter.embedding_files import EmbeddingFacts
+from soup_xb.core.adapter.media_file import read_media_task
 from soup_xb.core.adapter.reward_head import is_reward_model
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
 from soup_xb.core.base.base_folder import BaseFolder, inspect_base
@@ -86,9 +87,9 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     if saved is not None and saved.head is not None and folder is not None:
         raise is_reward_model(folder)
     base = inspect_base(resolve_base(options.base or base_of(saved, folder)))
-    task = task_of_processor(base.path) if folder and is_processor_folder(folder) else ""
+    task = media_task(base.path, folder)
     tokenizer = _tokenizer(base, folder, task)
-    facts = saved_facts(saved, folder)
+    facts = saved_facts(saved, folder, base)
     if facts is not None and options.backend == "mlx":
         raise ConfigError(
             "mlx-no-embedding",
@@ -168,20 +169,37 @@ def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:
         init_strategy="random",
         use_rslora=bool(saved.settings.get("use_rslora")),
         seed=0,
-        task_type=str(saved.settings.get("task_type") or "CAUSAL_LM"),
+        task_type=_task_type(saved),
     )
 
 
-def base_modules(name: str, objective: Any = None) -> tuple[Module, ...]:
-    """The modules of a base, opened for an objective, that can carry an adapter: its structure, without weights."""
+def _task_type(saved: SavedAdapter) -> str | None:
+    """PEFT's word for what the adapted model does; many adapters have none."""
+    told = saved.settings.get("task_type")
+    return told if isinstance(told, str) else None
+
+
+def base_modules(name: str, objective: Any = None, task: str = "") -> tuple[Module, ...]:
+    """The modules of a base that can carry an adapter: its structure, without weights.
+
+    It is opened for an objective, or whole where the task's rows have files.
+    """
     folder = inspect_base(resolve_base(name), weights=False)
-    settings = evolve(session_on(folder.path, "auto"), weights=False, objective=objective)
+    media = MEDIA_TASKS.get(task, "")
+    settings = evolve(session_on(folder.path, "auto"), weights=False, objective=objective, media=media)
     # transformers knows every type of base, mlx-lm those that are proven.
     session = open_session("torch" if is_installed("transformers") else available_backend("auto"), settings)
     try:
         return session.describe().modules
     finally:
         session.close()
+
+
+def media_task(base: Path, folder: Path | None) -> str:
+    """The task of an adapter whose rows had files: what its folder says, or else its base's processor."""
+    if folder is None or not is_processor_folder(folder):
+        return ""
+    return read_media_task(folder) or task_of_processor(base)
 
 
 def _stored_precision(base: BaseFolder) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import wave
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def save_qwen_vl(folder: Path) -> Path:
     return save_model(folder, hf.AutoModelForImageTextToText, config)
 
 
-def save_gemma4(folder: Path) -> Path:
+def save_gemma4(folder: Path, hears: bool = False) -> Path:
     """Gemma 4 that sees: its tower's linears are clippable, with finite clamps."""
     import transformers as hf
 
@@ -152,7 +153,11 @@ def save_gemma4(folder: Path) -> Path:
             "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 8,
             "pooling_kernel_size": 2, "position_embedding_size": 64, "use_clipped_linears": True,
         },
-        audio_config=None,
+        audio_config={
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 32,
+            "subsampling_conv_channels": [32, 4], "attention_chunk_size": 4, "attention_context_left": 5,
+            "conv_kernel_size": 3,
+        } if hears else None,
         image_token_id=words.image_token_id, boi_token_id=words.boi_token_id,
         eoi_token_id=words.eoi_token_id, audio_token_id=words.audio_token_id,
     )  # fmt: skip
@@ -205,6 +210,7 @@ BASES = {
     "idefics3": save_idefics3,
     "qwen-vl": save_qwen_vl,
     "gemma-4": save_gemma4,
+    "gemma-4-audio": partial(save_gemma4, hears=True),
     "whisper": save_whisper,
     "qwen-audio": save_qwen_audio,
 }

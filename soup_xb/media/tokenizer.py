@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from attrs import evolve, field, fields, frozen
 
+from soup_xb.core.adapter.media_file import write_media_kind
 from soup_xb.core.config import MEDIA_TASKS
 from soup_xb.core.errors import DataError
 from soup_xb.core.legible import mask_file
@@ -43,8 +44,9 @@ class MediaTokenizer(ChatTokenizer):
         return True
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, and the processor's settings as the base has them."""
+        """Write the tokenizer's files, the processor's settings as the base has them, and the kind of the files."""
         super().save(folder)
+        write_media_kind(folder, self.maker.kind)
         for name in KEPT_FILES:
             if (self.base / name).is_file():
                 shutil.copyfile(self.base / name, folder / name)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.base.rope_scaling import RopeScaling, note_scaling
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.session import AdapterPlan
@@ -49,13 +51,13 @@ def live_logits(base: Path, adapter: Path) -> tuple[np.ndarray, np.ndarray]:
         return opened.session.logits(TOKENS), opened.session.logits(TOKENS, adapter=False)
 
 
-def stock_mlx_lm_logits(base: Path, adapter: Path) -> np.ndarray:
+def stock_mlx_lm_logits(base: Path, adapter: Path, **settings: object) -> np.ndarray:
     import soup_xb.backends.mlx  # isort: skip - loads the fast BLAS before mlx, where there is one
     import mlx.core as mx
     from mlx_lm import load
 
     assert soup_xb.backends.mlx.__doc__
-    model, _ = load(str(base), adapter_path=str(adapter))
+    model, _ = load(str(base), adapter_path=str(adapter), model_config=settings)
     return np.array(model(mx.array(TOKENS)).astype(mx.float32))
 
 
@@ -84,6 +86,32 @@ def test_an_adapter_comes_back_from_mlx_lm_s_form(adapter: Path, tiny_llama: Pat
     np.testing.assert_allclose(
         live_logits(tiny_llama, tmp_path / "back")[0], live_logits(tiny_llama, adapter)[0], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("original", [64, 0], ids=["length", "the base's length"])
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_stock_mlx_lm_stretches_positions_as_the_exported_adapter_says(
+    adapter: Path, tiny_llama: Path, tmp_path: Path, kind: str, original: int
+) -> None:
+    note_scaling(adapter, RopeScaling(kind, 4.0, original))
+    target = tmp_path / "exported"
+    [notice] = export_adapter(adapter, target, "mlx-lm", str(tiny_llama))
+    written = re.search(r"model_config=({.*})\)\n", (target / "README.md").read_text())
+    assert written
+    assert written[1] in notice.message
+    stretched = stock_mlx_lm_logits(tiny_llama, target, **json.loads(written[1]))
+    live, _ = live_logits(tiny_llama, adapter)
+    np.testing.assert_allclose(stretched, live, atol=1e-4)
+    assert np.abs(stock_mlx_lm_logits(tiny_llama, target) - live).max() > 1e-2
+    export_adapter(target, tmp_path / "back", "peft", str(tiny_llama))
+    np.testing.assert_allclose(live_logits(tiny_llama, tmp_path / "back")[0], live, atol=1e-5)
+
+
+def test_positions_that_mlx_lm_stretches_otherwise_are_refused(adapter: Path, tmp_path: Path) -> None:
+    note_scaling(adapter, RopeScaling("dynamic", 2.0))
+    with pytest.raises(ModelError, match="which mlx-lm computes otherwise"):
+        export_adapter(adapter, tmp_path / "exported", "mlx-lm")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_the_merged_model_stands_alone(adapter: Path, tiny_llama: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from soup_xb.core.disk.durable import write_text
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ModelError
 
+MODULE_FOLDERS = ("1_Pooling", "2_Normalize")
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"
 # What sentence-transformers has no place for: the loss's scale, beside what its own files say.
 OWN = "embedding.json"

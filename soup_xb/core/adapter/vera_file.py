@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from soup_xb.core.adapter.vera import LAMBDA_START, SHARED, lora_pair
+from soup_xb.core.base.rope_scaling import NOTE
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.session import AdapterPlan
@@ -117,9 +118,11 @@ def plain_settings(
 ) -> dict[str, Any]:
     """What `adapter_config.json` says of the plain form: alpha is the rank, so that the scale is 1."""
     rank = int(factors[SHARED]["vera_A"].shape[0])
+    # What the adapter is for is the same in either form.
+    kept = ("task_type", "base_model_name_or_path", NOTE)
     return {
+        **{key: settings[key] for key in kept if key in settings},
         "peft_type": "LORA",
-        "base_model_name_or_path": settings.get("base_model_name_or_path"),
         "r": rank,
         "lora_alpha": rank,
         "target_parameters": [

@@ -29,6 +29,8 @@ _LARGEST = {
     "n_head": 65_536,
     "n_embd": 2**20,
 }
+# In the model types of encoders: roberta, modernbert, xlm-roberta-xl and others.
+_ENCODERS = ("bert", "mpnet", "electra")
 
 
 @frozen
@@ -44,6 +46,16 @@ class BaseFolder:
     def model_type(self) -> str:
         """The config's `model_type`."""
         return str(self.config.get("model_type", ""))
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it reads texts and writes none, as far as the config alone tells: BERT and its kin."""
+        named = self.config.get("architectures")
+        names = [str(name) for name in named] if isinstance(named, list) else []
+        if any("CausalLM" in name or "LMHead" in name for name in names):
+            return False
+        masked = any(name.endswith("ForMaskedLM") for name in names)
+        return masked or any(kin in self.model_type for kin in _ENCODERS)
 
     @property
     def quantization(self) -> str:
