@@ -24,6 +24,7 @@ from soup_xb.dataset import load_dataset
 from soup_xb.embedding_texts import fitted_data
 from soup_xb.hub import resolve_base
 from soup_xb.media.tokenizer import open_tokenizer_for
+from soup_xb.rendering import RENDERER
 from soup_xb.tokenizer import ChatTokenizer
 
 
@@ -52,6 +53,8 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     tokenizer = open_tokenizer_for(config.task, base.path, config.data.chat_template)
     data, cut = fitted_data(config, base, tokenizer)
     dataset = load_dataset(data, tokenizer, config.training.seed, config.task)
+    # It would keep its memory through the whole run; who asks it again starts it again.
+    RENDERER.close()
     session = open_session(name, session_settings(config, base.path, weights))
     try:
         resolution, coverage = resolve_for(loaded, session)

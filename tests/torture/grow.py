@@ -1,4 +1,4 @@
-"""Train a config and print by how much memory, descriptors and children grew; steps before 1,000 warm up."""
+"""`grow.py FILE WARM`: train a config and print by how much memory, descriptors and children grew after WARM steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import sys
 from pathlib import Path
-
-WARM = 1000
 
 
 def resident() -> int:
@@ -41,12 +39,12 @@ def main() -> None:
 
     points: list[tuple[int, int]] = []
     open_files: list[int] = []
-    saves = 0
+    saves, warm = 0, int(sys.argv[2])
 
     def listen(event: Event) -> None:
         nonlocal saves
         saves += isinstance(event, SaveEvent)
-        if isinstance(event, StepEvent) and event.step >= WARM and event.step % 20 == 0:
+        if isinstance(event, StepEvent) and event.step >= warm and event.step % 20 == 0:
             points.append((event.step, resident()))
             open_files.append(descriptors())
 
