@@ -9,25 +9,29 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
-from soup_xb.core.config import DataConfig
+from soup_xb.core.config import SAMPLED, DataConfig
 from soup_xb.core.data import read_rows
 from soup_xb.core.disk.places import local_path
-from soup_xb.core.errors import DataError, Problem
+from soup_xb.core.errors import ConfigError, DataError, Problem
 from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.embedding_formats import embedding_formats
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
+from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.judged_rows import rows_for_task
 from soup_xb.core.rows.packing import pack, packing_notice, split_long
 from soup_xb.core.rows.preference_formats import EVERY_FORMAT, formats_of
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.rules.run_rules import is_local_path
+from soup_xb.core.rules.streaming_rules import STREAMED_FILE
 from soup_xb.core.schedule import floor_share
+from soup_xb.data_source import DataSource, Reading
 from soup_xb.hub_dataset import hub_rows
-from soup_xb.token_file import DataSource, Reading, TokenFile, token_file
+from soup_xb.hub_stream import HubStream
+from soup_xb.token_file import TokenFile, token_file
 from soup_xb.tokenize_process import Tokenizing
 from soup_xb.tokenizer import ChatTokenizer
 
@@ -45,17 +49,26 @@ class Dataset:
     warnings: tuple[Problem, ...] = ()
 
 
-def load_dataset(data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft") -> Dataset:
+def load_dataset(
+    data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft", goal: Goal | None = None
+) -> Dataset:
     """The rows of a config's `data` section, packed where the task or `data.packing` says so.
 
-    Rows held out by `val_split` depend on their number and `seed` alone. Raises DataError for a file or row
+    Rows held out by `val_split` depend on their number and `seed` alone. With a `goal` the training rows are streamed
+    from the hub, until there are so many. Raises DataError for a file or row
     that cannot be used, and where no row of a file has anything to learn; ModelError for conversations on a
     base without a chat template.
     """
     # Documents are cut into pieces and nothing of them is left out; rows of a task with answers are cut short.
     longest = sys.maxsize if task == "pretrain" else data.max_length
-    train = [_token_file(entry, data, task, (tokenizer, longest)) for entry in data.train]
-    held_out = [_token_file(entry, data, task, (tokenizer, longest)) for entry in data.eval]
+    cut = (tokenizer, longest)
+    train = [
+        _token_file(entry, data, task, cut)
+        if goal is None
+        else _streamed(entry, data, task, cut, (goal, seed))
+        for entry in data.train
+    ]
+    held_out = [_token_file(entry, data, task, cut) for entry in data.eval]
     rows = join_rows([file.rows for file in train])
     evaluation = join_rows([file.rows for file in held_out])
     if data.val_split > 0:
@@ -122,16 +135,38 @@ def split_rows(rows: Sequence[LearnedRow], share: float, seed: int) -> tuple[Row
 def _token_file(entry: str, data: DataConfig, task: str, cut: tuple[ChatTokenizer, int]) -> TokenFile:
     """One entry of the config's data, tokenized and cut at so many tokens."""
     path = local_path(entry)
-    if is_local_path(entry) or not _HUB_ID.fullmatch(entry) or path.exists():
+    if _is_local(entry):
         source = _local(entry, path)
     else:
         found = hub_rows(entry, data.subset, data.split)
         source = DataSource(entry, entry, found.__iter__, found.files, (data.subset or "", data.split))
+    return token_file(source, _reading(data, task), Tokenizing(entry, *cut))
+
+
+def _streamed(
+    entry: str, data: DataConfig, task: str, cut: tuple[ChatTokenizer, int], taken: tuple[Goal, int]
+) -> TokenFile:
+    """The first rows of a hub dataset in the order of a seed, tokenized and cut at so many tokens."""
+    goal, seed = taken
+    if _is_local(entry):
+        text, help = STREAMED_FILE
+        raise ConfigError("streaming-local-data", f"`{entry}` {text}", where="data.train", help=help)
+    stream = HubStream(entry, data.subset, data.split, seed)
+    deciding = (data.subset or "", data.split, stream.revision, str(seed))
+    source = DataSource(entry, entry, stream.rows, extra=deciding, goal=goal, told=stream.told)
+    found = token_file(source, _reading(data, task), Tokenizing(entry, *cut))
+    return evolve(found, notices=(*stream.notices, *found.notices))
+
+
+def _is_local(entry: str) -> bool:
+    return is_local_path(entry) or not _HUB_ID.fullmatch(entry) or local_path(entry).exists()
+
+
+def _reading(data: DataConfig, task: str) -> Reading:
     if task == "embedding":
-        reading = _embedding(data.format, data.query_prompt or "", data.document_prompt or "")
-    else:
-        reading = Reading("text" if task == "pretrain" else data.format, formats_of(task))
-    return token_file(source, reading, Tokenizing(entry, *cut))
+        return _embedding(data.format, data.query_prompt or "", data.document_prompt or "")
+    formats = formats_of(task)
+    return Reading("text" if task == "pretrain" else data.format, formats, has_columns=task not in SAMPLED)
 
 
 def _embedding(format: str, query_prompt: str, document_prompt: str) -> Reading:

@@ -18,6 +18,7 @@ from soup_xb.core.config_file import LoadedConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution, resolve_adapters
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.rows.goal import streaming_goal
 from soup_xb.core.session import Session, SessionSettings
 from soup_xb.core.tasks.objective_settings import objective_of
 from soup_xb.dataset import load_dataset
@@ -25,6 +26,7 @@ from soup_xb.embedding_texts import fitted_data
 from soup_xb.hub import resolve_base
 from soup_xb.media.tokenizer import open_tokenizer_for
 from soup_xb.rendering import RENDERER
+from soup_xb.same_rows import check_same_rows
 from soup_xb.tokenizer import ChatTokenizer
 
 
@@ -52,7 +54,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     check_towers(loaded, base, name)
     tokenizer = open_tokenizer_for(config.task, base.path, config.data.chat_template)
     data, cut = fitted_data(config, base, tokenizer)
-    dataset = load_dataset(data, tokenizer, config.training.seed, config.task)
+    dataset = load_dataset(data, tokenizer, config.training.seed, config.task, streaming_goal(config))
     # It would keep its memory through the whole run; who asks it again starts it again.
     RENDERER.close()
     session = open_session(name, session_settings(config, base.path, weights))
@@ -60,6 +62,8 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
         resolution, coverage = resolve_for(loaded, session)
         resolution = evolve(resolution, warnings=(*resolution.warnings, *dataset.warnings))
         plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
+        if config.data.streaming:
+            check_same_rows(session, plan.rows)
         notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *cut, *dataset.notices)
         yield Opened(loaded, base, session, tokenizer, plan, coverage, notices)
     finally:

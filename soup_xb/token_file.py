@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import date
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import evolve, frozen
 
-import soup_xb
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import FULL, free_bytes
 from soup_xb.core.disk.user_cache import user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
-from soup_xb.core.formats import Formats
 from soup_xb.core.processors import tokenizing_processes
 from soup_xb.core.rows.example_file import ExampleReader
-from soup_xb.core.rows.examples import Row
+from soup_xb.core.rows.examples import AnyExample
+from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.row_kinds import KINDS
 from soup_xb.core.rows.row_table import COLUMNS, Columns, RowTable
 from soup_xb.core.rows.rows import ListedRows, Rows
@@ -35,46 +31,19 @@ from soup_xb.core.rows.token_cache import (
     evict,
     open_entry,
 )
-from soup_xb.core.run.checkpoint_manifest import file_sha256
 from soup_xb.core.units import bytes_text
+from soup_xb.data_source import DataSource, Reading
 from soup_xb.row_tally import RowTally
+from soup_xb.token_key import token_key
 from soup_xb.tokenize_process import Batch, Tokenizing, UnkeptRowsError
 from soup_xb.tokenizing import tokenized
 
 # Smaller data is tokenized in about the time that checking a kept copy takes.
 KEPT_FROM_BYTES = 2**20
-_LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
+# A row of which no file tells the size, in bytes: about that of a short conversation.
+_STREAMED_ROW = 1024
 
 Array = np.ndarray[Any, Any]
-
-
-@frozen(eq=False)
-class DataSource:
-    """Where rows come from: a reader that starts anew with each call.
-
-    `name` is as the config writes it, `place` what rows name as theirs. `files` are what the rows are read from,
-    `extra` what else decides which rows there are.
-    """
-
-    name: str
-    place: str
-    rows: Callable[[], Iterator[Row]]
-    files: tuple[Path, ...]
-    extra: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Bytes of its files."""
-        return sum(file.stat().st_size for file in self.files)
-
-
-@frozen
-class Reading:
-    """How rows are read: the format asked for, those that the task knows, and what else their meaning depends on."""
-
-    format: str
-    formats: Formats
-    extra: tuple[str, ...] = ()
 
 
 @frozen(eq=False)
@@ -98,9 +67,9 @@ def token_file(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFi
     conversations on a base without a chat template, ResourceError where there is no room for the rows.
     """
     # What a row says of its pictures or sounds is no column; it holds paths, not what they lead to.
-    if not source.files or source.size < KEPT_FROM_BYTES or how.tokenizer.reads_files:
+    if not _is_kept(source, reading) or how.tokenizer.reads_files:
         return _in_memory(source, reading, how)
-    key = _key(source, reading, how)
+    key = token_key(source, reading, how)
     folder = user_cache("tokens") / entry_name(key)
     try:
         with entry_lock(folder):
@@ -118,6 +87,12 @@ def token_file(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFi
         )
     found = _in_memory(source, reading, how)
     return evolve(found, notices=(*found.notices, unkept))
+
+
+def _is_kept(source: DataSource, reading: Reading) -> bool:
+    if source.goal is not None:
+        return reading.has_columns
+    return bool(source.files) and source.size >= KEPT_FROM_BYTES
 
 
 def _in_memory(source: DataSource, reading: Reading, how: Tokenizing) -> TokenFile:
@@ -194,20 +169,42 @@ class _Run:
         self, source: DataSource, reading: Reading, how: Tokenizing, processes: int | None = None
     ) -> None:
         self.source, self._reading, self._how = source, reading, how
-        self.processes = processes or tokenizing_processes(source.size)
+        self._asked = processes
+        self.processes = 1
         self._tally = RowTally(source.name, how.max_length)
         self._reader: ExampleReader | None = None
         self._rows = 0
+        self._ended: tuple[Problem, ...] = ()
 
     def batches(self) -> Iterator[Batch]:
-        """The rows in order."""
+        """The rows in order, as many as the source's goal asks for."""
         self._reader = ExampleReader(
             self.source.rows(), self._reading.format, self.source.name, self._reading.formats
         )
-        for batch in tokenized(iter(self._reader), self._how, self.processes):
+        examples, goal = iter(self._reader), self.source.goal
+        if goal is None:
+            yield from self._tokenized(examples, self.source.size)
+        else:
+            yield from self._until(goal, examples, self._reader)
+
+    def _tokenized(self, examples: Iterator[AnyExample], size: int) -> Iterator[Batch]:
+        processes = self._asked or tokenizing_processes(size)
+        self.processes = max(self.processes, processes)
+        for batch in tokenized(examples, self._how, processes):
             self._tally.merge(batch.tally)
             self._rows += len(batch.columns["lines"]) if batch.kind else len(batch.rows)
             yield batch
+
+    def _until(self, goal: Goal, examples: Iterator[AnyExample], reader: ExampleReader) -> Iterator[Batch]:
+        held = 0
+        while count := goal.examples_to_read(reader.count, held):
+            before = reader.count
+            for batch in self._tokenized(islice(examples, count), count * _STREAMED_ROW):
+                held += goal.held(*_sizes(batch))
+                yield batch
+            if reader.count - before < count:
+                self._ended = (goal.ended_early(held, self.source.name),)
+                return
 
     def told(self) -> dict[str, Any]:
         """What became of the rows. Raises DataError where there is nothing to learn in any."""
@@ -215,7 +212,7 @@ class _Run:
         if not self._rows:
             raise self._tally.nothing_to_learn(self._reader.count)
         detection = self._reader.detection
-        notices = [*self._reader.notices(), *self._tally.notices()]
+        notices = [*self._reader.notices(), *self._tally.notices(), *self.source.told(), *self._ended]
         return {
             "format": detection.name,
             "reason": detection.reason,
@@ -264,6 +261,16 @@ class _Memory:
         return RowTable(self._place, _joined([batch])) if batch.kind else ListedRows(batch.rows)
 
 
+def _sizes(batch: Batch) -> tuple[Array, Array]:
+    """The sequences of each row, and the tokens of each sequence."""
+    if batch.kind:
+        return batch.columns["counts"], batch.columns["lengths"]
+    sequences = [row.sequences for row in batch.rows]
+    return np.array([len(one) for one in sequences]), np.array(
+        [row.length for one in sequences for row in one]
+    )
+
+
 def _joined(batches: list[Batch]) -> Columns:
     arrays = {name: np.concatenate([batch.columns[name] for batch in batches]) for name in COLUMNS}
     return Columns(KINDS[batches[0].kind], arrays, {})
@@ -271,33 +278,6 @@ def _joined(batches: list[Batch]) -> Columns:
 
 def _parts(problem: Problem) -> list[str]:
     return [problem.code, problem.message, problem.where, problem.help]
-
-
-def _key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str, Any]:
-    """Everything that the rows of a source depend on."""
-    template = how.tokenizer.template
-    return {
-        "name": [source.name, source.place],
-        "files": [file_sha256(file.resolve()) for file in source.files],
-        "readers": [file.suffix.lower() for file in source.files],
-        "extra": [list(source.extra), list(reading.extra)],
-        "format": reading.format,
-        "formats": list(reading.formats),
-        "max_length": how.max_length,
-        "tokenizer": how.tokenizer.fingerprint,
-        "day": date.today().isoformat() if template is not None and template.is_dated else "",
-        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "code": _code(),
-    }
-
-
-@lru_cache(maxsize=1)
-def _code() -> str:
-    """A hash of the modules that make rows: none of them can change and leave old rows in use."""
-    folder, digest = Path(soup_xb.__file__).parent, hashlib.sha256()
-    for file in sorted([*folder.glob("*.py"), *(folder / "core").glob("*.py")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _stamp(source: DataSource) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ FATES = {
     "core/modules:patterns-disagree": NOTICE,
     "core/rules/rules": "ConfigError",
     "core/rules/run_rules": "ConfigError",
+    "core/rules/streaming_rules": "ConfigError",
     "core/base/target_checks": "ConfigError",
     "core/yaml/yaml_errors": "ConfigError",
     "resume:fresh-start": NOTICE,

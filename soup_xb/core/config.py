@@ -113,6 +113,10 @@ class DataConfig:
     format: str = choice("auto", FORMATS, "How a row is written; `auto` looks at the columns.")
     split: str = words("train", "Split of a hub dataset.")
     subset: str | None = words(None, "Subset (configuration name) of a hub dataset.")
+    streaming: bool = switch(
+        False,
+        "Of a hub dataset, read over the network only the rows that `max_steps` trains on, instead of downloading it.",
+    )
     val_split: float = number(0.0, "Share of the training rows held out for evaluation.", _SHARE)
     max_length: int = integer(2048, "Longest row in tokens; what is longer is cut.", 2, 1_048_576)
     packing: bool = switch(

@@ -136,7 +136,7 @@ _DATA = (
     *_of_embeddings("data.format=anchor-positive", "data.query_prompt", "data.document_prompt"),
     Row("data.format=transcript", "audio", mlx=_NO_SOUNDS, follows="task=audio"),
     Row("data.format=prompt", "grpo", mlx=_NO_ROLLOUTS, follows="task=grpo"),
-    *_works("data.packing", "data.chat_template"),
+    *_works("data.packing", "data.chat_template", "data.streaming"),
 )
 
 # A loss scaler would skip the updates whose gradient overflows: not the run that the file describes.

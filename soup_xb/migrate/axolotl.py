@@ -5,6 +5,7 @@ from __future__ import annotations
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.axolotl_data import read_data
 from soup_xb.migrate.preferences import AXOLOTL_NAMES, read_preferences
+from soup_xb.migrate.streaming import read_streaming
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -43,6 +44,7 @@ def read_axolotl(account: Account) -> None:
     read_data(account)
     _batches(account)
     _schedule(account)
+    read_streaming(account)
     _optimizer(account)
     _precision(account)
     _cadence(account)

@@ -8,6 +8,7 @@ from soup_xb.core.rules.run_rules import is_local_path
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.policies import without_critic
 from soup_xb.migrate.preferences import LLAMA_FACTORY_NAMES, read_preferences
+from soup_xb.migrate.streaming import read_streaming
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -48,6 +49,7 @@ def read_llama_factory(account: Account) -> None:
     _adapter(account)
     _targets(account)
     _batches_and_schedule(account)
+    read_streaming(account)
     _optimizer(account)
     _precision(account)
     _cadence(account)

@@ -26,9 +26,11 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             deepspeed* fsdp* ddp* device device_map max_memory* gpu_memory_limit world_size local_rank
             accelerator_config* tensor_parallel* context_parallel* sequence_parallel* dp_* ray_* heads_k_stride
             placement_strategy parallelism pipeline_stages""",
-        "rows are tokenized once and kept in the user cache; nothing of that is to be set, and nothing is streamed": """
+        "the files of a stream come in an order of the seed, and rows are shuffled once they are taken": """
+            buffer_size streaming_* shuffle_buffer_size pretrain_multipack_buffer_size""",
+        "rows are tokenized once and kept in the user cache; nothing of that is to be set": """
             dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory dataset_shard*
-            skip_prepare_dataset overwrite_cache preprocessing_* cache_dir tokenized_path streaming buffer_size
+            skip_prepare_dataset overwrite_cache preprocessing_* cache_dir tokenized_path
             shuffle_merged_datasets remove_unused_columns dataset_exact_deduplication disable_shuffling shards
             mix_strategy interleave*""",
         "nothing is uploaded; `hf auth login` holds the access token": "hub hub_* push_* hf_* ms_hub* om_hub*",

@@ -8,6 +8,7 @@ from soup_xb.core.config import KEYS, TASKS
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.policies import without_critic
 from soup_xb.migrate.preferences import read_preferences, soup_names
+from soup_xb.migrate.streaming import read_streaming
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -68,6 +69,7 @@ def read_soup(account: Account) -> None:
     _lora(account)
     _quantization(account)
     _training(account)
+    read_streaming(account, "data.streaming")
     for key, value in _DEFAULTS:
         account.add(key, value, _DEFAULT)
     if not {"training.warmup_steps", "training.warmup_ratio"} & account.values.keys():

@@ -264,6 +264,40 @@ CONTRADICTIONS = {
         "help": "data.val_split",
     },
     "a split of a local file": {"text": LEAST + "  split: test\n", "code": "key-without-effect"},
+    "streaming without steps": {
+        "text": "base: x\ndata:\n  train: org/rows\n  streaming: true\n",
+        "code": "streaming-without-steps",
+        "where": "soup.yaml:4: data.streaming: ",
+        "help": "training.max_steps",
+    },
+    "streaming a local file": {
+        "text": "base: x\ndata: {train: a.jsonl, streaming: true}\ntraining: {max_steps: 2}\n",
+        "code": "streaming-local-data",
+        "where": "soup.yaml:2: data.train: ",
+        "words": "tokenized into the cache",
+    },
+    "streaming several datasets": {
+        "text": "base: x\ndata: {train: [org/rows, org/more], streaming: true}\ntraining: {max_steps: 2}\n",
+        "code": "streaming-several",
+        "words": "how many rows each gives",
+    },
+    "evaluating on a hub dataset beside streaming": {
+        "text": "base: x\ndata: {train: org/a, eval: org/b, streaming: true}\ntraining: {max_steps: 2}\n",
+        "code": "streaming-eval",
+        "help": "data.val_split",
+    },
+    "streaming rows that name pictures": {
+        "text": "base: x\ntask: vision\ndata: {train: org/a, streaming: true}\ntraining: {max_steps: 2}\n",
+        "argv": "check --backend torch",
+        "code": "contradiction",
+        "words": "image files",
+    },
+    "streaming rows that name sounds": {
+        "text": "base: x\ntask: audio\ndata: {train: org/a, streaming: true}\ntraining: {max_steps: 2}\n",
+        "argv": "check --backend torch",
+        "code": "contradiction",
+        "words": "audio files",
+    },
     "output into the base": {
         "text": "base: ./m\ndata: {train: a.jsonl}\noutput: m\n",
         "code": "contradiction",

@@ -119,6 +119,19 @@ FILES = {
         "where": "nobody/nothing: ",
         "help": "hf download --repo-type dataset nobody/nothing",
     },
+    "no network for a dataset to be streamed": {
+        "argv": "train --set data.train=nobody/nothing --set data.streaming=true",
+        "code": "hub-unreachable",
+        "where": "nobody/nothing: ",
+        "help": "where there is a network",
+    },
+    "a folder to be streamed": {
+        "arrange": lambda place: (place / "nobody" / "nothing").mkdir(parents=True),
+        "argv": "train --set data.train=nobody/nothing --set data.streaming=true",
+        "exit": 2,
+        "code": "streaming-local-data",
+        "words": "read where they are",
+    },
 }
 
 JSON = {

@@ -44,6 +44,7 @@ OTHERS: dict[str, Any] = {
     "data.format": "sharegpt",
     "data.split": "test",
     "data.subset": "small",
+    "data.streaming": True,
     "data.val_split": 0.3,
     "data.max_length": 40,
     "data.packing": True,

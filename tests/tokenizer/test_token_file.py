@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.dataset import load_dataset, tokenize_file
 from soup_xb.encoding import BATCH
 from soup_xb.row_tally import RowTally
+from soup_xb.token_key import row_modules
 from soup_xb.tokenize_process import Batch
 
 COUNT = 3 * BATCH + 17
@@ -105,6 +108,20 @@ def test_another_setting_file_or_template_has_an_entry_of_its_own(opened, tmp_pa
     write(path, chats(41))
     tokenize_file(path, "auto", opened("byte-level", "chatml"), 64)
     assert len(entries(kept)) == 4
+
+
+def test_no_module_that_makes_rows_can_change_unnoticed(tmp_path):
+    """Whatever a process has imported when it has made rows is in the hash that they are kept under."""
+    code = (
+        "import json, sys\n"
+        "import soup_xb.dataset, soup_xb.tokenizing, soup_xb.tokenize_process, soup_xb.render_process\n"
+        "import soup_xb.media.tokenizer\n"
+        "print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.startswith('soup_xb')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {Path(file) for file in json.loads(done.stdout)}
+    assert len(imported) > 60
+    assert imported <= set(row_modules())
 
 
 def test_a_damaged_entry_is_tokenized_anew_with_a_notice(opened, tmp_path, kept):

@@ -6,10 +6,16 @@ from collections.abc import Collection
 
 from soup_xb.core.errors import Problem
 from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.rules import lora_rules, reward_rules, run_rules, sharding_rules
+from soup_xb.core.rules import lora_rules, reward_rules, run_rules, sharding_rules, streaming_rules
 from soup_xb.core.rules.dependent_keys import DEPENDENCES, OVERRULED
 
-RULES = (*lora_rules.RULES, *run_rules.RULES, *reward_rules.RULES, *sharding_rules.RULES)
+RULES = (
+    *lora_rules.RULES,
+    *run_rules.RULES,
+    *reward_rules.RULES,
+    *sharding_rules.RULES,
+    *streaming_rules.RULES,
+)
 
 
 def contradictions(loaded: LoadedConfig, faulty: Collection[str] = ()) -> list[Problem]:

@@ -12,7 +12,7 @@ from soup_xb.core.keys.loaded_config import LoadedConfig
 from soup_xb.core.rules.rules import Rule, excluded
 
 _LOCAL_PATH = re.compile(
-    r"[./~\\]|[A-Za-z]:\\|.*\.(jsonl?|csv|tsv|parquet|txt|gz|zst)$", re.IGNORECASE | re.DOTALL
+    r"[./~\\]|[A-Za-z]:\\|.*\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst)$", re.IGNORECASE | re.DOTALL
 )
 
 
