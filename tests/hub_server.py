@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 _API = re.compile(
     r"/api/datasets/(?P<name>[^/]+/[^/]+)"
@@ -72,6 +76,33 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the libraries of this process ask that hub, and keep what they and we cache below the folder."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+def environment(hub: Hub, folder: Path) -> dict[str, str]:
+    """The same for a process that is started: its environment."""
+    told = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "hub"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    return {**os.environ, **told, "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The bytes of a file with a row a line."""
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 class _Handler(BaseHTTPRequestHandler):

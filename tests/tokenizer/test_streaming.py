@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub.constants
 import pytest
-from hub_server import Hub, serving
+from hub_server import Hub, lines, serving, use
 
 from soup_xb.core.config import DataConfig
 from soup_xb.core.errors import ConfigError, DataError
@@ -31,21 +28,9 @@ FILES, ROWS = 20, 50
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The libraries' hub is a server of this machine, and every cache is this test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with serving() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-        template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
-        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        use(hub, monkeypatch, tmp_path)
         yield hub
-
-
-def lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def path(number: int) -> str:

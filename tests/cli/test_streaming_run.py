@@ -1,0 +1,73 @@
+"""`soupx train` on rows that it streams: what it asks the hub for, and that a resume asks for none of them again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub, environment, lines, serving, use
+
+NAME = "owner/name"
+WEIGHTS = Path("adapter") / "adapter_model.safetensors"
+
+
+@pytest.fixture
+def hub(chat_file: Path) -> Iterator[Hub]:
+    """A dataset of twenty files of fifty conversations."""
+    rows = [json.loads(line) for line in chat_file.read_text().splitlines()]
+    with serving() as hub:
+        hub.put(
+            NAME, {f"data/train-{file:02d}.jsonl": lines(rows[file:] + rows[:file]) for file in range(20)}
+        )
+        yield hub
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama: Path) -> Path:
+    content = {
+        "base": str(tiny_llama),
+        "backend": "torch",
+        "data": {"train": NAME, "streaming": True, "max_length": 128},
+        "training": {"max_steps": 6, "batch_size": 10, "save_steps": 2, "lora": {"r": 4}},
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "soup.yaml").write_text(json.dumps(content))
+    return tmp_path / "soup.yaml"
+
+
+def test_a_run_reads_two_files_of_twenty_and_says_so(hub: Hub, config: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "soup_xb", "train", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(hub, tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(hub.opened) == 2
+    assert sum(hub.served.values()) < 0.2 * sum(map(len, hub.datasets[NAME].values()))
+    assert "rows of 2 of 20 files of commit" in done.stderr
+    assert "60 rows, 6 steps" in done.stderr
+
+
+def test_a_resume_reads_no_row_again_and_a_changed_dataset_is_refused(
+    hub: Hub, config: Path, tmp_path: Path, soupx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(hub, monkeypatch, tmp_path)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert soupx("train", config, "--output", whole).code == 0
+    hub.forget()
+    resume = ("train", config, "--resume-from", whole / "checkpoints" / "step-00000002", "--output")
+    answer = soupx(*resume, cut)
+    assert answer.code == 0, answer.err
+    assert not hub.served
+    assert (cut / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    hub.put(NAME, {path: data.replace(b"Sure", b"Yes") for path, data in hub.datasets[NAME].items()})
+    answer = soupx(*resume, tmp_path / "other")
+    assert answer.code == 5
+    assert "error[changed-data]" in answer.err
