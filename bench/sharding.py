@@ -137,21 +137,20 @@ def _child(asked: dict[str, Any]) -> None:
     from soup_xb.core.rows.examples import Source, TokenRow
     from soup_xb.core.session import AdapterPlan, OptimizerSettings, SessionSettings, StepSettings
 
+    settings = SessionSettings(
+        base=Path(asked["base"]),
+        precision="fp32",
+        quantization="none",
+        gradient_checkpointing=False,
+        optimizer=OptimizerSettings("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0),
+        seed=0,
+        sharding=asked["sharding"],
+    )
     # The libraries' own memory is there already: the structure alone imports what opening imports.
-    outline_base(Path(asked["base"]))
+    outline_base(settings)
     join_processes(600)
     before = _reset_peak()
-    session = open_session(
-        SessionSettings(
-            base=Path(asked["base"]),
-            precision="fp32",
-            quantization="none",
-            gradient_checkpointing=False,
-            optimizer=OptimizerSettings("adamw", 0.9, 0.999, 1e-8, 0.0, 1.0),
-            seed=0,
-            sharding=asked["sharding"],
-        )
-    )
+    session = open_session(settings)
     told: dict[str, Any] = {"opened": _peak() - before}
     lora = LoraConfig(r=asked["rank"], target_modules="q_proj" if asked["rank"] == 4 else "auto")
     adapters = resolve_adapters(session.describe().modules, lora, {}).adapters

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from attrs import evolve
 
 from soup_xb.cli.options import config_options, json_option, load
 
@@ -37,7 +36,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     loaded = load(file, named, backend, overrides)
     from soup_xb.backends import choose_backend
     from soup_xb.core.base.coverage_text import coverage_rows
-    from soup_xb.core.memory import LargestBatch, estimate_memory
+    from soup_xb.core.largest_batch import LargestBatch
+    from soup_xb.core.memory import estimate_memory
     from soup_xb.core.plan_summary import plan_summary
     from soup_xb.core.support import refusals
     from soup_xb.opened import check_processes, open_run
@@ -49,20 +49,13 @@ def command(  # noqa: PLR0913 - one parameter an option
             click.echo(problem.render("warning"), err=True)
         for problem in run.session.notices()[1:]:
             click.echo(f"note: {problem.message}", err=True)
-        training = loaded.config.training
         facts, description = run.plan.rows.facts, run.session.describe()
-        longest = int(facts.lengths.max())
-        if loaded.config.task == "embedding":
-            # All texts of a row go through, and there is no head.
-            longest = int(facts.tokens.max())
-            description = evolve(description, vocabulary_size=0)
-        tokens = longest * (training.batch_size // processes)
         memory = estimate_memory(
             description,
             run.plan.adapters.modules,
-            training,
+            loaded.config.training,
             run.session.precision,
-            evolve(LargestBatch.of(tokens, description.vocabulary_size, chosen[0]), processes=processes),
+            LargestBatch.of(loaded.config, facts, description.vocabulary_size, chosen[0], processes),
         )
         summary = plan_summary(run.plan, run.coverage, memory, processes)
         covered = coverage_rows(run.coverage, chosen[0])

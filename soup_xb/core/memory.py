@@ -6,13 +6,15 @@ from attrs import frozen
 
 from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.config import TrainingConfig
+from soup_xb.core.largest_batch import LargestBatch
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import BaseDescription
-from soup_xb.core.tasks.head_chunks import positions_at_once
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 # 4 bits and a scale for 64 weights that is quantized itself; 8 bits and a scale a row.
 _QUANTIZED_BYTES = {"4bit": 0.52, "8bit": 1.01}
+# Whole blocks at a time where processes share the base.
+_GATHERED = 3
 
 
 @frozen
@@ -29,20 +31,6 @@ class MemoryEstimate:
         return self.base + self.adapter + self.activations
 
 
-@frozen
-class LargestBatch:
-    """The largest micro-batch of one of `processes`: its tokens, and how many of them go through the head together."""
-
-    tokens: int
-    through_head: int
-    processes: int = 1
-
-    @classmethod
-    def of(cls, tokens: int, vocabulary: int, backend: str) -> LargestBatch:
-        """A micro-batch on a backend; the mlx head takes all targets at once."""
-        return cls(tokens, positions_at_once(tokens, vocabulary) if backend == "torch" else tokens)
-
-
 def estimate_memory(
     description: BaseDescription,
     adapters: tuple[AdapterModule, ...],
@@ -55,8 +43,8 @@ def estimate_memory(
     Kept activations are taken as, for each block and token, the inputs of its matrix products and norms (about 10
     hidden and 4 intermediate sizes), or one hidden size with gradient checkpointing, plus the head's logits
     and their gradient in float32 on the positions that go through it together; rows that train on fewer need less.
-    With `sharding: fsdp` a process holds its part of the base, and two whole blocks: the one that computes, and the
-    next one, which is on its way.
+    With `sharding: fsdp` a process holds its part of the base and three whole blocks: the one that computes, what
+    it is gathered into, and the messages (2.85 measured, two gloo processes; `python bench/sharding.py memory`).
     """
     width = _WEIGHT_BYTES[precision]
     # Experts keep their format: only linear layers are quantized.
@@ -68,7 +56,7 @@ def estimate_memory(
     base = plain * width + quantized * _QUANTIZED_BYTES.get(training.quantization, 0.0)
     if training.sharding == "fsdp" and batch.processes > 1:
         blocks = base - description.vocabulary_size * description.hidden_size * width
-        base = base / batch.processes + 2 * max(0.0, blocks) / max(1, description.layers)
+        base = base / batch.processes + _GATHERED * max(0.0, blocks) / max(1, description.layers)
     moments = 0 if training.optimizer == "sgd" else 2
     trained = sum(module.parameters for module in adapters)
     adapter = 4 * ((2 + moments) * trained + shared_entries(adapters))

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from soup_xb.core.config import TrainingConfig
-from soup_xb.core.memory import LargestBatch, MemoryEstimate, estimate_memory
+from typing import Any
+
+import numpy as np
+import pytest
+
+from soup_xb.core.config import Config, DataConfig, TrainingConfig
+from soup_xb.core.largest_batch import LargestBatch
+from soup_xb.core.memory import MemoryEstimate, estimate_memory
+from soup_xb.core.rows.embedding_rows import EmbeddingRow
+from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.preferences import JudgedRow, PairRow
+from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.rows.row_facts import facts_of
 from soup_xb.core.session import BaseDescription
 
 
@@ -17,11 +28,57 @@ def estimate(processes: int, sharding: str) -> MemoryEstimate:
     )
 
 
-def test_a_process_of_a_sharded_base_holds_its_part_and_two_blocks() -> None:
+def test_a_process_of_a_sharded_base_holds_its_part_and_three_blocks() -> None:
     whole = estimate(1, "none")
     assert whole.base == 40_000_000
     assert estimate(4, "none") == whole
     assert estimate(1, "fsdp") == whole
     cut = estimate(4, "fsdp")
-    assert cut.base == 10_000_000 + 2 * 360_000
+    assert cut.base == 10_000_000 + 3 * 360_000
     assert cut.activations == whole.activations
+
+
+def row(length: int, answer: int) -> TokenRow:
+    return TokenRow(np.arange(length), np.arange(length) >= length - answer, Source("rows.jsonl", 1))
+
+
+ROWS: dict[str, Any] = {
+    "sft": [row(20, 4), row(30, 4)],
+    "dpo": [PairRow(row(20, 4), row(30, 9)), PairRow(row(25, 5), row(24, 4))],
+    "reward": [PairRow(row(20, 4), row(30, 9))],
+    "kto": [JudgedRow(row(30, 9), True, row(28, 7)), JudgedRow(row(20, 9), False, row(28, 7))],
+    "grpo": [PromptRow(np.arange(30), {}, Source("rows.jsonl", 1))],
+    "embedding": [EmbeddingRow(row(10, 0), row(12, 0), row(8, 0))],
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "tokens", "through_head"),
+    [
+        ("sft", 2 * 30, 60),
+        ("dpo", 2 * 2 * 30, 120),
+        ("reward", 2 * 2 * 30, 4),
+        ("kto", 2 * 30, 60),
+        ("grpo", 2 * 4 * (30 + 6), 2 * 4 * 6),
+        ("embedding", 2 * 30, 0),
+    ],
+)
+def test_a_micro_batch_holds_all_that_goes_through_the_model_for_its_rows(
+    task: str, tokens: int, through_head: int
+) -> None:
+    training = TrainingConfig(batch_size=4, group_size=4, max_new_tokens=6)
+    config = Config(base="tiny", task=task, data=DataConfig(train=("rows.jsonl",)), training=training)
+    batch = LargestBatch.of(config, facts_of(ROWS[task]), 1_000, "torch", processes=2)
+    assert batch == LargestBatch(tokens, through_head, 2)
+
+
+def test_the_head_of_a_long_row_is_counted_as_it_is_computed() -> None:
+    def of(backend: str, sharding: str, processes: int) -> int:
+        training = TrainingConfig(batch_size=2, sharding=sharding)
+        config = Config(base="tiny", data=DataConfig(train=("rows.jsonl",)), training=training)
+        facts = facts_of([row(5_000, 4_000)])
+        return LargestBatch.of(config, facts, 50_000, backend, processes).through_head
+
+    assert of("torch", "none", 1) == of("torch", "fsdp", 1) < 700
+    assert of("mlx", "none", 1) == 10_000
+    assert of("torch", "fsdp", 2) == 5_000
