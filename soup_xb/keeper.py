@@ -14,6 +14,7 @@ from attrs import evolve
 
 from soup_xb import __version__
 from soup_xb.core.adapter.vera import shared_entries
+from soup_xb.core.base.base_fingerprint import base_fingerprint
 from soup_xb.core.config_file import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
 from soup_xb.core.events import Event, Listener, Notice, SaveEvent
@@ -59,6 +60,7 @@ class RunKeeper:
             config=settings_fingerprint(self.settings),
             data=combined(run.plan.rows.fingerprint, run.plan.evaluation.fingerprint),
             versions=versions(),
+            base=base_fingerprint(run.base.path),
             bytes_expected=checkpoint_bytes(run.plan),
         )
         self.record = RunRecord(

@@ -19,7 +19,13 @@ from soup_xb.reward_file import reward_marks
 
 SETTINGS_FILE = "settings.json"
 # A run may go on with these changed: the first group changes nothing that is trained, the second the run's length.
-_FREE = {"output", "backend", "training.logging_steps", "training.save_total_limit"}
+_FREE = {
+    "output",
+    "backend",
+    "training.logging_steps",
+    "training.save_total_limit",
+    "training.process_timeout",
+}
 _TOLD = {"training.epochs", "training.max_steps", "training.eval_steps", "training.save_steps"}
 # Differences that are no key of the config: how many processes trained.
 _PROCESSES = "processes"
@@ -151,6 +157,10 @@ def _compare(
         message = "the data or its tokens are not those of the checkpoint"
         cure = "bring the old data back, start anew with --overwrite, or go on with `--override-resume data`."
         deciding.append(_Difference("data", Problem("changed-data", message, where, cure)))
+    if _is_other(checkpoint.facts.base, facts.base) and not any(one.key == "base" for one in deciding):
+        message = f"the base at `{settings.get('base')}` is not the one that the checkpoint was trained on"
+        cure = "bring the old base back, start anew with --overwrite, or go on with `--override-resume base`."
+        deciding.append(_Difference("base", Problem("changed-base", message, where, cure)))
     refused = [one.problem for one in deciding if not _allowed(one.key, overrides)]
     if refused:
         raise CheckpointError.of(refused)
@@ -158,7 +168,22 @@ def _compare(
         Problem(one.problem.code, f"{one.problem.message}; allowed by name{_ALLOWED.get(one.key, '')}")
         for one in deciding
     )
-    return (*told, *allowed)
+    return (*_other_versions(checkpoint.facts.versions, facts.versions), *told, *allowed)
+
+
+def _other_versions(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[Problem, ...]:
+    """A notice where packages that round the numbers are not those of the checkpoint."""
+    changed = [
+        f"{name} {theirs[name]} -> {ours[name]}"
+        for name in ours
+        if theirs.get(name, ours[name]) != ours[name]
+    ]
+    if not changed:
+        return ()
+    text = (
+        f"written with other versions ({', '.join(changed)}): from here on numbers may round in another way"
+    )
+    return (Problem("changed-versions", text),)
 
 
 def _other_surroundings(checkpoint: Checkpoint, facts: CheckpointFacts) -> list[_Difference]:
@@ -175,6 +200,11 @@ def _other_surroundings(checkpoint: Checkpoint, facts: CheckpointFacts) -> list[
         cure = f"launch as many processes as before, or go on with `--override-resume {_PROCESSES}`."
         found.append(_Difference(_PROCESSES, Problem("other-process-count", message, where, cure)))
     return found
+
+
+def _is_other(theirs: str, ours: str) -> bool:
+    """Whether two fingerprints differ; a checkpoint of an older soupx may have none."""
+    return bool(theirs and ours) and theirs != ours
 
 
 def _decides_data(key: str) -> bool:

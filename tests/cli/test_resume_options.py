@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+
+from soup_xb.core.run.checkpoint_manifest import fingerprint
 
 Soupx = Callable[..., Any]
 Config = Callable[..., Path]
@@ -115,6 +117,35 @@ def test_rows_that_changed_under_the_same_name_are_noticed_and_can_be_allowed(
     assert refused.code == 5
     assert "error[changed-data]" in refused.err
     assert soupx(*change, "--override-resume", "data").code == 0
+
+
+def test_another_base_under_the_same_name_is_noticed_and_can_be_allowed(
+    soupx: Soupx, config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    words = ("train", config(), "--set", f"base={base}")
+    assert soupx(*words, "--set", "training.max_steps=3").code == 0
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"] * 1.01
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    change = (*words, "--resume-from", tmp_path / "out" / "checkpoints" / "step-00000003")
+    refused = soupx(*change)
+    assert refused.code == 5
+    assert f"error[changed-base] {tmp_path}" in refused.err
+    assert soupx(*change, "--override-resume", "base").code == 0
+
+
+def test_other_versions_and_a_longer_patience_are_no_hindrance(
+    soupx: Soupx, config: Config, cut: Path
+) -> None:
+    manifest = json.loads((cut / "manifest.json").read_text())
+    del manifest["sha256"], manifest["base"]
+    manifest["versions"]["numpy"] = "1.0"
+    (cut / "manifest.json").write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))
+    words = ("train", config(), "--resume-from", cut, "--set", "training.process_timeout=60")
+    gone_on = soupx(*words)
+    assert gone_on.code == 0, gone_on.err
+    assert "written with other versions (numpy 1.0 -> " in gone_on.err
 
 
 @pytest.mark.parametrize("other", ["mlx"])

@@ -29,7 +29,8 @@ class CheckpointFacts:
     """What a checkpoint belongs to; a resume compares these with the run that asks.
 
     `processes` is how many trained together, `config` and `data` are fingerprints, `versions` maps packages
-    to versions. `bytes_expected` lets a full disk be seen before the first byte; 0 asks for nothing.
+    to versions. `base` is a fingerprint too, empty where an older soupx wrote none. `bytes_expected` lets a full disk
+    be seen before the first byte; 0 asks for nothing.
     """
 
     backend: str
@@ -37,6 +38,7 @@ class CheckpointFacts:
     config: str
     data: str
     versions: dict[str, str]
+    base: str = ""
     bytes_expected: int = 0
 
 
@@ -183,6 +185,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         config=_text(content, "config"),
         data=_text(content, "data"),
         versions=dict(versions),
+        base=_text(content, "base") if "base" in content else "",
     )
     stored = tuple(_stored_file(entry) for entry in files)
     if len({file.name for file in stored}) != len(stored):
