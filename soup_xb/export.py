@@ -166,9 +166,9 @@ def _published(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
     """A staged folder that stands at `target` once the block has filled it."""
     with disk_errors(target, expected_bytes):
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = staging.start(target)
-        yield staged
-        staging.publish(staged, target)
+        # The inner one speaks of the free space while what was staged still fills it.
+        with staging.published(target) as staged, disk_errors(target, expected_bytes):
+            yield staged
 
 
 def _refuse_same_form(folder: Path, form: str, own: str) -> None:

@@ -144,7 +144,8 @@ class RunKeeper:
 
     def failed(self, error: BaseException) -> None:
         """Note in `run.json` what ended the run."""
-        text = str(error) if isinstance(error, SoupError) else legible(f"{type(error).__name__}: {error}")
+        told = isinstance(error, SoupError | KeyboardInterrupt) and str(error)
+        text = told or legible(f"{type(error).__name__}: {error}")
         self._replace_record(evolve(self.record, status="failed", ended=now(), error=text))
 
     def tell(self, event: Event) -> None:

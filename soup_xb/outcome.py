@@ -74,8 +74,7 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
     """
     factors = run.session.factors()
     names = reachable_names([module for module in run.session.describe().modules if not module.experts])
-    with disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
-        staged = staging.start(folder.adapter)
+    with staging.published(folder.adapter) as staged, disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         if run.loaded.config.task == "reward":
             head = cast("JudgingSession", run.session).head()
@@ -94,7 +93,6 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
         rank = run.plan.adapters.modules[0].rank if run.plan.adapters.use_vera else _largest_rank(factors)
         card = _card(run, read_events(folder.metrics), rank)
         write_text(staged / "README.md", card)
-        staging.publish(staged, folder.adapter)
     notices = [*proof.notices(), *([_VERA_FORMAT] if run.plan.adapters.use_vera else [])]
     notices += [_OF_A_STRETCHED_BASE] if scaling is not None else []
     return (*map(Notice, notices), *(Notice(problem, warning=True) for problem in proof.warnings()))

@@ -19,7 +19,7 @@ from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.rows.packing import check_apart
 from soup_xb.core.run_folder import RunFolder
 from soup_xb.core.session import JudgingSession, Session
-from soup_xb.core.stop import stop_on_signals
+from soup_xb.core.stop import heard_early, stop_on_signals
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
 from soup_xb.opened import Opened, check_processes, open_run
 from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
@@ -39,6 +39,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
     backend = choose_backend(loaded)
     check_processes(loaded, launched_processes())
     with (
+        heard_early() as stop,
         output_folder(output, options) as folder,
         open_rewards(loaded) as rewards,
         open_run(loaded, backend) as run,
@@ -50,7 +51,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         session = session_for(run, rewards)
         _attach(run)
         done = keeper.start()
-        with failure_noted(keeper), stop_on_signals() as stop:
+        with failure_noted(keeper), stop_on_signals(stop):
             _announce(run, keeper, done)
             hooks = Hooks(keeper.emit, keeper.save, stop)
             plan = plan_with_reference(run, keeper)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from soup_xb import __version__
+from soup_xb.cli.streams import open_missing, settle, tell
 from soup_xb.core.errors import Problem, ResourceError, SoupError
 from soup_xb.core.legible import masked
 
@@ -85,7 +86,10 @@ def main(context: click.Context, debug: bool) -> None:
 def run() -> None:
     """Run the command line and exit; every failure is one message on stderr."""
     debug = "--debug" in sys.argv[1:] or os.environ.get("SOUPX_DEBUG") == "1"
-    sys.exit(_guarded(debug))
+    open_missing()
+    code = _guarded(debug)
+    settle()
+    sys.exit(code)
 
 
 def _guarded(debug: bool) -> int:
@@ -94,24 +98,25 @@ def _guarded(debug: bool) -> int:
         return code if isinstance(code, int) else 0
     except SoupError as error:
         _show_traceback(debug)
-        click.echo(str(error), err=True)
+        tell(str(error))
         return error.exit_code
     except click.ClickException as error:
         problem = Problem("usage", error.format_message(), help="`soupx --help` lists commands and options.")
-        click.echo(problem.render(), err=True)
+        tell(problem.render())
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; nothing was written", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click turns the one into the other.
+        told = error.args or getattr(error.__cause__, "args", ())
+        tell(str(told[0]) if told else "stopped; nothing was written")
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away (`soupx runs | head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as end:
+        # click ends by itself, with 1, where the reader of our output went away (`soupx runs | head`).
+        return 0 if end.code in (None, 1) else int(end.code)
     except OSError as error:
         # No bug: a disk, a permission or a path that the system does not take.
         _show_traceback(debug)
         reason, file = error.strerror or str(error), str(error.filename or "")
-        click.echo(Problem("system-refused", f"the system refuses: {reason}", where=file).render(), err=True)
+        tell(Problem("system-refused", f"the system refuses: {reason}", where=file).render())
         return ResourceError.exit_code
     except Exception as error:  # noqa: BLE001 - the very edge: a bug becomes exit 1 and a request to report it
         _show_traceback(debug)
@@ -120,10 +125,10 @@ def _guarded(debug: bool) -> int:
             f"{type(error).__name__}: {error}",
             help="this is a bug in soup-xb; run again with `soupx --debug …` and report what it prints.",
         )
-        click.echo(problem.render(), err=True)
+        tell(problem.render())
         return 1
 
 
 def _show_traceback(debug: bool) -> None:
     if debug:
-        click.echo(masked(traceback.format_exc()), err=True)
+        tell(masked(traceback.format_exc()))

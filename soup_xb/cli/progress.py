@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -39,6 +40,7 @@ class ProgressListener:
         self.stream = stream
         self._recent: deque[StepEvent] = deque(maxlen=RECENT_STEPS)
         self._first = True
+        self._is_lost = False
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -53,11 +55,21 @@ class ProgressListener:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._progress = None
 
     def __call__(self, event: Event) -> None:
-        """Show one event."""
+        """Show one event. Where the stream takes no more, nothing further is shown, and the run goes on."""
+        if self._is_lost:
+            return
+        try:
+            self._show(event)
+        except OSError:
+            # The terminal or the pipe is gone, or the log's disk is full; `metrics.jsonl` has every event.
+            self._is_lost = True
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, StartEvent):
             self._begin(event)
         elif isinstance(event, StepEvent):

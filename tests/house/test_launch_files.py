@@ -25,6 +25,7 @@ if [ "$1" = show ]; then printf 'node1\\nnode2\\n'; else echo "$@" > requeued; f
 """,
     "python": """#!/bin/bash
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $*" >> started
+if [ -n "$LEAVES" ]; then echo "{\\"started\\": 2, \\"status\\": \\"$LEAVES\\"}" > output/run.json; fi
 exit "$ENDS_WITH"
 """,
 }
@@ -64,18 +65,19 @@ def test_the_container_copies_what_the_wheel_is_built_from() -> None:
     assert {"pyproject.toml", "soup_xb", "templates"} <= set(copied)
 
 
-@pytest.mark.parametrize(("status", "code"), [("interrupted", 75), ("finished", 0), ("failed", 6)])
+@pytest.mark.parametrize(("status", "code"), [("interrupted", 75), ("finished", 0), ("failed", 6), ("", 5)])
 def test_a_slurm_job_starts_a_task_a_process_and_comes_back_when_it_was_interrupted(
     status: str, code: int, tmp_path: Path
 ) -> None:
+    """Where the job fails before its first step, `run.json` still tells that the job before was interrupted."""
     for name, text in STANDINS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "run.json").write_text(json.dumps({"status": status}, indent=2))
+    (tmp_path / "output" / "run.json").write_text(json.dumps({"started": 1, "status": "interrupted"}))
     variables = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7",
-        "ENDS_WITH": str(code),
+        "ENDS_WITH": str(code), "LEAVES": status,
     }  # fmt: skip
     done = subprocess.run(["bash", LAUNCH / "slurm.sh"], cwd=tmp_path, env=variables, check=False)
     assert done.returncode == code

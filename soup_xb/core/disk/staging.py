@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from soup_xb.core.disk.durable import sync_file, sync_folder
@@ -18,6 +19,19 @@ from soup_xb.core.disk.durable import sync_file, sync_folder
 STAGING = ".staging-"
 REPLACED = ".replaced-"
 TRASH = ".trash-"
+
+
+@contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A fresh folder that stands at `target` once the block has filled it; where the block fails, nothing stays."""
+    staged = start(target)
+    try:
+        yield staged
+        publish(staged, target)
+    except BaseException:
+        with suppress(OSError):
+            discard(staged)
+        raise
 
 
 def start(target: Path) -> Path:
