@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hub_server import Hub, environment, lines, serving, use
+from processes import free_ports
 
 NAME = "owner/name"
 WEIGHTS = Path("adapter") / "adapter_model.safetensors"
@@ -40,19 +41,20 @@ def config(tmp_path: Path, tiny_llama: Path) -> Path:
     return tmp_path / "soup.yaml"
 
 
-def test_a_run_reads_two_files_of_twenty_and_says_so(hub: Hub, config: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "soup_xb", "train", str(config)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(hub, tmp_path),
-    )
+def train(hub: Hub, config: Path, place: Path, *launcher: str) -> str:
+    """Run the config in a process of its own, with caches and output in a place; gives what it said."""
+    words = [sys.executable, *launcher, "-m", "soup_xb", "train", str(config), "--output", str(place / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment(hub, place))
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_run_reads_two_files_of_twenty_and_says_so(hub: Hub, config: Path, tmp_path: Path) -> None:
+    said = train(hub, config, tmp_path)
     assert len(hub.opened) == 2
     assert sum(hub.served.values()) < 0.2 * sum(map(len, hub.datasets[NAME].values()))
-    assert "rows of 2 of 20 files of commit" in done.stderr
-    assert "60 rows, 6 steps" in done.stderr
+    assert "rows of 2 of 20 files of commit" in said
+    assert "60 rows, 6 steps" in said
 
 
 def test_a_resume_reads_no_row_again_and_a_changed_dataset_is_refused(
@@ -71,3 +73,21 @@ def test_a_resume_reads_no_row_again_and_a_changed_dataset_is_refused(
     answer = soupx(*resume, tmp_path / "other")
     assert answer.code == 5
     assert "error[changed-data]" in answer.err
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_reads_the_rows_and_both_have_them(
+    hub: Hub, config: Path, tmp_path: Path
+) -> None:
+    served, losses = [], []
+    (port,) = free_ports(1)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
+    for place, words in ((tmp_path / "one", ()), (tmp_path / "two", launcher)):
+        hub.forget()
+        train(hub, config, place, *words)
+        served.append(dict(hub.served))
+        events = map(json.loads, (place / "out" / "metrics.jsonl").read_text().splitlines())
+        losses.append([event["loss"] for event in events if event["event"] == "step"])
+    assert served[0] == served[1]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
