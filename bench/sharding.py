@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("what", choices=("memory", "speed"))
     parser.add_argument("--base", type=Path, help="a model folder; default: the demo's base")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=16, help="memory: tokens of a row")
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     from soup_xb.demo.base import prepare_base
@@ -49,7 +50,8 @@ def main() -> None:
 
 
 def _memory(options: argparse.Namespace) -> None:
-    asked = {"base": options.base, "rows": 2, "length": 16, "steps": options.steps, "threads": 1, "rank": 4}
+    asked = {"base": options.base, "rows": 2, "length": options.length, "steps": options.steps}
+    asked |= {"threads": 1, "rank": 4}
     peaks: dict[str, list[int]] = {}
     for sharding in ("none", "fsdp"):
         told = _launch({**asked, "sharding": sharding}, processes=2)

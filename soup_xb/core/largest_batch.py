@@ -35,5 +35,5 @@ class LargestBatch:
         if task == "reward":
             return cls(2 * rows * longest, 2 * rows, processes)
         tokens = rows * longest * (2 if task in PAIRED else 1)
-        together = backend == "mlx" or (training.sharding == "fsdp" and processes > 1)
-        return cls(tokens, tokens if together else positions_at_once(tokens, vocabulary), processes)
+        together = tokens if backend == "mlx" else positions_at_once(tokens, vocabulary)
+        return cls(tokens, together, processes)

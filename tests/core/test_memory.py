@@ -73,12 +73,10 @@ def test_a_micro_batch_holds_all_that_goes_through_the_model_for_its_rows(
 
 
 def test_the_head_of_a_long_row_is_counted_as_it_is_computed() -> None:
-    def of(backend: str, sharding: str, processes: int) -> int:
-        training = TrainingConfig(batch_size=2, sharding=sharding)
+    def of(backend: str) -> int:
+        training = TrainingConfig(batch_size=2)
         config = Config(base="tiny", data=DataConfig(train=("rows.jsonl",)), training=training)
-        facts = facts_of([row(5_000, 4_000)])
-        return LargestBatch.of(config, facts, 50_000, backend, processes).through_head
+        return LargestBatch.of(config, facts_of([row(5_000, 4_000)]), 50_000, backend, 1).through_head
 
-    assert of("torch", "none", 1) == of("torch", "fsdp", 1) < 700
-    assert of("mlx", "none", 1) == 10_000
-    assert of("torch", "fsdp", 2) == 5_000
+    assert of("torch") < 700
+    assert of("mlx") == 10_000

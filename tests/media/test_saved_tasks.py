@@ -68,7 +68,7 @@ def told(soupx: Soupx, adapter: Path, file: Path) -> Any:
     return json.loads(done.out) if not done.code else done.err.split("]")[0]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param("sft", marks=pytest.mark.slow), *list(TASKS)[1:]])
 def test_vera_s_file_and_the_lora_that_it_equals_are_for_the_task_that_a_lora_is_for(
     soupx: Soupx, config: Config, tmp_path: Path, task: str
 ) -> None:
@@ -90,7 +90,7 @@ def test_vera_s_file_and_the_lora_that_it_equals_are_for_the_task_that_a_lora_is
         assert found == expected == "error[adapter-is-reward-model"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*list(TASKS)[:3], pytest.param("vision", marks=pytest.mark.slow), "audio"])
 def test_an_adapter_without_a_task_is_read_as_what_it_is_everywhere(
     soupx: Soupx, config: Config, tmp_path: Path, task: str
 ) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from processes import in_two_processes
 
 from soup_xb.backends.torch import head
 from soup_xb.core.batches import collate
+from soup_xb.core.config_file import load_config
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.packing import pack
 from soup_xb.core.tasks import head_chunks
+from soup_xb.train import train as run_file
+from soup_xb.train_options import TrainOptions
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -145,3 +152,42 @@ def test_a_row_of_one_document_has_no_mask_of_tokens_by_tokens(
         else:
             assert mask is None
             assert causal
+
+
+@pytest.mark.parametrize("task", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_processes_that_share_the_base_take_chunks_together_and_have_the_losses_of_one(
+    task: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Seven rows and two a micro-batch: a process has fewer targets than the other, and in the end none."""
+    answers = {"sft": ("completion",), "dpo": ("chosen", "rejected")}[task]
+    rows = [
+        {"prompt": f"{index}?", **{name: name * (1 + index % 4) for name in answers}} for index in range(9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(sharding: str) -> Path:
+        content = {
+            "base": str(tiny_llama),
+            "task": task,
+            "backend": "torch",
+            "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 128, "val_split": 0.2},
+            "training": {
+                "max_steps": 4, "eval_steps": 2, "batch_size": 2, "lr": 1e-2, "lora": {"r": 4},
+                "sharding": sharding, "gradient_checkpointing": sharding == "fsdp",
+            },
+            "output": str(tmp_path / sharding),
+        }  # fmt: skip
+        (tmp_path / f"{sharding}.yaml").write_text(json.dumps(content))
+        return tmp_path / f"{sharding}.yaml"
+
+    def losses(folder: Path) -> list[float]:
+        told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [event["loss"] for event in told if event["event"] in ("step", "eval")]
+
+    run_file(load_config(config("none")), TrainOptions(), [])
+    done = in_two_processes("torch", Path(__file__).with_name("chunked_run.py"), "train", config("fsdp"))
+    assert done.codes == (0, 0), done.err
+    chunks = [int(found) for found in re.findall(r"at most (\d+) chunks", done.err)]
+    assert len(chunks) == 2
+    assert chunks[0] == chunks[1] > 3
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "none"), abs=1e-5)

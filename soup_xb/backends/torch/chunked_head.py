@@ -33,12 +33,12 @@ def caught_output(decoder: Any) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def hidden_at(caught: list[Any], positions: torch.Tensor) -> torch.Tensor | None:
-    """The decoder's hidden states (n, hidden) at `positions` of the flattened grid; None if it gave something else."""
+def hidden_states(caught: list[Any]) -> torch.Tensor | None:
+    """The decoder's hidden states (rows * length, hidden) in the flattened grid; None if it gave something else."""
     if len(caught) != 1 or not isinstance(caught[0], ModelOutput):
         return None
     hidden = caught[0].get("last_hidden_state")
-    return None if hidden is None else hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    return None if hidden is None else hidden.reshape(-1, hidden.shape[-1])
 
 
 def chunk_logits(model: Any, decoder: Any, kind: type, hidden: torch.Tensor) -> torch.Tensor:
@@ -47,20 +47,23 @@ def chunk_logits(model: Any, decoder: Any, kind: type, hidden: torch.Tensor) -> 
     tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
     decoder.forward = lambda *_arguments, **_named: output
     try:
-        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        # Not by a call: where processes share the model, that would gather what the head has no need of.
+        logits: torch.Tensor = model.forward(input_ids=tokens, use_cache=False).logits
     finally:
         del decoder.forward
     return logits[0].float()
 
 
 def chunked_losses(
-    model: Any, kind: type, hidden: torch.Tensor, targets: torch.Tensor, at_once: int
+    model: Any, kind: type, hidden: torch.Tensor, targets: torch.Tensor, chunks: int
 ) -> torch.Tensor:
-    """Cross-entropy (nats) of each target (n,), float32, from hidden states (n, hidden), `at_once` at a time."""
+    """Cross-entropy (nats) of each target (n,), float32, from hidden states (n or more, hidden) in so many chunks."""
     decoder = decoder_of(model)
 
     def losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(chunk_logits(model, decoder, kind, hidden), targets, reduction="none")
 
-    parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
-    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+    padded = functional.pad(targets, (0, len(hidden) - len(targets)))
+    parts = zip(hidden.tensor_split(chunks), padded.tensor_split(chunks), strict=True)
+    each = torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+    return each[: len(targets)]

@@ -16,9 +16,9 @@ from soup_xb.backends.torch.chunked_head import (
     chunk_logits,
     chunked_losses,
     decoder_of,
-    hidden_at,
+    hidden_states,
 )
-from soup_xb.backends.torch.sharding import is_sharded
+from soup_xb.backends.torch.shared_head import sharing_processes
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.tasks.head_chunks import positions_at_once
 
@@ -99,24 +99,33 @@ def row_log_probabilities(model: Any, batch: BatchTensors) -> torch.Tensor:
 def _losses_in_chunks(model: Any, batch: BatchTensors) -> torch.Tensor | None:
     """Cross-entropy of each target (n,), float32; None where the head had better see all of them at once.
 
-    That is so for few targets, for a model whose head is not told apart from the rest (the first target's logits show
-    it), and where processes share the model: they take part in every forward, and have other numbers of targets.
+    That is so for few targets, and for a model whose head is not told apart from the rest (the first target's logits
+    show it). Processes that share the model take part in every forward, so all do what suits the one with most targets.
     """
-    at_once = positions_at_once(len(batch.positions), model.config.get_text_config().vocab_size)
-    decoder = decoder_of(model)
-    if at_once >= len(batch.positions) or decoder is None or is_sharded(model):
+    decoder, processes = decoder_of(model), sharing_processes(model)
+    most = processes.largest(len(batch.positions))
+    at_once = positions_at_once(most, model.config.get_text_config().vocab_size)
+    if at_once >= most or decoder is None or not processes.can_chunk:
         return None
     with caught_output(decoder) as caught:
         shown = _logits(model, evolve(batch, positions=batch.positions[:1]))
-    hidden = hidden_at(caught, batch.positions)
-    if hidden is None:
+    states = hidden_states(caught)
+    if states is None:
         return None
-    kind = type(caught[0])
+    kind, hidden = type(caught[0]), states.index_select(0, batch.positions)
     with torch.no_grad():
         again = chunk_logits(model, decoder, kind, hidden[:1])
-        if not torch.allclose(shown, again, rtol=1e-2, atol=1e-3 * shown.abs().max().item()):
+        close = torch.allclose(
+            shown, again, rtol=1e-2, atol=1e-3 * max(shown.abs().flatten().tolist(), default=0.0)
+        )
+        if processes.largest(not close):
             return None
-    return chunked_losses(model, kind, hidden, batch.targets, at_once)
+    chunks = -(-most // at_once)
+    # A process with fewer targets than chunks fills up with states that count for nothing.
+    rest = states[:1].expand(max(0, chunks - len(hidden)), -1)
+    each = chunked_losses(model, kind, torch.cat([hidden, rest]), batch.targets, chunks)
+    # No value, and a way back: FSDP makes the model ready for the backward where its own output has a part in it.
+    return each + shown[:, :0].sum()
 
 
 def pass_through(model: Any, batch: BatchTensors) -> None:

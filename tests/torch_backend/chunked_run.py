@@ -1,0 +1,29 @@
+"""`soupx` with a head that takes seven targets at a time: `python chunked_run.py train FILE`.
+
+At the end the largest number of chunks is told.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from soup_xb.backends.torch import head
+from soup_xb.cli import run
+from soup_xb.core.tasks import head_chunks
+
+head_chunks.MOST_AT_ONCE = 0
+head_chunks.CHUNK = 7 * 320
+own, seen = head.chunked_losses, [0]
+
+
+def counted(model: Any, kind: type, hidden: Any, targets: Any, chunks: int) -> Any:
+    seen.append(chunks)
+    return own(model, kind, hidden, targets, chunks)
+
+
+head.chunked_losses = counted
+try:
+    run()
+finally:
+    print(f"at most {max(seen)} chunks", file=sys.stderr)
