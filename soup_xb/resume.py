@@ -143,11 +143,11 @@ def _compare(
 ) -> tuple[Problem, ...]:
     """What the user should know of the differences. Raises CheckpointError for those that nobody allowed."""
     theirs = _read_settings(checkpoint.path)
-    changed = [key for key in sorted({*theirs, *settings}) if theirs.get(key) != settings.get(key)]
+    changed = [key for key in sorted({*theirs, *settings}) if _value(theirs, key) != _value(settings, key)]
     where = str(checkpoint.path)
     told, deciding = [], _other_surroundings(checkpoint, facts)
     for key in (key for key in changed if key not in _FREE):
-        message = f"`{key}` was {json.dumps(theirs.get(key))} and is {json.dumps(settings.get(key))}"
+        message = f"`{key}` was {json.dumps(_value(theirs, key))} and is {json.dumps(_value(settings, key))}"
         if key in _TOLD:
             told.append(Problem("changed-setting", message))
             continue
@@ -169,6 +169,12 @@ def _compare(
         for one in deciding
     )
     return (*_other_versions(checkpoint.facts.versions, facts.versions), *told, *allowed)
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    """What a key stands for: its default where it is left out, or where an older soupx did not know it yet."""
+    default = KEYS[key].default if key in KEYS else None
+    return settings.get(key, list(default) if isinstance(default, tuple) else default)
 
 
 def _other_versions(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[Problem, ...]:

@@ -121,7 +121,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     factors: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
         name, factor = _split_key(key, settings["peft_type"], folder / WEIGHTS)
-        factors.setdefault(name, {})[factor] = array.astype(np.float32)
+        # What is beyond float32 becomes infinite, which is refused below.
+        with np.errstate(over="ignore"):
+            factors.setdefault(name, {})[factor] = array.astype(np.float32)
     for name, arrays in factors.items():
         for factor, array in arrays.items():
             if not np.isfinite(array).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -96,6 +97,16 @@ def test_a_changed_key_goes_on_once_it_is_named(
     assert after[6] != before[6]
 
 
+def test_keys_that_mean_nothing_beside_a_new_value_need_no_name(
+    soupx: Soupx, config: Config, cut: Path
+) -> None:
+    change = ("train", config(), "--resume-from", cut, "--set", "training.warmup_steps=2")
+    refused = soupx(*change)
+    assert "`training.warmup_steps` was null and is 2" in refused.err
+    assert "`training.warmup_ratio`" not in refused.err
+    assert soupx(*change, "--override-resume", "training.warmup_steps").code == 0
+
+
 def test_a_section_names_all_its_keys_and_the_data_itself(
     soupx: Soupx, config: Config, cut: Path, chat_file: Path, tmp_path: Path
 ) -> None:
@@ -135,10 +146,17 @@ def test_another_base_under_the_same_name_is_noticed_and_can_be_allowed(
     assert soupx(*change, "--override-resume", "base").code == 0
 
 
-def test_other_versions_and_a_longer_patience_are_no_hindrance(
+def test_a_checkpoint_of_an_older_soupx_and_a_longer_patience_are_no_hindrance(
     soupx: Soupx, config: Config, cut: Path
 ) -> None:
+    """It knew neither every key of today nor the fingerprint of the base, and other packages were installed."""
+    settings = json.loads((cut / "settings.json").read_text())
+    del settings["training.sharding"], settings["data.eval"]
+    (cut / "settings.json").write_text(json.dumps(settings))
     manifest = json.loads((cut / "manifest.json").read_text())
+    entry = next(entry for entry in manifest["files"] if entry["name"] == "settings.json")
+    content = (cut / "settings.json").read_bytes()
+    entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     del manifest["sha256"], manifest["base"]
     manifest["versions"]["numpy"] = "1.0"
     (cut / "manifest.json").write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))

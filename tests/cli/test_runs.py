@@ -103,6 +103,16 @@ def test_a_damaged_record_is_listed_as_damaged(tmp_path: Path, text: str) -> Non
     assert "Traceback" not in done.stderr
 
 
+def test_what_somebody_wrote_into_a_record_is_made_legible(tmp_path: Path) -> None:
+    token = "hf_" + "aB3d" * 9
+    leave(tmp_path / "out", evolve(RECORD, status="failed", base=token, error=f"{token}\nnext"))
+    text = (tmp_path / "out" / "run.json").read_text()
+    (tmp_path / "out" / "run.json").write_text(text.replace("2026-03-04T10:24:33+00:00", "\\ud800"))
+    run = listed(cwd=tmp_path)["out"]
+    assert (run["base"], run["ended"], run["problem"]) == ("…", "\\ud800", "…\nnext")
+    assert token not in soupx(cwd=tmp_path).stdout + soupx(cwd=tmp_path).stderr
+
+
 def test_a_run_whose_owner_is_dead_has_died_and_one_with_a_live_owner_runs(tmp_path: Path) -> None:
     leave(tmp_path / "out", evolve(RECORD, status="running", ended=None))
     owner = subprocess.Popen(

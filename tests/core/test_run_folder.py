@@ -334,12 +334,26 @@ def test_damaged_lines_become_one_warning(tmp_path: Path) -> None:
     lines = ['{"event":"step"}', "[]", "{" * 100_000, '{"event":"dance","step":1}', "\x00"]
     with open_run_folder(tmp_path) as folder:
         folder.record_event(step(1))
+    beyond = (tmp_path / "metrics.jsonl").read_text().replace('"loss":', f'"loss":1{"0" * 400},"was":')
+    lines.append(beyond.strip())
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write("\n".join(lines) + "\n")
     first, warning = read_events(tmp_path / "metrics.jsonl")
     assert first == step(1)
     assert isinstance(warning, Notice) and warning.warning
     assert "the first is line 2" in warning.problem.message
+
+
+@pytest.mark.parametrize("number", ["", ',"step":null', ',"step":"2"', ',"step":[]', ',"step":NaN'])
+def test_a_notice_that_stands_nowhere_is_dropped_on_resume(tmp_path: Path, number: str) -> None:
+    with open_run_folder(tmp_path) as folder:
+        folder.record_event(step(1))
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        notice = '{"event":"notice","code":"a","message":"b","where":"","help":"","warning":true'
+        stream.write(f"{notice}{number}}}\n")
+    with open_run_folder(tmp_path, resume=True) as folder:
+        folder.truncate_metrics(1)
+    assert read_events(tmp_path / "metrics.jsonl") == (step(1),)
 
 
 def test_the_last_step_is_found_behind_other_events(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ EVERYWHERE = {
         "words": "must be a number",
     },
     "alpha that is not finite": {"arrange": settings(lora_alpha=float("nan")), "code": "damaged-adapter"},
+    "alpha of 401 digits": {
+        "arrange": settings(lora_alpha=10**400),
+        "code": "damaged-adapter",
+        "words": "at most",
+    },
+    "factors beyond float32": {
+        "arrange": tensors(lambda found: {name: array.astype("f8") * 1e300 for name, array in found.items()}),
+        "code": "non-finite-adapter",
+    },
     "alpha of 1e308": {"arrange": settings(lora_alpha=1e308), "code": "damaged-adapter", "words": "at most"},
     "patterns that are a number": {
         "arrange": settings(alpha_pattern=5),

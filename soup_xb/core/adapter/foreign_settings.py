@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,9 @@ def check_peft_settings(settings: dict[str, Any], file: Path) -> None:
 
 def check_number(value: Any, what: str, file: Path) -> float:
     """The number itself. Raises ModelError for anything else, and for one that no adapter has."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise damaged(file, f"{what} must be a number, got {json.dumps(value)[:40]}")
+    # In this order: an integer beyond every float compares, and cannot be asked whether it is finite.
     if abs(value) > LARGEST_NUMBER:
         raise damaged(file, f"{what} must be at most {LARGEST_NUMBER:g}")
     return value

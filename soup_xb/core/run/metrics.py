@@ -87,7 +87,8 @@ def kept_lines(path: Path, step: int) -> bytes:
             decode_event(line)
         except ValueError:
             continue
-        if json.loads(line)["step"] <= step:
+        found = json.loads(line).get("step")
+        if isinstance(found, int) and found <= step:
             kept.append(line)
     return b"".join(kept)
 
@@ -163,4 +164,7 @@ def _value(value: Any, kind: str) -> Any:
         or (kind == "int" and isinstance(value, float))
     ):
         raise ValueError(f"not a number: {value!r}")
-    return float(value) if kind == "float" else value
+    try:
+        return float(value) if kind == "float" else value
+    except OverflowError as error:
+        raise ValueError("a number beyond every float") from error

@@ -10,6 +10,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from soup_xb.core.errors import CheckpointError
+from soup_xb.core.legible import legible
 from soup_xb.core.run.metrics import last_step
 from soup_xb.core.run.run_lock import live_owner
 from soup_xb.core.run.run_record import RECORD, read_record
@@ -91,13 +92,17 @@ def _listed(folder: Path) -> ListedRun:
     return ListedRun(
         path=str(folder),
         status=status,
-        backend=record.backend,
-        base=record.base,
+        backend=legible(record.backend),
+        base=legible(record.base),
         # The record is written now and then, the metrics at every step.
         steps=max(record.steps, newest.step) if newest else record.steps,
         total_steps=record.total_steps,
         loss=loss,
-        started=record.started,
-        ended=record.ended,
-        problem=problem,
+        started=legible(record.started),
+        ended=record.ended and legible(record.ended),
+        problem=problem and _legible_lines(problem),
     )
+
+
+def _legible_lines(text: str) -> str:
+    return "\n".join(map(legible, text.splitlines()))
