@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,8 +92,27 @@ class HubStream:
         # Splits that are not asked for would be looked into for the types of the columns.
         builder.config.data_files = datasets.data_files.DataFilesDict({self._split: ordered})
         stream = builder.as_streaming_dataset(split=self._split)
-        # Pictures and sounds in columns that nobody reads are left as they lie: some name files elsewhere.
-        return stream if stream.features is None else stream.decode(False)
+        if stream.features is None:
+            return stream
+        columns = copy.deepcopy(dict(stream.features))
+        # What would be decoded may name a file anywhere; no task that streams reads it.
+        media = [feature for column in columns.values() for feature in _decoded(column)]
+        for feature in media:
+            feature.decode = False
+        return stream.cast(datasets.Features(columns)) if media else stream
+
+
+def _decoded(feature: Any) -> Iterator[Any]:
+    """The features of pictures, sounds and the like in a column: what the library opens when a row is read."""
+    inner = getattr(feature, "feature", None)
+    if isinstance(feature, dict | list):
+        for part in feature.values() if isinstance(feature, dict) else feature:
+            yield from _decoded(part)
+    elif inner is not None:
+        yield from _decoded(inner)
+    # JSON text is decoded too, and opens nothing.
+    elif hasattr(feature, "decode") and type(feature).__name__ != "Json":
+        yield feature
 
 
 def check_places(files: list[str], name: str, revision: str) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hub_server import Hub, lines, serving, use
 
@@ -19,7 +20,8 @@ from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.goal import Goal
 from soup_xb.dataset import Dataset, load_dataset
-from soup_xb.hub_stream import check_places
+from soup_xb.hub_dataset import hub_rows
+from soup_xb.hub_stream import HubStream, check_places
 
 NAME = "owner/name"
 FILES, ROWS = 20, 50
@@ -175,6 +177,26 @@ KINDS = {
 def test_every_kind_of_table_is_streamed(hub, opened, name):
     hub.put(NAME, {name: KINDS[name]})
     assert read(load(opened, Goal("rows", 2)), opened) == ["Rome", "Paris"]
+
+
+def test_streamed_rows_are_those_of_the_downloaded_dataset(hub, tmp_path, monkeypatch):
+    """Here the arguments of calls are of several types, which the library keeps as JSON text in between."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    calls = [{"function": {"name": "f", "arguments": value}} for value in ({"a": 1}, {"b": "t"}, "{}")]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}], "id": 1} for call in calls]
+    hub.put(NAME, {"train.jsonl": lines([*rows, {"messages": [], "id": "x"}])})
+    streamed = [row for _, row in HubStream(NAME, None, "train", 42).rows()]
+    assert streamed == [row for _, row in hub_rows(NAME, None, "train")]
+    assert streamed[1]["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"b": "t"}
+
+
+def test_no_file_that_a_row_names_is_opened(hub, tmp_path):
+    described = "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n"
+    described += "  - {name: seen, dtype: image}\n  - name: all\n    list: image\n---\n"
+    picture = {"bytes": None, "path": str(tmp_path / "nowhere.png")}
+    row = {"text": "Rome", "seen": picture, "all": [picture]}
+    hub.put(NAME, {"README.md": described.encode(), "train.parquet": parquet([row])})
+    assert [found for _, found in HubStream(NAME, None, "train", 42).rows()] == [row]
 
 
 def test_two_starts_at_once_read_the_rows_once(hub, opened):
