@@ -40,7 +40,7 @@ def _grown(file: Path, warm: int) -> dict[str, float]:
         [sys.executable, str(PROGRAM), str(file), str(warm)],
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=10_000,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

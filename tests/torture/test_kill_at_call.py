@@ -22,7 +22,7 @@ def test_a_run_killed_in_any_call_of_a_save_goes_on_to_the_same_adapter(
         [sys.executable, str(PROGRAM), str(file), str(tmp_path / "out"), str(stride)],
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=10_000,
     )
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout)
