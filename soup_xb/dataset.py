@@ -31,9 +31,9 @@ from soup_xb.core.schedule import floor_share
 from soup_xb.data_source import DataSource, Reading
 from soup_xb.hub_dataset import hub_rows
 from soup_xb.hub_stream import HubStream
-from soup_xb.token_file import TokenFile, token_file
-from soup_xb.tokenize_process import Tokenizing
 from soup_xb.tokenizer import ChatTokenizer
+from soup_xb.tokens.token_file import TokenFile, token_file
+from soup_xb.tokens.tokenize_process import Tokenizing
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 

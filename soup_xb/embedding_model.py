@@ -16,9 +16,9 @@ from soup_xb.core.base.base_folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives import Embedding
 from soup_xb.core.session import EmbeddingSession, Session
-from soup_xb.embedding_texts import fitted_data
 from soup_xb.opened import Opened
 from soup_xb.tokenizer import ChatTokenizer
+from soup_xb.tokens.embedding_texts import fitted_data
 
 TASK_TYPE = "FEATURE_EXTRACTION"
 

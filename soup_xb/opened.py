@@ -22,12 +22,12 @@ from soup_xb.core.rows.goal import streaming_goal
 from soup_xb.core.session import Session, SessionSettings
 from soup_xb.core.tasks.objective_settings import objective_of
 from soup_xb.dataset import load_dataset
-from soup_xb.embedding_texts import fitted_data
 from soup_xb.hub import resolve_base
 from soup_xb.media.tokenizer import open_tokenizer_for
-from soup_xb.rendering import RENDERER
 from soup_xb.same_rows import check_same_rows
 from soup_xb.tokenizer import ChatTokenizer
+from soup_xb.tokens.embedding_texts import fitted_data
+from soup_xb.tokens.rendering import RENDERER
 
 
 @frozen(eq=False)

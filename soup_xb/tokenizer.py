@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.chat_template import (
-    ChatTemplate,
-    RenderError,
-    check_template,
-    own_template,
-    read_template,
-)
 from soup_xb.core.base.weight_files import read_object
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.legible import mask_file
 from soup_xb.core.rows.examples import ChatExample, Example, Message, Source, TokenRow
 from soup_xb.core.rows.preferences import LearnedRow
-from soup_xb.encoding import Array, Encoder
-from soup_xb.spans import EndTokens, Markup, mark_assistant_turns, turn_end
+from soup_xb.tokens.chat_template import (
+    ChatTemplate,
+    RenderError,
+    check_template,
+    own_template,
+    read_template,
+)
+from soup_xb.tokens.encoding import Array, Encoder
+from soup_xb.tokens.spans import EndTokens, Markup, mark_assistant_turns, turn_end
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -16,7 +16,7 @@ from soup_xb.core.errors import Problem
 if TYPE_CHECKING:
     from soup_xb.core.formats import Formats
     from soup_xb.core.rows.examples import TokenRow
-    from soup_xb.token_file import TokenFile
+    from soup_xb.tokens.token_file import TokenFile
 
 _BARS = 8
 _BAR_WIDTH = 40

@@ -17,7 +17,7 @@ from soup_xb.core.rows.media import Array, Inputs, MediaFile, RowMedia
 from soup_xb.media.files import unusable
 from soup_xb.media.images import read_image
 from soup_xb.media.sounds import read_sound
-from soup_xb.spans import Span
+from soup_xb.tokens.spans import Span
 
 # What a processor makes of the text; the tokens are ours.
 _TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from soup_xb.chat_template import ChatTemplate, RenderError
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.examples import Message
-from soup_xb.rendering import RENDERER, Renderer, RunawayError
+from soup_xb.tokens.chat_template import ChatTemplate, RenderError
+from soup_xb.tokens.rendering import RENDERER, Renderer, RunawayError
 
 TURNS = [Message("user", "How are you?"), Message("assistant", "Well.")]
 

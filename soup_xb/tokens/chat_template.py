@@ -13,8 +13,8 @@ from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.units import bytes_text
-from soup_xb.rendering import RENDERER, RunawayError
-from soup_xb.tool_spelling import ToolSpelling, size
+from soup_xb.tokens.rendering import RENDERER, RunawayError
+from soup_xb.tokens.tool_spelling import ToolSpelling, size
 
 LARGEST_TEMPLATE = 256 * 1024
 # What a template may write around the turns: a fixed part, and a multiple of what the turns hold.
@@ -38,7 +38,7 @@ class RenderError(Exception):
 class ChatTemplate:
     """A template with the special tokens that it may write, by name; `where` names it in errors.
 
-    `spelling` is how it takes tool calls, which soup_xb.tool_template finds out. `in_parts`: it is written for turns
+    `spelling` is how it takes tool calls, which `tool_template` finds out. `in_parts`: it is written for turns
     whose content is a list of parts, as a processor's is.
     """
 

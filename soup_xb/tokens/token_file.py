@@ -33,10 +33,10 @@ from soup_xb.core.rows.token_cache import (
 )
 from soup_xb.core.units import bytes_text
 from soup_xb.data_source import DataSource, Reading
-from soup_xb.row_tally import RowTally
-from soup_xb.token_key import token_key
-from soup_xb.tokenize_process import Batch, Tokenizing, UnkeptRowsError
-from soup_xb.tokenizing import tokenized
+from soup_xb.tokens.row_tally import RowTally
+from soup_xb.tokens.token_key import token_key
+from soup_xb.tokens.tokenize_process import Batch, Tokenizing, UnkeptRowsError
+from soup_xb.tokens.tokenizing import tokenized
 
 # Smaller data is tokenized in about the time that checking a kept copy takes.
 KEPT_FROM_BYTES = 2**20

@@ -12,10 +12,10 @@ from functools import lru_cache
 
 from attrs import evolve, frozen
 
-from soup_xb.chat_template import ChatTemplate, RenderError
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.examples import ChatExample, Message, ToolCall
-from soup_xb.tool_spelling import ToolSpelling
+from soup_xb.tokens.chat_template import ChatTemplate, RenderError
+from soup_xb.tokens.tool_spelling import ToolSpelling
 
 # In the order of preference.
 _SPELLINGS = (

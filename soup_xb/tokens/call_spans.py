@@ -12,8 +12,8 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from soup_xb.chat_template import ChatTemplate
 from soup_xb.core.rows.examples import Message
+from soup_xb.tokens.chat_template import ChatTemplate
 
 
 @frozen
