@@ -308,6 +308,21 @@ def test_the_merged_model_gives_the_live_logits(opener: Opener, tmp_path: Path, 
 
 
 @every_backend
+def test_a_merged_weight_that_its_format_cannot_hold_is_refused(
+    opener: Opener, tmp_path: Path, backend: str
+) -> None:
+    session, _ = opener(backend)
+    session.load_factors(
+        {
+            name: {factor: np.full_like(array, 1e20) for factor, array in arrays.items()}
+            for name, arrays in session.factors().items()
+        }
+    )
+    with pytest.raises(ModelError, match="has entries that float32 cannot hold"):
+        session.save_merged(tmp_path)
+
+
+@every_backend
 def test_generation_ends_before_the_end_token_and_repeats_with_its_seed(opener: Opener, backend: str) -> None:
     session, plan = opener(backend)
     train(session, plan)

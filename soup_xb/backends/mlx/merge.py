@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.load import Opened, read_arrays
+from soup_xb.core.adapter.merged_weight import beyond_format
 from soup_xb.core.base.weight_files import weight_files
 from soup_xb.core.errors import ModelError
 
@@ -22,7 +23,8 @@ _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
     """Write the full model, weight + scale * B A, in the files, names and dtypes of the base.
 
-    Raises ModelError for a quantized base, whose rounded weights the sum does not fit into.
+    Raises ModelError for a quantized base, whose rounded weights the sum does not fit into, and for a sum that
+    the dtype cannot hold.
     """
     layers = adapters.layers.values()
     if opened.folder.quantization or any("scales" in layer.linear for layer in layers):
@@ -70,4 +72,7 @@ def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:
     merged = weight + (layer.scale * mx.array(piece.b)) @ mx.array(piece.a)
     if adapters.plan.use_dora:
         merged = (layer.m / mx.linalg.norm(merged, axis=1))[:, None] * merged
-    return merged.astype(stored.dtype)
+    merged = merged.astype(stored.dtype)
+    if not mx.isfinite(merged).all().item():
+        raise beyond_format(name, str(stored.dtype).removeprefix("mlx.core."))
+    return merged

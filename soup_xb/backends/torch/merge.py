@@ -15,6 +15,7 @@ import torch
 from soup_xb.backends.torch.adapters import ADAPTER, Adapters
 from soup_xb.backends.torch.expert_layers import add_piece, base_weight
 from soup_xb.backends.torch.vera import VeraAdapters
+from soup_xb.core.adapter.merged_weight import beyond_format
 from soup_xb.core.errors import ModelError
 
 
@@ -22,7 +23,8 @@ def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) ->
     """Write the full model, weight + scale * B A, as safetensors in the base's dtype.
 
     An adapted output head that shares its weight with the embedding gets one of its own. Raises ModelError for a
-    quantized base, whose rounded weights the sum does not fit into, and for any other weight that modules share.
+    quantized base, whose rounded weights the sum does not fit into, for any other weight that modules share, and for a
+    sum that the dtype cannot hold.
     """
     if getattr(model, "is_quantized", False):
         raise ModelError(
@@ -40,6 +42,8 @@ def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) ->
     for adapter in adapters.plan.modules:
         name = adapter.name if adapter.experts else f"{adapter.name}.weight"
         state[name] = _merged_weight(adapters, adapter.name)
+        if not state[name].isfinite().all():
+            raise beyond_format(adapter.name, str(state[name].dtype).removeprefix("torch."))
     with _own_head(model, adapters):
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
 
