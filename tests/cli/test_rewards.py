@@ -250,6 +250,10 @@ def test_rows_that_cannot_be_judged_or_answered_are_refused(
     answered = soupx("train", file, "--overwrite")
     assert answered.code == 3
     assert "error[answered-prompt]" in answered.err
+    data.write_text(json.dumps({"prompt": [], "answer": 4}))
+    empty = soupx("train", file, "--overwrite")
+    assert empty.code == 3
+    assert f"error[empty-prompt] {data}:1: prompt: there is no turn" in empty.err
 
 
 def test_other_backends_say_why_not(soupx: Soupx, config: Config) -> None:

@@ -15,6 +15,7 @@ from mutation import SAMPLE, full, spoiled
 
 from soup_xb.core.config import FORMATS
 from soup_xb.core.errors import SoupError
+from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.dataset import tokenize_file
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
@@ -26,6 +27,7 @@ ROWS: list[dict[str, Any]] = [
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
     {"prompt": "The cap", "completion": "ital"},
     {"prompt": [USER], "completion": [ASSISTANT]},
+    {"prompt": [USER], "answer": "4"},
     {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["a", "b"]], "system": "Count."},
 ]
 LINES = ["\n".join(json.dumps(row) for row in rows) for rows in ([row] * 3 for row in ROWS)]
@@ -148,7 +150,8 @@ def read(place: Path, given_file: tuple[str, bytes], format: str, tokenizer: Cha
     for row in tokens.rows:
         for sequence in getattr(row, "sequences", (row,)):
             assert 0 < sequence.length <= 64
-            assert sequence.target_tokens > 0
+            # A prompt has nothing to learn: the model's own answers to it will.
+            assert (sequence.target_tokens > 0) != isinstance(row, PromptRow)
             assert not sequence.trained[0]
 
 

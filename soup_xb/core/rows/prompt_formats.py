@@ -17,6 +17,13 @@ def _read_prompt(row: Mapping[str, Any], source: Source) -> PromptExample:
     if not isinstance(row["prompt"], list):
         return PromptExample((), read_text(row, "prompt", f"{source}: "), row, source)
     turns = read_turns(row, "prompt", source)
+    if not turns:
+        raise DataError(
+            "empty-prompt",
+            "there is no turn in it",
+            where=f"{source}: prompt",
+            help="write the user's turn, which the model is to answer, or delete the row.",
+        )
     if turns[-1].role == "assistant":
         raise DataError(
             "answered-prompt",

@@ -21,7 +21,7 @@ from soup_xb.core.yaml.yaml_errors import syntax_problem
 
 DEEPEST = 32
 # More values than any config holds; it bounds the time that a file of 256 KiB can take.
-MOST_VALUES = 10_000
+MOST_VALUES = 5_000
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 # A directive could bring YAML 1.1 back, where `no` is false; ruamel.yaml acts on it before the first event.
