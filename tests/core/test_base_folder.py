@@ -70,6 +70,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "base-index",
         "not a plain file name",
     ),
+    "shard of a name that no disk takes": (
+        lambda b: shard(b, {"a": "a" * 300 + ".safetensors"}),
+        "base-index",
+        "not a plain file name",
+    ),
     "shard with NUL": (lambda b: shard(b, {"a": "a\0.safetensors"}), "base-index", "not a plain file name"),
     "empty index": (lambda b: shard(b, {}), "base-index", "missing or empty"),
 }

@@ -12,6 +12,8 @@ from soup_xb.core.errors import ModelError
 MODEL_FOLDER = "a model folder holds config.json, safetensors weights and the tokenizer's files."
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_SHARDS = 4096
+# In bytes; what no file system takes cannot be asked for either.
+_LONGEST_NAME = 255
 _LARGEST_OBJECT = 4 * 1024 * 1024
 _PICKLE = "is a pickle, which can run code when it is read"
 _OPEN_IT = "where you trust its author, open it with the library that made it and save it as safetensors "
@@ -125,4 +127,5 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _is_plain(name: str) -> bool:
-    return name == Path(name).name and name.endswith(".safetensors") and "\\" not in name and "\0" not in name
+    is_bare = name == Path(name).name and "\\" not in name and "\0" not in name
+    return is_bare and name.endswith(".safetensors") and len(name.encode(errors="replace")) <= _LONGEST_NAME
