@@ -12,8 +12,6 @@ from soup_xb.backends.torch import head
 from soup_xb.cli import run
 from soup_xb.core.tasks import head_chunks
 
-head_chunks.MOST_AT_ONCE = 0
-head_chunks.CHUNK = 7 * 320
 own, seen = head.chunked_losses, [0]
 
 
@@ -22,8 +20,11 @@ def counted(model: Any, kind: type, hidden: Any, targets: Any, chunks: int) -> A
     return own(model, kind, hidden, targets, chunks)
 
 
-head.chunked_losses = counted
-try:
-    run()
-finally:
-    print(f"at most {max(seen)} chunks", file=sys.stderr)
+if __name__ == "__main__":
+    head_chunks.MOST_AT_ONCE = 0
+    head_chunks.CHUNK = 7 * 320
+    head.chunked_losses = counted
+    try:
+        run()
+    finally:
+        print(f"at most {max(seen)} chunks", file=sys.stderr)
