@@ -26,7 +26,7 @@ from soup_xb.core.run.checkpoint import (
     write_checkpoint,
 )
 
-FACTS = CheckpointFacts("mlx", 2, fingerprint({"lr": 1e-4}), fingerprint([1, 2]), {"mlx": "0.32.4"})
+FACTS = CheckpointFacts("mlx", 2, fingerprint({"lr": 1e-4}), fingerprint([1, 2]), {"mlx": "0.32.4"}, "ab12")
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -67,6 +67,7 @@ def test_the_manifest_has_the_documented_shape(tmp_path: Path) -> None:
         "config": FACTS.config,
         "data": FACTS.data,
         "versions": {"mlx": "0.32.4"},
+        "base": "ab12",
         "files": [
             {
                 "name": "x",

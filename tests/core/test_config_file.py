@@ -387,9 +387,9 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
 
 
 def test_unknown_keys_by_the_thousand_are_counted_not_listed() -> None:
-    found = problems_of(LEAST + "".join(f"key{index}: 1\n" for index in range(3000)))
+    found = problems_of(LEAST + "".join(f"key{index}: 1\n" for index in range(2000)))
     assert len(found) == 21
-    assert found[0].message == "2980 more keys are unknown"
+    assert found[0].message == "1980 more keys are unknown"
 
 
 # What a config may hold, drawn key by key from the declarations.
@@ -487,6 +487,7 @@ def test_a_config_written_out_loads_again_as_it_was(config: Config) -> None:
     except ConfigError as error:
         # Values drawn apart may contradict each other, and a text may name no reward; nothing else may be wrong.
         codes = {problem.code for problem in error.problems if "-no-" not in problem.code}
+        codes = {code for code in codes if not code.startswith("streaming-")}
         drawn = {"missing-key", "unknown-reward", "bad-pattern"}
         assert codes <= {"contradiction", "key-without-effect", *drawn}
         # Hypothesis fails the test where most of what is drawn ends here.
