@@ -55,6 +55,9 @@ def _refuse_what_is_no_file(path: Path) -> None:
         raise _unreadable(path, error) from error
     if stat.S_ISDIR(mode):
         raise DataError("data-is-folder", "is a folder", where=str(path), help="name a file in it.")
+    if not stat.S_ISREG(mode):
+        help = "rows are read more than once: write them to a file first."
+        raise DataError("data-not-a-file", "is a pipe or a device", where=str(path), help=help)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

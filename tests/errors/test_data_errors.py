@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,12 @@ FILES = {
         "argv": "data rows.jsonl",
         "code": "data-is-folder",
         "help": "name a file",
+    },
+    "a pipe that nobody writes to": {
+        "arrange": lambda place: os.mkfifo(place / "pipe.jsonl"),
+        "argv": "data pipe.jsonl",
+        "code": "data-not-a-file",
+        "help": "write them to a file",
     },
     "a link to itself": {
         "arrange": loop,
