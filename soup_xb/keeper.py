@@ -51,7 +51,7 @@ class RunKeeper:
         """Keep `run` in an opened folder, and tell the listeners of every event."""
         self.run, self.options, self.folder = run, options, folder
         self.listeners = listeners if folder else ()
-        self.settings = run_settings(run.loaded.config)
+        self.settings = run_settings(run.loaded.config, run.session.precision)
         # The checkpoint that the run goes on from, once `start` has found it.
         self.resumed_from: Path | None = None
         self.facts = CheckpointFacts(

@@ -18,6 +18,7 @@ from soup_xb.core.suggest import did_you_mean
 from soup_xb.reward_file import reward_marks
 
 SETTINGS_FILE = "settings.json"
+_PRECISION = "training.precision"
 # A run may go on with these changed: the first group changes nothing that is trained, the second the run's length.
 _FREE = {
     "output",
@@ -115,9 +116,10 @@ def find_resume_point(
     return ResumePoint(checkpoint.step, checkpoint.path, (*skipped, going_on, *told))
 
 
-def run_settings(config: Config) -> dict[str, Any]:
-    """The resolved config as dotted keys, for comparison."""
-    return dict(sorted([*_flat("", config_dict(config)), *reward_marks(config)]))
+def run_settings(config: Config, precision: str) -> dict[str, Any]:
+    """The resolved config as dotted keys, for comparison; `precision` is what `auto` came to on this device."""
+    settings = dict(sorted([*_flat("", config_dict(config)), *reward_marks(config)]))
+    return {**settings, _PRECISION: precision}
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
@@ -143,6 +145,9 @@ def _compare(
 ) -> tuple[Problem, ...]:
     """What the user should know of the differences. Raises CheckpointError for those that nobody allowed."""
     theirs = _read_settings(checkpoint.path)
+    if theirs.get(_PRECISION) == "auto":
+        # So an older soupx wrote it; what it came to there is not known.
+        theirs[_PRECISION] = settings[_PRECISION]
     changed = [key for key in sorted({*theirs, *settings}) if _value(theirs, key) != _value(settings, key)]
     where = str(checkpoint.path)
     told, deciding = [], _other_surroundings(checkpoint, facts)

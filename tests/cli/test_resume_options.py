@@ -69,6 +69,17 @@ def factors(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def manifest_with(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes other settings into a checkpoint, and gives the manifest that fits them, without its own sha256."""
+    content = json.dumps(settings).encode()
+    (checkpoint / "settings.json").write_bytes(content)
+    manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
+    entry = next(entry for entry in manifest["files"] if entry["name"] == "settings.json")
+    entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    del manifest["sha256"]
+    return manifest
+
+
 def test_a_changed_key_goes_on_once_it_is_named(
     soupx: Soupx, config: Config, cut: Path, tmp_path: Path
 ) -> None:
@@ -152,18 +163,25 @@ def test_a_checkpoint_of_an_older_soupx_and_a_longer_patience_are_no_hindrance(
     """It knew neither every key of today nor the fingerprint of the base, and other packages were installed."""
     settings = json.loads((cut / "settings.json").read_text())
     del settings["training.sharding"], settings["data.eval"]
-    (cut / "settings.json").write_text(json.dumps(settings))
-    manifest = json.loads((cut / "manifest.json").read_text())
-    entry = next(entry for entry in manifest["files"] if entry["name"] == "settings.json")
-    content = (cut / "settings.json").read_bytes()
-    entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    del manifest["sha256"], manifest["base"]
+    settings["training.precision"] = "auto"
+    manifest = manifest_with(cut, settings)
+    del manifest["base"]
     manifest["versions"]["numpy"] = "1.0"
     (cut / "manifest.json").write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))
     words = ("train", config(), "--resume-from", cut, "--set", "training.process_timeout=60")
     gone_on = soupx(*words)
     assert gone_on.code == 0, gone_on.err
     assert "written with other versions (numpy 1.0 -> " in gone_on.err
+
+
+def test_what_auto_came_to_on_another_device_is_noticed(soupx: Soupx, config: Config, cut: Path) -> None:
+    settings = json.loads((cut / "settings.json").read_text())
+    assert settings["training.precision"] == "fp32"
+    manifest = manifest_with(cut, {**settings, "training.precision": "bf16"})
+    (cut / "manifest.json").write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))
+    refused = soupx("train", config(), "--resume-from", cut)
+    assert refused.code == 5
+    assert '`training.precision` was "bf16" and is "fp32"' in refused.err
 
 
 @pytest.mark.parametrize("other", ["mlx"])
