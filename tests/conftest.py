@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def save_tiny_model(folder: Path, config: Any, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rendering_process_that_stays() -> Iterator[None]:
+    """One rendering process for all runs inside a test process: to start one takes longer than a tiny run.
+
+    That a command ends it is seen by the tests that start commands (tests/torture/test_growth.py).
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soup_xb.opened.RENDERER", types.SimpleNamespace(close=lambda: None))
+        yield
 
 
 @pytest.fixture(scope="session")
