@@ -7,6 +7,7 @@ tests/cli/test_train_command.py.
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,6 +32,12 @@ _IMPORTED = [
 ]
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(_IMPORTED)
+
+
+def import_frameworks() -> None:
+    """What a run imports, in this process, for children that it forks."""
+    for name in _IMPORTED:
+        importlib.import_module(name)
 
 
 @frozen

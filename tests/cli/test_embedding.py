@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import in_two_processes
 from safetensors.numpy import load_file
 
 Soupx = Callable[..., Any]
@@ -191,18 +191,16 @@ def live_vectors(out: Path, texts: list[str]) -> np.ndarray:
         return session.embeddings(collate(rows, trained.tokenizer.pad_id))
 
 
-def test_two_processes_have_the_losses_of_one(config: Config, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def test_two_processes_have_the_losses_of_one(soupx: Soupx, config: Config, tmp_path: Path) -> None:
+    alone = soupx("train", config(output="out-1", gradient_accumulation_steps=2))
+    assert alone.code == 0, alone.err
+    done = in_two_processes(
+        "torch", "-m", "soup_xb", "train", config(output="out-2", gradient_accumulation_steps=2)
+    )
+    assert done.codes == (0, 0), done.err
     losses = []
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-        file = config(output=f"out-{processes}", gradient_accumulation_steps=2)
-        words = [sys.executable, *launcher * (processes - 1), "-m", "soup_xb", "train", str(file)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        steps = events(tmp_path / f"out-{processes}", "step") + events(tmp_path / f"out-{processes}", "eval")
+    for folder in (tmp_path / "out-1", tmp_path / "out-2"):
+        steps = events(folder, "step") + events(folder, "eval")
         losses.append([(event["loss"], event["means"]["accuracy"]) for event in steps])
     assert np.array(losses[0]) == pytest.approx(np.array(losses[1]), abs=1e-5)
     one, two = adapter(tmp_path / "out-1"), adapter(tmp_path / "out-2")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import in_two_processes
 from safetensors.numpy import load_file
 
 from soup_xb.core.answer_pattern import compiled_pattern
@@ -114,16 +111,8 @@ def test_a_run_tells_what_its_answers_earn_and_resumes_to_the_same_bytes(
 def test_two_processes_train_what_one_trains(soupx: Soupx, config: Config, tmp_path: Path) -> None:
     file = config(eval_steps=4, batch_size=4)
     assert soupx("train", file, "--output", tmp_path / "one").code == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        "-m", "soup_xb", "train", str(file), "--output", str(tmp_path / "two"),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes("torch", "-m", "soup_xb", "train", file, "--output", tmp_path / "two")
+    assert done.codes == (0, 0), done.err
     for kind in ("step", "eval"):
         for one, two in zip(events(tmp_path / "one", kind), events(tmp_path / "two", kind), strict=True):
             assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)

@@ -49,8 +49,13 @@ def train(hub: Hub, config: Path, place: Path, *launcher: str) -> str:
     return done.stderr
 
 
-def test_a_run_reads_two_files_of_twenty_and_says_so(hub: Hub, config: Path, tmp_path: Path) -> None:
-    said = train(hub, config, tmp_path)
+def test_a_run_reads_two_files_of_twenty_and_says_so(
+    hub: Hub, config: Path, tmp_path: Path, soupx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(hub, monkeypatch, tmp_path)
+    answer = soupx("train", config)
+    assert answer.code == 0, answer.err
+    said = answer.err
     assert len(hub.opened) == 2
     assert sum(hub.served.values()) < 0.2 * sum(map(len, hub.datasets[NAME].values()))
     assert "rows of 2 of 20 files of commit" in said

@@ -112,7 +112,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import soup_xb.cli.train
-    import soup_xb.train  # noqa: F401 - imported once, before the children
+    # Once, before the children; a run imports most of these at their first use.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from processes import import_frameworks
 
+    import_frameworks()
     main()

@@ -15,12 +15,11 @@ from processes import free_ports
 STEPS = 200
 CASES = [
     ("torch", "alone", "SIGTERM"),
-    ("mlx", "alone", "SIGUSR1"),
     *(
         pytest.param(backend, "alone", name, marks=pytest.mark.torture)
         for backend in ("torch", "mlx")
         for name in ("SIGTERM", "SIGINT", "SIGUSR1")
-        if (backend, name) not in (("torch", "SIGTERM"), ("mlx", "SIGUSR1"))
+        if (backend, name) != ("torch", "SIGTERM")
     ),
     *(
         pytest.param("torch", "two", name, marks=pytest.mark.torture)
