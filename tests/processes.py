@@ -1,4 +1,4 @@
-"""Programs in two processes that find each other, forked from one that has imported the frameworks once.
+"""Programs in several processes that find each other, forked from one that has imported the frameworks once.
 
 torchrun and mlx.launch start processes that import everything anew, some seven seconds of processor time each. What
 they tell a process is its environment, and the same is told here; both launchers have tests of their own in
@@ -70,15 +70,20 @@ def pair_of_free_ports() -> int:
         return first
 
 
-def in_two_processes(backend: str, *words: object, seconds: float = 240) -> Ended:
-    """Run a program of these words (`-m soup_xb …`, or a file and its arguments) twice, as ranks 0 and 1.
+def in_two_processes(backend: str, *words: object) -> Ended:
+    """Run a program as ranks 0 and 1."""
+    return in_processes(2, backend, *words)
+
+
+def in_processes(count: int, backend: str, *words: object, seconds: float = 240) -> Ended:
+    """Run a program of these words (`-m soup_xb …`, or a file and its arguments) as ranks from 0 to `count` - 1.
 
     A process that takes longer than `seconds` is killed; its code is then the negative of the signal.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         running = []
-        for rank, environment in enumerate(_environments(backend, folder)):
+        for rank, environment in enumerate(_environments(count, backend, folder)):
             given = (environment, list(map(str, words)), str(folder / f"{rank}"))
             running.append(_START.Process(target=_run, args=given))
             running[-1].start()
@@ -94,15 +99,15 @@ def in_two_processes(backend: str, *words: object, seconds: float = 240) -> Ende
         return Ended(tuple(process.exitcode for process in running), out, err)
 
 
-def _environments(backend: str, folder: Path) -> list[dict[str, str]]:
-    """The variables that torchrun and mlx.launch's ring set for each of two processes."""
-    ports = free_ports(2)
+def _environments(count: int, backend: str, folder: Path) -> list[dict[str, str]]:
+    """The variables that torchrun and mlx.launch's ring set for each process."""
+    ports, ranks = free_ports(count), list(map(str, range(count)))
     if backend == "torch":
-        both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]), "WORLD_SIZE": "2"}
-        return [{**both, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        all_have = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]), "WORLD_SIZE": str(count)}
+        return [{**all_have, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": rank} for rank in ("0", "1")]
+    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": rank} for rank in ranks]
 
 
 def _run(environment: dict[str, str], words: list[str], stem: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 SOUPX = [sys.executable, "-m", "soup_xb"]
 
 
-def soupx(*arguments: object) -> subprocess.CompletedProcess[str]:
+def outside(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*SOUPX, *map(str, arguments)],
         capture_output=True,
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 def test_without_a_base_format_and_rows_are_shown_and_no_tokenizer_is_needed(rows):
-    done = soupx("data", rows)
+    done = outside("data", rows)
     assert done.returncode == 0, done.stderr
     assert "format            messages (the first row has the column `messages`)" in done.stdout
     assert "rows              3" in done.stdout
@@ -58,22 +58,22 @@ def test_without_a_base_no_framework_is_imported(rows):
     assert done.stdout.strip() == "set()"
 
 
-def test_with_a_base_tokens_are_counted_and_the_trained_ones_marked(rows, base):
+def test_with_a_base_tokens_are_counted_and_the_trained_ones_marked(soupx, rows, base):
     done = soupx("data", rows, "--base", base)
-    assert done.returncode == 0, done.stderr
-    assert "trained rows      2" in done.stdout
-    assert "nothing to learn  1" in done.stdout
-    assert "█" in done.stdout
-    example = done.stdout.split("between ‹ and ›:\n\n")[1]
+    assert done.code == 0, done.err
+    assert "trained rows      2" in done.out
+    assert "nothing to learn  1" in done.out
+    assert "█" in done.out
+    example = done.out.split("between ‹ and ›:\n\n")[1]
     assert example == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n‹Hello \\x1b[31m!<|im_end|>›\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n‹Good bye.<|im_end|>›\n\n"
     )
-    assert "rows.jsonl:2 (no assistant turn)" in done.stdout
+    assert "rows.jsonl:2 (no assistant turn)" in done.out
 
 
 def test_the_json_is_one_object_on_stdout_whose_numbers_agree(rows, base):
-    done = soupx("data", rows, "--base", base, "--max-length", 60, "--json")
+    done = outside("data", rows, "--base", base, "--max-length", 60, "--json")
     summary = json.loads(done.stdout)
     assert (summary["format"], summary["rows"], summary["trained_rows"]) == ("messages", 3, 2)
     assert (summary["nothing_to_learn"], summary["truncated"]) == (1, 1)
@@ -95,14 +95,14 @@ def test_the_json_is_one_object_on_stdout_whose_numbers_agree(rows, base):
         (("ROWS", "--max-length", "1"), 2, "error[usage]"),
     ],
 )
-def test_a_failure_is_one_message_and_its_exit_code(rows, base, arguments, exit_code, code):
+def test_a_failure_is_one_message_and_its_exit_code(soupx, rows, base, arguments, exit_code, code):
     done = soupx("data", *(str({"ROWS": rows, "BASE": base}.get(name, name)) for name in arguments))
-    assert done.returncode == exit_code, done.stderr
-    assert code in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == exit_code, done.err
+    assert code in done.err
+    assert "Traceback" not in done.err
 
 
-def test_the_calls_and_answers_of_a_row_with_tools_are_shown_as_trained(tmp_path, base):
+def test_the_calls_and_answers_of_a_row_with_tools_are_shown_as_trained(soupx, tmp_path, base):
     template = (
         "{{ tools[0] | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
@@ -119,9 +119,9 @@ def test_the_calls_and_answers_of_a_row_with_tools_are_shown_as_trained(tmp_path
     }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
     done = soupx("data", tmp_path / "rows.jsonl", "--base", base, "--chat-template", template)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert (
         "<|im_start|>assistant ‹{"
         '"name": "look", "arguments": {"at": "shelf"}}<|im_end|>›<|im_start|>tool a book<|im_end|>'
         "<|im_start|>assistant ‹On the shelf.<|im_end|>›"
-    ) in done.stdout
+    ) in done.out

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import in_processes
 from safetensors.numpy import load_file
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -71,9 +72,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def run(kind: str, start: Callable[[Path], Any]) -> Path:
         folder = place / kind.replace(" ", "-")
         if kind not in done:
-            process = start(folder)
-            _, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors
+            answer = start(folder)
+            assert answer.code == 0, answer.err
             done.add(kind)
         return folder
 
@@ -83,9 +83,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.mark.parametrize(("sharding", "processes", "kind"), CASES)
 def test_several_processes_have_the_losses_of_one_and_prune_what_it_prunes(
     config: Callable[..., Path],
-    in_a_process: Callable[..., Any],
+    soupx: Callable[..., Any],
     alone: Callable[..., Path],
-    launched: Callable[..., Any],
     tally: Callable[..., None],
     tmp_path: Path,
     sharding: str,
@@ -94,10 +93,10 @@ def test_several_processes_have_the_losses_of_one_and_prune_what_it_prunes(
 ) -> None:
     settings = {"gradient_accumulation_steps": 2, "eval_steps": 4, "save_steps": 3, **KINDS[kind]}
     file = config("torch", max_steps=STEPS, **{"sharding": sharding, **settings})
-    one = alone(kind, lambda folder: in_a_process("train", file, "--output", folder))
-    several = launched(processes, "train", file, "--output", tmp_path / "several")
-    _, errors = several.communicate(timeout=900)
-    assert several.returncode == 0, errors
+    one = alone(kind, lambda folder: soupx("train", file, "--output", folder))
+    words = ("-m", "soup_xb", "train", file, "--output", tmp_path / "several")
+    several = in_processes(processes, "torch", *words, seconds=900)
+    assert several.codes == (0,) * processes, several.err
     assert losses(tmp_path / "several") == pytest.approx(losses(one), abs=1e-5)
     if "relora_prune_ratio" in settings:
         mine, theirs = pruned(one, 3), pruned(tmp_path / "several", 3)
