@@ -49,6 +49,13 @@ class Dataset:
     warnings: tuple[Problem, ...] = ()
 
 
+def check_files(data: DataConfig) -> None:
+    """Raise DataError for a local file that cannot be read at all, before anything is loaded or downloaded for it."""
+    for entry in (*data.train, *data.eval):
+        if _is_local(entry):
+            read_rows(local_path(entry))
+
+
 def load_dataset(
     data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft", goal: Goal | None = None
 ) -> Dataset:

@@ -21,7 +21,7 @@ from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.goal import streaming_goal
 from soup_xb.core.session import Session, SessionSettings
 from soup_xb.core.tasks.objective_settings import objective_of
-from soup_xb.dataset import load_dataset
+from soup_xb.dataset import check_files, load_dataset
 from soup_xb.hub import resolve_base
 from soup_xb.media.tokenizer import open_tokenizer_for
 from soup_xb.same_rows import check_same_rows
@@ -50,6 +50,8 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
     `backend` is a name with the reason for it. With `weights=False` the base's structure alone is opened.
     """
     config, (name, reason) = loaded.config, backend
+    if not config.data.streaming:
+        check_files(config.data)
     base = inspect_base(resolve_base(config.base), weights=weights)
     check_towers(loaded, base, name)
     tokenizer = open_tokenizer_for(config.task, base.path, config.data.chat_template)

@@ -90,6 +90,10 @@ FILES = {
         "argv": "train --set data.train=~nobody-here/a.jsonl",
         "code": "data-missing",
     },
+    "missing, told before a base is looked for": {
+        "argv": "train --set base=no/such/base --set data.train=none.jsonl",
+        "code": "data-missing",
+    },
     "a folder": {
         "arrange": folder,
         "argv": "data rows.jsonl",
