@@ -57,7 +57,7 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
 
     from soup_xb.backends import open_session
     from soup_xb.core.batches import collate
-    from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+    from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
     from soup_xb.core.modules import resolve_adapters
     from soup_xb.core.plan import make_plan
     from soup_xb.core.rows.examples import Source, TokenRow

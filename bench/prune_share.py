@@ -22,7 +22,7 @@ from quality_rows import LONGEST, write_rows
 from soup_xb.core.adapter.pieces import difference
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.adapter_file import read_adapter
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
 from soup_xb.core.prune import prune
 from soup_xb.demo.base import prepare_base
 from soup_xb.train import train

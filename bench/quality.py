@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quality_report import SAME_RATE, Measured, Runs, write_plot, write_table
 from quality_rows import LONGEST, write_rows
 
-from soup_xb.core.config_file import config_dict, parse_config
+from soup_xb.core.config.load import config_dict, parse_config
+from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.events import EvalEvent, Event, RestartEvent
-from soup_xb.core.keys.loaded_config import LoadedConfig
 from soup_xb.core.plan import held_out_batches
 from soup_xb.core.run.metrics import read_events
 from soup_xb.core.run.run_record import read_record

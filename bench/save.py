@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rows import docstring_rows
 
-from soup_xb.core.config_file import load_config
+from soup_xb.core.config.load import load_config
 from soup_xb.core.events import Event, SaveEvent, StepEvent
 from soup_xb.demo.base import prepare_base
 from soup_xb.train import train

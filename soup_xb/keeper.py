@@ -15,7 +15,7 @@ from attrs import evolve
 from soup_xb import __version__
 from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.base_fingerprint import base_fingerprint
-from soup_xb.core.config_file import config_dict
+from soup_xb.core.config.load import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
 from soup_xb.core.events import Event, Listener, Notice, SaveEvent
 from soup_xb.core.launch import is_first_process

@@ -13,8 +13,8 @@ from soup_xb.core.base.base_folder import BaseFolder, inspect_base
 from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.gemma4 import check_towers
 from soup_xb.core.base.rope_scaling import asked_scaling
-from soup_xb.core.config import MEDIA_TASKS, Config
-from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.config.load import LoadedConfig
+from soup_xb.core.config.schema import MEDIA_TASKS, Config
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.modules import Resolution, resolve_adapters
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings

@@ -15,7 +15,7 @@ from soup_xb.core.adapter.reward_head import check_head, write_head
 from soup_xb.core.adapter_file import Factors, write_adapter
 from soup_xb.core.base.coverage_text import coverage_rows
 from soup_xb.core.base.rope_scaling import asked_scaling, note_scaling
-from soup_xb.core.config_file import dump_config
+from soup_xb.core.config.load import dump_config
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import disk_errors, write_text
 from soup_xb.core.errors import Problem

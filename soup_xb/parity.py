@@ -13,7 +13,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.backends import choose_backend
-from soup_xb.core.config_file import LoadedConfig, dump_config
+from soup_xb.core.config.load import LoadedConfig, dump_config
 from soup_xb.core.errors import ConfigError, Problem, SoupError
 from soup_xb.core.events import Event, StepEvent
 from soup_xb.core.loop import Hooks, run_loop

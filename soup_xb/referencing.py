@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.config import REFERENCED
+from soup_xb.core.config.schema import REFERENCED
 from soup_xb.core.errors import Problem
 from soup_xb.core.events import Notice
 from soup_xb.core.plan import Plan

@@ -9,8 +9,8 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.config import KEYS, Config
-from soup_xb.core.config_file import config_dict
+from soup_xb.core.config.load import config_dict
+from soup_xb.core.config.schema import KEYS, Config
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem
 from soup_xb.core.run.checkpoint import Checkpoint, CheckpointFacts, newest_whole, read_checkpoint
 from soup_xb.core.run.checkpoint_manifest import fingerprint

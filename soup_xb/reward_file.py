@@ -16,7 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.adapter_file import WEIGHTS, adapter_folder
-from soup_xb.core.config import Config
+from soup_xb.core.config.schema import Config
 from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.rows.prompts import PromptRow

@@ -27,7 +27,7 @@ from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.trained import attach_saved, base_of, session_on
 
 if TYPE_CHECKING:
-    from soup_xb.core.config import Config
+    from soup_xb.core.config.schema import Config
 
 # Answers that are scored together.
 _BATCH = 16

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import cast
 
 from soup_xb.core.answer_pattern import BUILT_IN, compiled_pattern
-from soup_xb.core.config import SAMPLED
-from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.config.load import LoadedConfig
+from soup_xb.core.config.schema import SAMPLED
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.session import GenerationSettings, SamplingSession, TrainingSession
 from soup_xb.core.tasks.rewards import PatternReward, Reward

@@ -11,7 +11,7 @@ from soup_xb.backends import choose_backend
 from soup_xb.core.adapter.reward_head import is_reward_model
 from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
 from soup_xb.core.base.coverage_text import coverage_notices
-from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
 from soup_xb.core.events import Listener, Notice, StartEvent
 from soup_xb.core.launch import launched_processes

@@ -16,7 +16,7 @@ from soup_xb.core.adapter.reward_head import is_reward_model
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
 from soup_xb.core.base.base_folder import BaseFolder, inspect_base
 from soup_xb.core.base.rope_scaling import noted_scaling
-from soup_xb.core.config import MEDIA_TASKS
+from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.modules import AdapterModule, Module

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from attrs import frozen
 
+from soup_xb.core.config.support_rows import BACKENDS, ROWS
 from soup_xb.core.errors import SoupError
-from soup_xb.core.support_rows import BACKENDS, ROWS
 
 PACKAGE = Path(__file__).parents[2] / "soup_xb"
 NOTICE = "notice"
@@ -21,11 +21,11 @@ FATES = {
     "cli/main": "ConfigError",
     "cli/main:bug": "SoupError",
     "cli/main:system-refused": "ResourceError",
-    "core/rules/dependent_keys": "ConfigError",
+    "core/config/dependences": "ConfigError",
     "core/rules/lora_rules": "ConfigError",
     "core/modules:patterns-disagree": NOTICE,
-    "core/rules/rules": "ConfigError",
-    "core/rules/run_rules": "ConfigError",
+    "core/config/rules": "ConfigError",
+    "core/config/run_rules": "ConfigError",
     "core/rules/streaming_rules": "ConfigError",
     "core/base/target_checks": "ConfigError",
     "core/yaml/yaml_errors": "ConfigError",
@@ -66,7 +66,7 @@ def _refusals() -> Iterator[Use]:
             no = row.answer(backend)
             if no is not None and not row.follows:
                 message = f"`{row.name.replace('=', ': ')}` is not available: {no.because}"
-                yield Use(f"{backend}-no-{row.feature}", "core/support_rows", "ConfigError", message)
+                yield Use(f"{backend}-no-{row.feature}", "core/config/support_rows", "ConfigError", message)
 
 
 class _Module:
@@ -125,7 +125,7 @@ class _Module:
         if code is None or isinstance(code, ast.Attribute | ast.Starred | ast.Call | ast.Subscript):
             return []
         # The refusals of support rows are read from the rows.
-        if isinstance(code, ast.JoinedStr) and self.name != "core/support":
+        if isinstance(code, ast.JoinedStr) and self.name != "core/config/support":
             parts = [
                 self._codes(near, part.value if isinstance(part, ast.FormattedValue) else part)
                 for part in code.values

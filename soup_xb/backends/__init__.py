@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import platform
 
-from soup_xb.core import support
-from soup_xb.core.config_file import LoadedConfig
+from soup_xb.core.config import support
+from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.session import Session, SessionSettings
 
 

@@ -11,9 +11,9 @@ import click
 from attrs import asdict
 
 from soup_xb.cli.options import config_options, json_option, load
-from soup_xb.core.config_file import LoadedConfig, config_dict
+from soup_xb.core.config.load import LoadedConfig, config_dict
+from soup_xb.core.config.support import check_supported, choose_backend
 from soup_xb.core.errors import Problem, SoupError
-from soup_xb.core.support import check_supported, choose_backend
 
 
 @click.command()

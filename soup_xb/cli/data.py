@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from soup_xb.cli.options import json_option
-from soup_xb.core.config import FORMATS, MEDIA_TASKS
+from soup_xb.core.config.schema import FORMATS, MEDIA_TASKS
 from soup_xb.core.errors import Problem
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Teach SmolLM2-135M an answer format in a minute or two, and judge it on 20 new questions."""
     from soup_xb.cli.progress import ProgressListener
-    from soup_xb.core.config_file import dump_config
+    from soup_xb.core.config.load import dump_config
     from soup_xb.core.disk.durable import write_text
     from soup_xb.demo.base import prepare_base
     from soup_xb.demo.trial import demo_config, hold_trials

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from soup_xb.cli.options import BACKENDS, json_option
-from soup_xb.core.config import ANSWER_FORMATS, EMBEDDING_FORMAT
+from soup_xb.core.config.schema import ANSWER_FORMATS, EMBEDDING_FORMAT
 
 if TYPE_CHECKING:
     from soup_xb.core.session import LossSum

@@ -9,8 +9,8 @@ import click
 from attrs import asdict
 
 from soup_xb.cli.options import json_option
-from soup_xb.core.support import Feature, features_table
-from soup_xb.core.support_rows import BACKENDS
+from soup_xb.core.config.support import Feature, features_table
+from soup_xb.core.config.support_rows import BACKENDS
 
 
 @click.command()

@@ -115,7 +115,7 @@ def _exists(path: Path) -> Problem:
 
 def _write_schema(path: Path) -> None:
     """The JSON Schema beside the config, for editors; one that is there stays."""
-    from soup_xb.core.keys.schema import config_schema
+    from soup_xb.core.config.pages import config_schema
 
     text = json.dumps(config_schema(), indent=2) + "\n"
     if not os.path.lexists(path):

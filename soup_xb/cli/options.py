@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from soup_xb.core.config_file import LoadedConfig, load_config
+from soup_xb.core.config.load import LoadedConfig, load_config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -36,10 +36,10 @@ def command(  # noqa: PLR0913 - one parameter an option
     loaded = load(file, named, backend, overrides)
     from soup_xb.backends import choose_backend
     from soup_xb.core.base.coverage_text import coverage_rows
+    from soup_xb.core.config.support import refusals
     from soup_xb.core.largest_batch import LargestBatch
     from soup_xb.core.memory import estimate_memory
     from soup_xb.core.plan_summary import plan_summary
-    from soup_xb.core.support import refusals
     from soup_xb.opened import check_processes, open_run
 
     check_processes(loaded, processes)

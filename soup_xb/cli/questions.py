@@ -9,8 +9,8 @@ from typing import Any
 import click
 from attrs import frozen
 
-from soup_xb.core.config import TrainingConfig
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.schema import TrainingConfig
 from soup_xb.core.templates import Template
 
 _NO_GPU = "no GPU: this computer's processor"

@@ -13,6 +13,6 @@ def command() -> None:
 
     Save it and begin soup.yaml with `# yaml-language-server: $schema=soup.schema.json`.
     """
-    from soup_xb.core.keys.schema import config_schema
+    from soup_xb.core.config.pages import config_schema
 
     click.echo(json.dumps(config_schema(), indent=2))

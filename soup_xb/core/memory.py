@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import frozen
 
 from soup_xb.core.adapter.vera import shared_entries
-from soup_xb.core.config import TrainingConfig
+from soup_xb.core.config.schema import TrainingConfig
 from soup_xb.core.largest_batch import LargestBatch
 from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import BaseDescription

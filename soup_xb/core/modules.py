@@ -12,7 +12,7 @@ from attrs import frozen
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.base.target_checks import check_expert_targets, no_experts, ranks_above_side
 from soup_xb.core.base.towers import is_in_tower, without_gradient
-from soup_xb.core.config import AUTOMATIC, LoraConfig
+from soup_xb.core.config.schema import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.suggest import close_names
 

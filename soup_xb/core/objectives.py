@@ -9,7 +9,7 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import ge, gt, in_, lt
 
-from soup_xb.core.config import POOLINGS
+from soup_xb.core.config.schema import POOLINGS
 
 
 def _above_zero(default: float) -> Any:

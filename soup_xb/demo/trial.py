@@ -9,7 +9,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from soup_xb.core.config_file import LoadedConfig, load_config
+from soup_xb.core.config.load import LoadedConfig, load_config
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.session import GenerationSettings
 from soup_xb.demo.judge import passes

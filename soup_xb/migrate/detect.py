@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from soup_xb.core.config.yaml import Node
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.yaml.yaml_tree import Node
 
 AXOLOTL, LLAMA_FACTORY, SOUP = "axolotl", "llama-factory", "soup"
 # Keys that one of the tools has and the others do not.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from soup_xb.core.rules.run_rules import is_local_path
+from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.policies import without_critic
 from soup_xb.migrate.preferences import LLAMA_FACTORY_NAMES, read_preferences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from soup_xb.core.config import KEYS, TASKS
+from soup_xb.core.config.schema import KEYS, TASKS
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.policies import without_critic
 from soup_xb.migrate.preferences import read_preferences, soup_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from soup_xb.core.rules.run_rules import is_local_path
+from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.values import boolean, is_on
 

@@ -9,7 +9,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.base.base_folder import BaseFolder
-from soup_xb.core.config import Config, DataConfig
+from soup_xb.core.config.schema import Config, DataConfig
 from soup_xb.core.errors import Problem
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import AnyExample, EmbeddingExample, TokenRow

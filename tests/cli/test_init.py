@@ -17,7 +17,7 @@ import pytest
 from attrs import evolve
 
 from soup_xb.cli.questions import bases_for
-from soup_xb.core.config_file import load_config, parse_config
+from soup_xb.core.config.load import load_config, parse_config
 from soup_xb.core.templates import list_templates, load_sample, load_template, shipped_folder
 
 Soupx = Callable[..., Any]

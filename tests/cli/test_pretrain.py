@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.support_rows import BACKENDS
+from soup_xb.core.config.support_rows import BACKENDS
 
 Soupx = Callable[..., Any]
 

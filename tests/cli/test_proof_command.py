@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from processes import in_two_processes
 
-from soup_xb.core.support_rows import BACKENDS
+from soup_xb.core.config.support_rows import BACKENDS
 
 Soupx = Callable[..., Any]
 Config = Callable[..., Path]

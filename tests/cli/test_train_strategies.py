@@ -15,7 +15,7 @@ from peft import PeftModel
 from processes import in_two_processes
 
 from soup_xb.core.adapter_file import read_adapter
-from soup_xb.core.support_rows import BACKENDS
+from soup_xb.core.config.support_rows import BACKENDS
 
 Soupx = Callable[..., Any]
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from soup_xb.backends import open_session
-from soup_xb.core.config import Config, DataConfig, RopeScalingConfig, TrainingConfig
+from soup_xb.core.config.schema import Config, DataConfig, RopeScalingConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.opened import session_settings
 
@@ -95,7 +95,7 @@ def test_a_base_without_rotary_positions_is_refused(save_model: Callable[..., Pa
     ],
 )
 def test_half_a_scaling_is_refused(written: dict[str, Any], code: str) -> None:
-    from soup_xb.core.config_file import parse_config
+    from soup_xb.core.config.load import parse_config
 
     content = {"base": "tiny", "data": {"train": "a.jsonl"}, "training": {"rope_scaling": written}}
     with pytest.raises(ConfigError) as refused:
@@ -104,7 +104,7 @@ def test_half_a_scaling_is_refused(written: dict[str, Any], code: str) -> None:
 
 
 def test_vectors_are_of_the_base_as_it_stands() -> None:
-    from soup_xb.core.config_file import parse_config
+    from soup_xb.core.config.load import parse_config
 
     content = {
         "base": "tiny",

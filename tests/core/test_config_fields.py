@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from attrs.exceptions import FrozenInstanceError
 
-from soup_xb.core.config import KEYS, Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.keys.fields import Range
+from soup_xb.core.config.keys import Range
+from soup_xb.core.config.schema import KEYS, Config, DataConfig, LoraConfig, TrainingConfig
 
 
 def test_every_key_has_one_line_of_meaning() -> None:

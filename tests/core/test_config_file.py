@@ -9,8 +9,8 @@ from attrs import evolve
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.config import KEYS, Config, DataConfig, LoraConfig, RopeScalingConfig, TrainingConfig
-from soup_xb.core.config_file import dump_config, load_config, parse_config
+from soup_xb.core.config.load import dump_config, load_config, parse_config
+from soup_xb.core.config.schema import KEYS, Config, DataConfig, LoraConfig, RopeScalingConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
 
 LEAST = "base: tiny\ndata:\n  train: rows.jsonl\n"

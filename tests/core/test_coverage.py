@@ -13,7 +13,7 @@ from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.coverage_text import coverage_json, coverage_notices, coverage_rows
 from soup_xb.core.base.layer_settings import layer_reason, layer_rules, layer_settings
 from soup_xb.core.base.layers import layers_text, place_of, short_names
-from soup_xb.core.config import LoraConfig
+from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.modules import Module, resolve_adapters
 from soup_xb.core.session import BaseDescription
 

@@ -15,8 +15,8 @@ from soup_xb.core.adapter.embedding_files import (
     read_embedding_facts,
     write_embedding_files,
 )
-from soup_xb.core.config import Config, DataConfig, TrainingConfig
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, DataError, ModelError
 from soup_xb.core.formats import detect_format, extra_columns, to_example
 from soup_xb.core.modules import Module, resolve_adapters

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core import config
+from soup_xb.core.config import schema
 from soup_xb.core.errors import DataError
 from soup_xb.core.formats import FORMATS, detect_format, extra_columns, to_example
 from soup_xb.core.rows.example_file import ExampleReader
@@ -112,10 +112,10 @@ def test_a_filled_column_wins_over_a_column_of_nulls():
 
 
 def test_the_formats_are_those_of_the_config():
-    assert {"auto", "transcript", *EVERY_FORMAT} == set(config.FORMATS)
-    assert set(media_formats("audio")) == set(config.task_formats("audio"))
-    assert set(media_formats("vision")) == set(config.task_formats("vision"))
-    assert set(FORMATS) == set(config.task_formats("sft"))
+    assert {"auto", "transcript", *EVERY_FORMAT} == set(schema.FORMATS)
+    assert set(media_formats("audio")) == set(schema.task_formats("audio"))
+    assert set(media_formats("vision")) == set(schema.task_formats("vision"))
+    assert set(FORMATS) == set(schema.task_formats("sft"))
 
 
 USER = [turn("user", "Hi")]

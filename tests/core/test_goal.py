@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
 from soup_xb.core.rows.goal import Goal, streaming_goal
 from soup_xb.core.schedule import floor_share
 

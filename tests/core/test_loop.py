@@ -9,7 +9,7 @@ import pytest
 from attrs import define, evolve, field
 
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, NonFiniteError
 from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
 from soup_xb.core.loop import Hooks, LoopResult, run_loop

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soup_xb.core.config import Config, DataConfig, TrainingConfig
+from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
 from soup_xb.core.largest_batch import LargestBatch
 from soup_xb.core.memory import MemoryEstimate, estimate_memory
 from soup_xb.core.rows.embedding_rows import EmbeddingRow

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
 from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.rows.example_file import ExampleReader
 from soup_xb.core.rows.examples import Message, Source, TokenRow

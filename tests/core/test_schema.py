@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config import KEYS, Config, DataConfig
-from soup_xb.core.config_file import config_dict, parse_config
+from soup_xb.core.config.load import config_dict, parse_config
+from soup_xb.core.config.pages import DIALECT, config_schema
+from soup_xb.core.config.schema import KEYS, Config, DataConfig
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.keys.reference_pages import config_page
-from soup_xb.core.keys.schema import DIALECT, config_schema
 from soup_xb.core.yaml.yaml_text import write_yaml
 
 TYPES = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.checks import contradictions
+from soup_xb.core.config.load import parse_config
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.rules.config_checks import contradictions
 
 BASE = {"base": "tiny", "data": {"train": "rows.jsonl"}}
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 from attrs import evolve
 
-from soup_xb.core import support
-from soup_xb.core.config import KEYS
-from soup_xb.core.config_file import parse_config
-from soup_xb.core.errors import ConfigError
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.support import (
+from soup_xb.core.config import support
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.schema import KEYS
+from soup_xb.core.config.support import (
     available_backend,
     check_supported,
     choose_backend,
@@ -20,7 +19,8 @@ from soup_xb.core.support import (
     features_table,
     refusals,
 )
-from soup_xb.core.support_rows import BACKENDS, ROWS, No, Row
+from soup_xb.core.config.support_rows import BACKENDS, ROWS, No, Row
+from soup_xb.core.errors import ConfigError
 
 NAMES = {row.name for row in ROWS}
 LEAST = "base: tiny\ndata:\n  train: rows.jsonl\n"

@@ -10,8 +10,8 @@ import pytest
 
 from soup_xb.core.base.base_folder import inspect_base
 from soup_xb.core.base.gemma4 import check_towers, is_gemma4
-from soup_xb.core.config import LoraConfig
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.modules import Module, group_adapters, resolve_adapters
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.yaml import read_yaml
 from soup_xb.core.errors import ConfigError, SoupError
-from soup_xb.core.yaml.yaml_tree import read_yaml
 
 
 def problem_code(text: str) -> str:

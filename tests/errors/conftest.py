@@ -77,7 +77,7 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_file: Path
 ) -> Callable[[str], Path]:
     """The output folder of a finished run of a backend, made once; copy it before you touch it."""
-    from soup_xb.core.config_file import parse_config
+    from soup_xb.core.config.load import parse_config
     from soup_xb.train import train
     from soup_xb.train_options import TrainOptions
 

@@ -237,7 +237,7 @@ def test_a_bug_asks_to_be_reported_and_shows_its_traceback_only_when_asked(
     def broken(*_: object) -> None:
         raise RuntimeError(f"the token is {token}")
 
-    monkeypatch.setattr("soup_xb.core.keys.schema.config_schema", broken)
+    monkeypatch.setattr("soup_xb.core.config.pages.config_schema", broken)
     check({"argv": "schema", "exit": 1, "code": "bug", "words": "RuntimeError", "help": "report"})
     answer = soupx("--debug", "schema")
     assert answer.code == 1

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config import KEYS
-from soup_xb.core.rules.dependent_keys import DEPENDENCES
-from soup_xb.core.support_rows import ROWS as FEATURES
+from soup_xb.core.config.dependences import DEPENDENCES
+from soup_xb.core.config.schema import KEYS
+from soup_xb.core.config.support_rows import ROWS as FEATURES
 
 LEAST = "base: tiny\ndata:\n  train: rows.jsonl\n"
 

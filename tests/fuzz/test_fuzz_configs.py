@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from mutation import SAMPLE, full, spoiled
 
-from soup_xb.core.config_file import dump_config, parse_config
-from soup_xb.core.support import check_supported
+from soup_xb.core.config.load import dump_config, parse_config
+from soup_xb.core.config.support import check_supported
 
 TABLE = runpy.run_path(str(Path(__file__).parents[1] / "errors" / "test_config_errors.py"))["ROWS"]
 TEMPLATES = Path(__file__).parents[2] / "templates"

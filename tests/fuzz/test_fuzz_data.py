@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutation import SAMPLE, full, spoiled
 
-from soup_xb.core.config import FORMATS
+from soup_xb.core.config.schema import FORMATS
 from soup_xb.core.errors import SoupError
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.dataset import tokenize_file

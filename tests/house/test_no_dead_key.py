@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config import KEYS
+from soup_xb.core.config.schema import KEYS
 from soup_xb.core.errors import SoupError
 from soup_xb.core.events import Event, Notice
 
@@ -204,7 +204,7 @@ def values_of(key: str) -> dict[str, Any]:
 
 def run(place: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Everything about a run but times, speeds and places: what it refused, left behind, or said."""
-    from soup_xb.core.config_file import parse_config
+    from soup_xb.core.config.load import parse_config
     from soup_xb.train import train
     from soup_xb.train_options import TrainOptions
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
 from soup_xb.migrate import Migration, migrate
 from soup_xb.migrate.source import entries, read_source
 
@@ -34,7 +34,7 @@ def values() -> Callable[[Migration], dict[str, Any]]:
     """The keys that the result writes, with their values."""
 
     def read(done: Migration) -> dict[str, Any]:
-        from soup_xb.core.config import value_of
+        from soup_xb.core.config.schema import value_of
 
         loaded = parse_config(done.text, "soup.yaml")
         return {key: value_of(loaded.config, key) for key in loaded.written if "pattern." not in key}

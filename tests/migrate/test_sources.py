@@ -146,7 +146,7 @@ def _yaml(content: dict[str, Any]) -> str:
 def test_what_no_engine_offers_today_is_taken_back_and_the_rest_runs(
     accounted: Callable[..., Migration],
 ) -> None:
-    from soup_xb.core.support_rows import BACKENDS, ROWS
+    from soup_xb.core.config.support_rows import BACKENDS, ROWS
 
     packing = next(row for row in ROWS if row.name == "data.packing")
     done = accounted("base_model: x\ndatasets: [{path: a.jsonl}]\nadapter: lora\nsample_packing: true\n")

@@ -13,7 +13,7 @@ import pytest
 from attrs import evolve
 
 from soup_xb.backends.mlx.session import MlxSession, open_session
-from soup_xb.core.config import LoraConfig
+from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.core.plan import Plan
 from soup_xb.core.session import StepResult, StepSettings

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from soup_xb.core.config import SAMPLED, TASKS
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.schema import SAMPLED, TASKS
+from soup_xb.core.config.support import check_supported
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.support import check_supported
 from soup_xb.core.templates import Template, list_templates, load_sample, load_template, shipped_folder
 
 TEMPLATES = list_templates(shipped_folder())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import soup_xb.core.config
+import soup_xb.core.config.schema
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.templates import (
     describe_template,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.config import DataConfig
+from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.dataset import load_dataset, load_file, split_rows, tokenize_file

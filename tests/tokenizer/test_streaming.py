@@ -15,7 +15,7 @@ import datasets
 import pytest
 from hub_server import Hub, lines, serving, use
 
-from soup_xb.core.config import DataConfig
+from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.goal import Goal

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soup_xb.core.config import DataConfig
+from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.dataset import load_dataset, tokenize_file

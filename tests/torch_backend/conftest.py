@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.examples import Source, TokenRow

@@ -16,7 +16,7 @@ from processes import in_two_processes
 
 from soup_xb.backends.torch import head
 from soup_xb.core.batches import collate
-from soup_xb.core.config_file import load_config
+from soup_xb.core.config.load import load_config
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.packing import pack
 from soup_xb.core.tasks import head_chunks

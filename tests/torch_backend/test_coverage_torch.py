@@ -11,7 +11,7 @@ import transformers
 from soup_xb.backends.torch.load import describe_model
 from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.layers import layers_text
-from soup_xb.core.config import LoraConfig
+from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.modules import resolve_adapters
 
 SIZES = {

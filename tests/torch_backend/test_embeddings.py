@@ -17,7 +17,7 @@ from soup_xb.backends.torch.reward_losses import embedding
 from soup_xb.backends.torch.session import TorchSession, open_session
 from soup_xb.core.adapter_file import write_adapter
 from soup_xb.core.batches import MicroBatch, collate
-from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.objectives import Embedding

@@ -60,7 +60,7 @@ def test_stock_libraries_load_the_head_and_give_the_live_scores(
     import transformers
     from peft import PeftModel
 
-    from soup_xb.core.config_file import load_config
+    from soup_xb.core.config.load import load_config
     from soup_xb.reward_model import open_reward_model
 
     # VeRA's alpha has no meaning, and its vectors want a higher rate.

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from soup_xb.backends.torch.session import open_session
-from soup_xb.core.config import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.examples import Source

@@ -11,7 +11,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from soup_xb.core.base.weight_files import read_object
-from soup_xb.core.config import POOLINGS
+from soup_xb.core.config.schema import POOLINGS
 from soup_xb.core.disk.durable import write_text
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ModelError

@@ -8,10 +8,10 @@ from typing import Any
 
 from soup_xb.core.base.base_folder import BaseFolder
 from soup_xb.core.base.patterns import matching_names
-from soup_xb.core.config import AUTOMATIC
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.schema import AUTOMATIC
+from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.support import feature_refusal
 
 _NAME = re.compile(r"(?<![a-z0-9])gemma[-_ ]?4(?![a-z0-9])", re.IGNORECASE)
 # More than any of its towers has; a pattern may name a layer by its number.

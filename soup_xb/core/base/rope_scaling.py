@@ -14,7 +14,7 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.adapter.foreign_settings import check_number, damaged
-from soup_xb.core.config import RopeScalingConfig, TrainingConfig
+from soup_xb.core.config.schema import RopeScalingConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
 
 NOTE = "soup_xb_rope_parameters"

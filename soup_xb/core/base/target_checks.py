@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from soup_xb.core.config import LoraConfig
+from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from cattrs import Converter
 from cattrs.errors import AttributeValidationNote, ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn, override
 
-from soup_xb.core.config import KEYS, Config
+from soup_xb.core.config.keys import key_of
+from soup_xb.core.config.schema import KEYS, Config
 from soup_xb.core.keys.config_values import KeyRefused, read_value, shown
-from soup_xb.core.keys.fields import key_of
 
 # Stands in for required text that is missing or wrong, so that the rest of the file can still be checked.
 _PLACEHOLDER = "?"

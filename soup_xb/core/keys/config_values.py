@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from soup_xb.core.keys.fields import Key
+from soup_xb.core.config.keys import Key
 from soup_xb.core.legible import holds_token, masked, printable
 from soup_xb.core.suggest import did_you_mean
 

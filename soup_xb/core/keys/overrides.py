@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from attrs import evolve, frozen
 
-from soup_xb.core.config import KEYS
+from soup_xb.core.config.loaded import COMMAND_LINE
+from soup_xb.core.config.schema import KEYS
+from soup_xb.core.config.yaml import Node, read_yaml
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.keys.config_values import safe_text
-from soup_xb.core.keys.loaded_config import COMMAND_LINE
 from soup_xb.core.keys.unknown_keys import suggestion
-from soup_xb.core.yaml.yaml_tree import Node, read_yaml
 
 _HOW = "write it as `--set training.lr=1e-4`; the value `null` is the default."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from soup_xb.core.config import KEYS
+from soup_xb.core.config.schema import KEYS
 from soup_xb.core.suggest import close_names
 
 # What transformers, PEFT, mlx-lm, Axolotl and LLaMA-Factory call our keys.

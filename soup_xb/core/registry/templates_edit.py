@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from soup_xb.core.config_file import parse_config
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.keys.config_values import safe_text
-from soup_xb.core.rules.run_rules import is_local_path
 from soup_xb.core.yaml.yaml_text import write_yaml
 
 # `key: value  # comment`, the value on the same line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from soup_xb.core.config import MEDIA_TASKS
+from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.formats import detect_format, to_example
 from soup_xb.core.keys.config_values import safe_text

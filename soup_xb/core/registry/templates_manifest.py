@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 
 from attrs import frozen
 
-from soup_xb.core.config import TASKS
+from soup_xb.core.config.schema import TASKS
+from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.keys.config_values import safe_text, shown
 from soup_xb.core.registry.templates_folder import TemplateFolder, is_plain_name
-from soup_xb.core.support_rows import BACKENDS
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.config import JUDGED, Config
+from soup_xb.core.config.schema import JUDGED, Config
 from soup_xb.core.errors import Problem
 from soup_xb.core.schedule import floor_share
 

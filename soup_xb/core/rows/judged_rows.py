@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.config import JUDGED, SAMPLED
+from soup_xb.core.config.schema import JUDGED, SAMPLED
 from soup_xb.core.rows.examples import TokenRow
 from soup_xb.core.rows.preferences import JudgedRow, LearnedRow, PairRow, first_target
 from soup_xb.core.rows.prompts import PromptRow

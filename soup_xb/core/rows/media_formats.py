@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import evolve
 
-from soup_xb.core.config import MEDIA_TASKS
+from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import DataError
 from soup_xb.core.formats import Format
 from soup_xb.core.rows.examples import Attachment, ChatExample, CompletionExample, Message, Source

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from soup_xb.core.config import MEDIA_TASKS, task_formats
+from soup_xb.core.config.schema import MEDIA_TASKS, task_formats
 from soup_xb.core.errors import DataError
 from soup_xb.core.formats import FORMATS, Format, read_prompt_completion
 from soup_xb.core.rows.embedding_formats import embedding_formats

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.rules import Rule, excluded, line_words
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.rules.rules import Rule, excluded, line_words
 
 _LORA = "training.lora"
 _STRATEGY = f"{_LORA}.init_strategy"

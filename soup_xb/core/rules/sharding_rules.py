@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from soup_xb.core.config import PREFERENCE_TASKS
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.rules import Rule, excluded
+from soup_xb.core.config.schema import PREFERENCE_TASKS
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.rules.rules import Rule, excluded
 
 _KEY = "training.sharding"
 # Each runs the model as often on every process, which a model that is gathered block by block needs.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from soup_xb.core.config import MEDIA_TASKS
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.rules import Rule, excluded
+from soup_xb.core.config.run_rules import is_local_path
+from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.rules.rules import Rule, excluded
-from soup_xb.core.rules.run_rules import is_local_path
 
 _KEY = "data.streaming"
 STREAMED_FILE = (

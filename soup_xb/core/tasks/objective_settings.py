@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import fields
 
-from soup_xb.core.config import JUDGED, PAIRED, SAMPLED, Config
+from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED, Config
 from soup_xb.core.objectives import OBJECTIVES
 
 # Keys that carry their task's name.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from attrs import frozen
 
+from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
 
 
 @frozen

@@ -6,9 +6,9 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.config import JUDGED, PAIRED, SAMPLED, Config, value_of
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED, Config, value_of
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
 
 PREFERENCES = (*PAIRED, *JUDGED)
 

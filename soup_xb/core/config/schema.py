@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from operator import attrgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import NOTHING, field, frozen
 
-from soup_xb.core.keys.fields import (
+from soup_xb.core.config.keys import (
     Key,
     Range,
     choice,
@@ -21,8 +21,8 @@ from soup_xb.core.keys.fields import (
     section,
     switch,
 )
-from soup_xb.core.keys.fields import targets as target_patterns
-from soup_xb.core.keys.fields import text as words
+from soup_xb.core.config.keys import targets as target_patterns
+from soup_xb.core.config.keys import text as words
 
 # Tasks that compare two answers, tasks that judge one, and those that measure how far the model went from the base.
 PAIRED = ("dpo", "ipo", "orpo", "simpo")
@@ -300,15 +300,3 @@ def value_of(config: Config, key: str) -> Any:
     16
     """
     return attrgetter(key)(config)
-
-
-# Hidden from type checkers, for which a module with this function has every attribute one can think of.
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        """`TEMPLATES`, the older place of the starter configs: a view of the registry, with a warning."""
-        if name != "TEMPLATES":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from soup_xb.core.templates import deprecated_view
-
-        return deprecated_view()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from soup_xb.core.config import Config
+from soup_xb.core.config.schema import Config
 from soup_xb.core.errors import Problem
 
 COMMAND_LINE = "command line"

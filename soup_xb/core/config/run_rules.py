@@ -6,10 +6,10 @@ import os.path
 import re
 from collections.abc import Iterator
 
-from soup_xb.core.config import MEDIA_TASKS, PREFERENCE_TASKS, SAMPLED, TASKS, task_formats
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.rules import Rule, excluded
+from soup_xb.core.config.schema import MEDIA_TASKS, PREFERENCE_TASKS, SAMPLED, TASKS, task_formats
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.rules.rules import Rule, excluded
 
 _LOCAL_PATH = re.compile(
     r"[./~\\]|[A-Za-z]:\\|.*\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst)$", re.IGNORECASE | re.DOTALL

@@ -10,20 +10,20 @@ from typing import Any
 
 from attrs import evolve
 
-from soup_xb.core.config import KEYS, Config, value_of
+from soup_xb.core.config.checks import contradictions, warnings
+from soup_xb.core.config.dependences import counts
+from soup_xb.core.config.loaded import LoadedConfig, place
+from soup_xb.core.config.schema import KEYS, Config, value_of
+from soup_xb.core.config.support import refusals
+from soup_xb.core.config.support_rows import BACKENDS
+from soup_xb.core.config.yaml import Node, read_yaml
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.keys.config_reader import Fault, read_config
 from soup_xb.core.keys.config_values import safe_text, shown
-from soup_xb.core.keys.loaded_config import LoadedConfig, place
 from soup_xb.core.keys.overrides import lay_over, read_overrides
 from soup_xb.core.keys.unknown_keys import suggestion
-from soup_xb.core.rules.config_checks import contradictions, warnings
-from soup_xb.core.rules.dependent_keys import counts
-from soup_xb.core.support import refusals
-from soup_xb.core.support_rows import BACKENDS
 from soup_xb.core.yaml.yaml_file import LEAST, read_text
 from soup_xb.core.yaml.yaml_text import write_yaml
-from soup_xb.core.yaml.yaml_tree import Node, read_yaml
 
 DEFAULT_PATH = Path("soup.yaml")
 # A file with more unknown or doubled keys than this is no config; the rest is counted, not listed.

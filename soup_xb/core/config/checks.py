@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from soup_xb.core.config import run_rules
+from soup_xb.core.config.dependences import DEPENDENCES, OVERRULED
+from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.errors import Problem
-from soup_xb.core.keys.loaded_config import LoadedConfig
-from soup_xb.core.rules import lora_rules, reward_rules, run_rules, sharding_rules, streaming_rules
-from soup_xb.core.rules.dependent_keys import DEPENDENCES, OVERRULED
+from soup_xb.core.rules import lora_rules, reward_rules, sharding_rules, streaming_rules
 
 RULES = (
     *lora_rules.RULES,

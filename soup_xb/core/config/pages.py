@@ -7,9 +7,9 @@ from typing import Any
 
 from attrs import NOTHING
 
-from soup_xb.core.config import Config
+from soup_xb.core.config.keys import Key, Range, key_of
+from soup_xb.core.config.schema import Config
 from soup_xb.core.keys.config_values import LONGEST_PATTERN, MOST_PATTERNS
-from soup_xb.core.keys.fields import Key, Range, key_of
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
