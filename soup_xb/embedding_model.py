@@ -14,7 +14,7 @@ from soup_xb.core.adapter.embedding_files import (
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
 from soup_xb.core.base.base_folder import BaseFolder
 from soup_xb.core.errors import ModelError
-from soup_xb.core.objectives import Embedding
+from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.session import EmbeddingSession, Session
 from soup_xb.opened import Opened
 from soup_xb.tokenizer import ChatTokenizer

@@ -19,10 +19,10 @@ from soup_xb.core.adapter_file import WEIGHTS, adapter_folder
 from soup_xb.core.config.schema import Config
 from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError
+from soup_xb.core.objectives.rewards import Answer
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rules.reward_rules import file_function
 from soup_xb.core.suggest import did_you_mean
-from soup_xb.core.tasks.rewards import Answer
 
 _CALL = "a reward is called as `function(completion, row)` and returns a number."
 

@@ -16,12 +16,12 @@ from soup_xb.core.base.rope_scaling import noted_scaling
 from soup_xb.core.batches import collate
 from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.objectives import Reward
+from soup_xb.core.objectives.rewards import Answer
+from soup_xb.core.objectives.settings import Reward
 from soup_xb.core.rows.examples import ChatExample, CompletionExample, Example, Message, TokenRow
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rows.turns import read_turns
 from soup_xb.core.session import JudgingSession
-from soup_xb.core.tasks.rewards import Answer
 from soup_xb.hub import resolve_base
 from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.trained import attach_saved, base_of, session_on

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from soup_xb.core.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.schema import SAMPLED
+from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
+from soup_xb.core.objectives.rewards import PatternReward, Reward
+from soup_xb.core.objectives.rollouts import RollingSession, Rules
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.session import GenerationSettings, SamplingSession, TrainingSession
-from soup_xb.core.tasks.rewards import PatternReward, Reward
-from soup_xb.core.tasks.rollouts import RollingSession, Rules
 from soup_xb.opened import Opened
 from soup_xb.reward_file import load_reward
 from soup_xb.reward_model import open_reward_model

@@ -20,7 +20,7 @@ from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.modules import AdapterModule, Module
-from soup_xb.core.objectives import Embedding
+from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.rows.embedding_formats import embedding_formats
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.rows.media_formats import media_formats

@@ -5,8 +5,8 @@ from __future__ import annotations
 from attrs import frozen
 
 from soup_xb.core.config.schema import PAIRED, SAMPLED, Config
+from soup_xb.core.objectives.head_chunks import positions_at_once
 from soup_xb.core.rows.row_facts import RowFacts
-from soup_xb.core.tasks.head_chunks import positions_at_once
 
 
 @frozen

@@ -37,7 +37,7 @@ class OptimizerSettings:
 class SessionSettings:
     """How to open a base. `base` is a local folder; `weights=False` gives its structure alone.
 
-    `objective` is that of a task that compares texts (see core.objectives), None where tokens are learned.
+    `objective` is that of a task that compares texts (see core.objectives.settings), None where tokens are learned.
     `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none. `sharding` is how
     several processes hold the base (see the config), `process_timeout` the seconds that one waits for the others.
     `rope_scaling` stretches the base's positions.
@@ -187,7 +187,7 @@ class GenerationSettings:
 
 
 class TrainingSession(Protocol):
-    """What the training loop asks of a session, or of what stands before one (see core.tasks.rollouts)."""
+    """What the training loop asks of a session, or of what stands before one (see core.objectives.rollouts)."""
 
     process: int
     processes: int

@@ -12,10 +12,10 @@ import pytest
 from processes import in_two_processes
 from safetensors.numpy import load_file
 
-from soup_xb.core.answer_pattern import compiled_pattern
+from soup_xb.core.objectives.answer_pattern import compiled_pattern
+from soup_xb.core.objectives.rewards import Answer, PatternReward
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.tasks.rewards import Answer, PatternReward
 
 Config = Callable[..., Path]
 Soupx = Callable[..., Any]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from attrs import fields
 
-from soup_xb.core.objectives import (
+from soup_xb.core.objectives.settings import (
     OBJECTIVES,
     Dpo,
     Grpo,

@@ -10,7 +10,7 @@ from typing import Any
 
 from soup_xb.backends.torch import head
 from soup_xb.cli import run
-from soup_xb.core.tasks import head_chunks
+from soup_xb.core.objectives import head_chunks
 
 own, seen = head.chunked_losses, [0]
 

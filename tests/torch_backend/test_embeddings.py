@@ -20,7 +20,7 @@ from soup_xb.core.batches import MicroBatch, collate
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
 from soup_xb.core.modules import resolve_adapters
-from soup_xb.core.objectives import Embedding
+from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import Source, TokenRow

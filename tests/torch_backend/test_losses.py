@@ -30,7 +30,7 @@ from soup_xb.backends.torch.preference_losses import (
     simpo,
 )
 from soup_xb.backends.torch.reward_losses import Completions, embedding, group_advantages, grpo, reward
-from soup_xb.core.objectives import (
+from soup_xb.core.objectives.settings import (
     Bco,
     Dpo,
     Embedding,

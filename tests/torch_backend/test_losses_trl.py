@@ -29,7 +29,7 @@ from soup_xb.backends.torch.preference_losses import (
     simpo,
 )
 from soup_xb.backends.torch.reward_losses import Completions, grpo, reward
-from soup_xb.core.objectives import (
+from soup_xb.core.objectives.settings import (
     Bco,
     Dpo,
     Grpo,

@@ -14,12 +14,12 @@ import transformers
 from soup_xb.backends.torch.session import open_session
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.modules import resolve_adapters
+from soup_xb.core.objectives.of_config import objective_of
+from soup_xb.core.objectives.rollouts import RollingSession, Rules
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.session import GenerationSettings, SessionSettings, StepResult, StepSettings
-from soup_xb.core.tasks.objective_settings import objective_of
-from soup_xb.core.tasks.rollouts import RollingSession, Rules
 
 ENDS = (2,)
 Opener = Callable[..., tuple[Any, RollingSession, Plan]]

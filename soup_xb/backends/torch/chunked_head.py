@@ -1,4 +1,4 @@
-"""The loss of many targets, the logits of a few at a time (see soup_xb.core.tasks.head_chunks).
+"""The loss of many targets, the logits of a few at a time (see soup_xb.core.objectives.head_chunks).
 
 The decoder runs once. For each chunk of its hidden states the model's own forward runs again with the decoder answering
 at once with that chunk, so that whatever the model does to logits (soft caps, scaling) is done by its own code.

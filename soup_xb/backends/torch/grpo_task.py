@@ -15,7 +15,7 @@ from soup_xb.backends.torch.means import Means
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import Completions, group_advantages, grpo
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.objectives import Grpo
+from soup_xb.core.objectives.settings import Grpo
 from soup_xb.core.session import StepSettings
 
 
@@ -53,7 +53,9 @@ class GrpoTask:
         reference = self._references.pop(0) if self._references else policy.detach()
         rollout = batch.rollout
         if rollout is None:
-            raise RuntimeError("prompts are answered before they are trained on: see core.tasks.rollouts")
+            raise RuntimeError(
+                "prompts are answered before they are trained on: see core.objectives.rollouts"
+            )
         rewards = torch.from_numpy(rollout.rewards).to(self._place, torch.float32)
         told = {name: torch.from_numpy(values) for name, values in rollout.told.items()}
         if not len(rewards):

@@ -20,7 +20,7 @@ from soup_xb.backends.torch.chunked_head import (
 )
 from soup_xb.backends.torch.shared_head import sharing_processes
 from soup_xb.core.batches import MicroBatch
-from soup_xb.core.tasks.head_chunks import positions_at_once
+from soup_xb.core.objectives.head_chunks import positions_at_once
 
 
 @contextmanager

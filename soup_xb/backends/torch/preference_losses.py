@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from soup_xb.core.objectives import Bco, Dpo, Ipo, Kto, Orpo, Simpo
+from soup_xb.core.objectives.settings import Bco, Dpo, Ipo, Kto, Orpo, Simpo
 
 Metrics = dict[str, Tensor]
 Losses = tuple[Tensor, Metrics]

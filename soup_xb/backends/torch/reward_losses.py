@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from soup_xb.backends.torch.preference_losses import Losses, Pair, pair_metrics
-from soup_xb.core.objectives import Embedding, Grpo
+from soup_xb.core.objectives.settings import Embedding, Grpo
 
 # exp of it is far from float32's end, and far outside of any ratio that training should see.
 _LARGEST_LOG_RATIO = 20.0

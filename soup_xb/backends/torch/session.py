@@ -48,7 +48,7 @@ from soup_xb.core.adapter_file import HEAD, check_factors
 from soup_xb.core.batches import MicroBatch
 from soup_xb.core.errors import Problem
 from soup_xb.core.modules import AdapterModule
-from soup_xb.core.objectives import Embedding
+from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.session import (
     AdapterPlan,

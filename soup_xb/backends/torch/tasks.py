@@ -15,7 +15,7 @@ from soup_xb.backends.torch.preference_task import PreferenceTask
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_task import RewardTask
 from soup_xb.backends.torch.task_loss import TaskLoss, TokenLoss
-from soup_xb.core.objectives import Embedding, Grpo, Reward
+from soup_xb.core.objectives.settings import Embedding, Grpo, Reward
 
 
 @frozen
@@ -33,7 +33,7 @@ class Surroundings:
 
 
 def task_loss(objective: Any, around: Surroundings) -> TaskLoss:
-    """The loss of a session's objective (see core.objectives); without one, that of target tokens."""
+    """The loss of a session's objective (see core.objectives.settings); without one, that of target tokens."""
     if objective is None:
         return TokenLoss(around.place)
     if isinstance(objective, Grpo):

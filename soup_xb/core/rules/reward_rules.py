@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from soup_xb.core.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import Rule
 from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED
 from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.suggest import did_you_mean
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<function>[^\W\d]\w*)", re.DOTALL)

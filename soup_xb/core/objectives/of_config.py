@@ -7,14 +7,14 @@ from typing import Any
 from attrs import fields
 
 from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED, Config
-from soup_xb.core.objectives import OBJECTIVES
+from soup_xb.core.objectives.settings import OBJECTIVES
 
 # Keys that carry their task's name.
 _KEYS = {"gamma": "simpo_gamma", "scale": "embedding_scale"}
 
 
 def objective_of(config: Config) -> Any:
-    """The objective of a task that compares or rewards texts (see core.objectives), None where tokens are learned.
+    """The objective of a task that compares or rewards texts (see `settings`), None where tokens are learned.
 
     A key that the file leaves open has the objective's own default.
     """

@@ -9,6 +9,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.batches import MicroBatch, collate
+from soup_xb.core.objectives.rewards import Answer, Reward
 from soup_xb.core.random_numbers import uniform
 from soup_xb.core.rows.examples import TokenRow
 from soup_xb.core.rows.prompts import PromptRow, Rollout
@@ -21,7 +22,6 @@ from soup_xb.core.session import (
     StepResult,
     StepSettings,
 )
-from soup_xb.core.tasks.rewards import Answer, Reward
 
 Array = np.ndarray[Any, Any]
 
