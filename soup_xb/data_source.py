@@ -8,8 +8,8 @@ from pathlib import Path
 from attrs import frozen
 
 from soup_xb.core.errors import Problem
-from soup_xb.core.formats import Formats
 from soup_xb.core.rows.examples import Row
+from soup_xb.core.rows.formats.detect import Formats
 from soup_xb.core.rows.goal import Goal
 
 

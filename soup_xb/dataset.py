@@ -13,17 +13,17 @@ from attrs import evolve, frozen
 
 from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.core.config.schema import SAMPLED, DataConfig
-from soup_xb.core.data import read_rows
 from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError, DataError, Problem
-from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.random_numbers import permutation
-from soup_xb.core.rows.embedding_formats import embedding_formats
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
+from soup_xb.core.rows.files import read_rows
+from soup_xb.core.rows.formats.detect import FORMATS, Formats
+from soup_xb.core.rows.formats.embedding import embedding_formats
+from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_of
 from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.judged_rows import rows_for_task
 from soup_xb.core.rows.packing import pack, packing_notice, split_long
-from soup_xb.core.rows.preference_formats import EVERY_FORMAT, formats_of
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.rules.streaming_rules import STREAMED_FILE

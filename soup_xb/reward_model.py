@@ -13,11 +13,11 @@ from attrs import evolve, frozen
 from soup_xb.backends import open_session
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
 from soup_xb.core.base.rope_scaling import noted_scaling
-from soup_xb.core.batches import collate
 from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.objectives.rewards import Answer
 from soup_xb.core.objectives.settings import Reward
+from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import ChatExample, CompletionExample, Example, Message, TokenRow
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rows.turns import read_turns

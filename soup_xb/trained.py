@@ -18,12 +18,12 @@ from soup_xb.core.base.base_folder import BaseFolder, inspect_base
 from soup_xb.core.base.rope_scaling import noted_scaling
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.formats import FORMATS, Formats
 from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.objectives.settings import Embedding
-from soup_xb.core.rows.embedding_formats import embedding_formats
 from soup_xb.core.rows.examples import Message
-from soup_xb.core.rows.media_formats import media_formats
+from soup_xb.core.rows.formats.detect import FORMATS, Formats
+from soup_xb.core.rows.formats.embedding import embedding_formats
+from soup_xb.core.rows.formats.media import media_formats
 from soup_xb.core.session import (
     AdapterPlan,
     GenerationSettings,

@@ -14,8 +14,8 @@ from soup_xb.core.config.schema import FORMATS, MEDIA_TASKS
 from soup_xb.core.errors import Problem
 
 if TYPE_CHECKING:
-    from soup_xb.core.formats import Formats
     from soup_xb.core.rows.examples import TokenRow
+    from soup_xb.core.rows.formats.detect import Formats
     from soup_xb.tokens.token_file import TokenFile
 
 _BARS = 8
@@ -68,14 +68,14 @@ def command(  # noqa: PLR0913 - one parameter an option
 
 
 def _formats(task: str | None) -> Formats:
-    from soup_xb.core.rows.preference_formats import EVERY_FORMAT, formats_of
+    from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_of
 
     return formats_of(task) if task else EVERY_FORMAT
 
 
 def _rows(file: Path, data_format: str, task: str | None) -> tuple[dict[str, Any], tuple[Problem, ...]]:
-    from soup_xb.core.data import read_rows
-    from soup_xb.core.rows.example_file import ExampleReader
+    from soup_xb.core.rows.files import read_rows
+    from soup_xb.core.rows.formats.example_file import ExampleReader
 
     reader = ExampleReader(read_rows(file), data_format, str(file), _formats(task))
     for _ in reader:

@@ -16,8 +16,8 @@ from soup_xb.core.disk.durable import FULL, free_bytes
 from soup_xb.core.disk.user_cache import user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
 from soup_xb.core.processors import tokenizing_processes
-from soup_xb.core.rows.example_file import ExampleReader
 from soup_xb.core.rows.examples import AnyExample
+from soup_xb.core.rows.formats.example_file import ExampleReader
 from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.row_kinds import KINDS
 from soup_xb.core.rows.row_table import COLUMNS, Columns, RowTable

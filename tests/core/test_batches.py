@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.batches import collate, epoch_batches, eval_batches, process_share
 from soup_xb.core.random_numbers import permutation, uniform
+from soup_xb.core.rows.batches import collate, epoch_batches, eval_batches, process_share
 from soup_xb.core.rows.examples import Source, TokenRow
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=300).map(np.array)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.data import READERS, read_rows
 from soup_xb.core.errors import DataError
+from soup_xb.core.rows.files import READERS, read_rows
 
 A, B = {"text": "über 😀"}, {"text": "two\nlines"}
 

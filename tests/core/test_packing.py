@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.batches import collate
+from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.packing import pack, packing_notice, split_long
 

@@ -83,7 +83,7 @@ def test_rows_together_give_the_logits_of_each_alone(
 
 
 def single(row: Any) -> list[Any]:
-    from soup_xb.core.batches import collate
+    from soup_xb.core.rows.batches import collate
 
     return [collate([row], 0)]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.formats import to_example
 from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.formats.detect import to_example
 from soup_xb.tokenizer import ChatTokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")

@@ -15,9 +15,9 @@ import transformers
 from processes import in_two_processes
 
 from soup_xb.backends.torch import head
-from soup_xb.core.batches import collate
 from soup_xb.core.config.load import load_config
 from soup_xb.core.objectives import head_chunks
+from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.packing import pack
 from soup_xb.train import train as run_file

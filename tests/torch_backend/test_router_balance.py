@@ -14,10 +14,10 @@ import transformers
 from processes import in_two_processes
 
 from soup_xb.backends.torch.router_balance import router_logits
-from soup_xb.core.batches import MicroBatch, collate
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.support import check_supported
 from soup_xb.core.errors import ConfigError
+from soup_xb.core.rows.batches import MicroBatch, collate
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.session import StepSettings
 

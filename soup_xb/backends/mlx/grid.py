@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.batches import MicroBatch
+from soup_xb.core.rows.batches import MicroBatch
 
 
 @frozen(eq=False)

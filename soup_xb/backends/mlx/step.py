@@ -10,7 +10,7 @@ import numpy as np
 from soup_xb.backends.mlx.adapters import Adapters, Arrays
 from soup_xb.backends.mlx.grid import Grid, exact_grid, padded_grid
 from soup_xb.backends.mlx.head import summed_loss
-from soup_xb.core.batches import MicroBatch
+from soup_xb.core.rows.batches import MicroBatch
 
 
 class Gradients:

@@ -14,8 +14,8 @@ from soup_xb.backends.torch.head import BatchTensors, target_log_probabilities
 from soup_xb.backends.torch.means import Means
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import Completions, group_advantages, grpo
-from soup_xb.core.batches import MicroBatch
 from soup_xb.core.objectives.settings import Grpo
+from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.session import StepSettings
 
 

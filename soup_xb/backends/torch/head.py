@@ -19,8 +19,8 @@ from soup_xb.backends.torch.chunked_head import (
     hidden_states,
 )
 from soup_xb.backends.torch.shared_head import sharing_processes
-from soup_xb.core.batches import MicroBatch
 from soup_xb.core.objectives.head_chunks import positions_at_once
+from soup_xb.core.rows.batches import MicroBatch
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def head_on_positions(model: Any, positions: torch.Tensor) -> Iterator[None]:
 
 @frozen(eq=False)
 class BatchTensors:
-    """A MicroBatch on the device; see soup_xb.core.batches. `counts` are the targets of each row."""
+    """A MicroBatch on the device; see soup_xb.core.rows.batches. `counts` are the targets of each row."""
 
     tokens: torch.Tensor
     positions: torch.Tensor

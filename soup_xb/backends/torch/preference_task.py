@@ -13,8 +13,8 @@ from soup_xb.backends.torch import preference_losses as losses
 from soup_xb.backends.torch.head import BatchTensors, row_log_probabilities
 from soup_xb.backends.torch.preference_losses import Judged, Losses, Pair, per_token
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.core.batches import Comparison, MicroBatch
 from soup_xb.core.objectives.settings import Bco, Dpo, Ipo, Kto, Orpo, RewardMean, Simpo
+from soup_xb.core.rows.batches import Comparison, MicroBatch
 from soup_xb.core.session import StepSettings
 
 _PAIRED: Mapping[type, Callable[[Pair, Pair, Any], Losses]] = MappingProxyType(

@@ -12,8 +12,8 @@ from torch import Tensor
 from soup_xb.backends.torch.head import BatchTensors, pass_through
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.task_loss import TaskLoss
-from soup_xb.core.batches import MicroBatch
 from soup_xb.core.errors import ConfigError
+from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.session import StepSettings
 
 METRIC = "router_aux_loss"

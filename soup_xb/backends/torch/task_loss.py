@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from soup_xb.backends.torch.head import BatchTensors, summed_loss
-from soup_xb.core.batches import MicroBatch
+from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.session import StepSettings
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from soup_xb.core.batches import MicroBatch, collate
 from soup_xb.core.objectives.rewards import Answer, Reward
 from soup_xb.core.random_numbers import uniform
+from soup_xb.core.rows.batches import MicroBatch, collate
 from soup_xb.core.rows.examples import TokenRow
 from soup_xb.core.rows.prompts import PromptRow, Rollout
 from soup_xb.core.session import (

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.formats import detect_format, to_example
 from soup_xb.core.keys.config_values import safe_text
 from soup_xb.core.registry.templates_manifest import Template
 from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.formats.detect import detect_format, to_example
+from soup_xb.core.rows.formats.every import formats_of
 from soup_xb.core.rows.json_rows import read_object_line
-from soup_xb.core.rows.preference_formats import formats_of
 from soup_xb.core.templates import describe_template, load_sample
 
 # Sample rows are few; so are their files.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.batches import Contrast, MicroBatch, collate, process_share
+from soup_xb.core.rows.batches import Contrast, MicroBatch, collate, process_share
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 
 

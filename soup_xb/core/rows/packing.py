@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from soup_xb.core.batches import collate
 from soup_xb.core.errors import ModelError, Problem
+from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import TokenRow
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.row_facts import plain_facts

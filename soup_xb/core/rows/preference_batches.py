@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.batches import (
+from soup_xb.core.rows.batches import (
     Comparison,
     MicroBatch,
     collate,

@@ -11,9 +11,9 @@ from attrs import evolve
 
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import DataError
-from soup_xb.core.formats import Format
 from soup_xb.core.rows.examples import Attachment, ChatExample, CompletionExample, Message, Source
-from soup_xb.core.rows.row_text import mistyped, read_text
+from soup_xb.core.rows.fields import mistyped, read_text
+from soup_xb.core.rows.formats.detect import Format
 from soup_xb.core.rows.turns import read_turn
 
 Parts = tuple[str | Attachment, ...]

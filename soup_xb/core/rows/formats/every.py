@@ -8,8 +8,6 @@ from typing import Any
 
 from soup_xb.core.config.schema import MEDIA_TASKS, task_formats
 from soup_xb.core.errors import DataError
-from soup_xb.core.formats import FORMATS, Format, read_prompt_completion
-from soup_xb.core.rows.embedding_formats import embedding_formats
 from soup_xb.core.rows.examples import (
     ChatExample,
     CompletionExample,
@@ -19,10 +17,12 @@ from soup_xb.core.rows.examples import (
     PreferenceExample,
     Source,
 )
-from soup_xb.core.rows.media_formats import media_formats
-from soup_xb.core.rows.prompt_formats import PROMPTS
-from soup_xb.core.rows.row_text import mistyped, read_text
-from soup_xb.core.rows.tool_rows import read_tools
+from soup_xb.core.rows.fields import mistyped, read_text
+from soup_xb.core.rows.formats.detect import FORMATS, Format, read_prompt_completion
+from soup_xb.core.rows.formats.embedding import embedding_formats
+from soup_xb.core.rows.formats.media import media_formats
+from soup_xb.core.rows.formats.prompts import PROMPTS
+from soup_xb.core.rows.tools import read_tools
 from soup_xb.core.rows.turns import read_turns
 
 _SIDES = ("chosen", "rejected")

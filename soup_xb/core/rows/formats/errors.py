@@ -9,7 +9,7 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Source
 
 if TYPE_CHECKING:
-    from soup_xb.core.formats import Formats
+    from soup_xb.core.rows.formats.detect import Formats
 
 
 def unknown_columns(row: Mapping[str, Any], source: Source, formats: Formats) -> DataError:

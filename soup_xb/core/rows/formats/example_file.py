@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from itertools import chain
 
 from soup_xb.core.errors import Problem
-from soup_xb.core.formats import FORMATS, Detection, Formats, detect_format, extra_columns, to_example
 from soup_xb.core.rows.examples import AnyExample, Row
+from soup_xb.core.rows.formats.detect import (
+    FORMATS,
+    Detection,
+    Formats,
+    detect_format,
+    extra_columns,
+    to_example,
+)
 
 
 class ExampleReader:

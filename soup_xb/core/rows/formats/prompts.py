@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.formats import Format
 from soup_xb.core.rows.examples import PromptExample, Source
-from soup_xb.core.rows.row_text import read_text
+from soup_xb.core.rows.fields import read_text
+from soup_xb.core.rows.formats.detect import Format
 from soup_xb.core.rows.turns import read_turns
 
 

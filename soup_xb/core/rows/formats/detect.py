@@ -18,9 +18,9 @@ from soup_xb.core.rows.examples import (
     Row,
     Source,
 )
-from soup_xb.core.rows.format_errors import known_formats, other_format, unknown_columns
-from soup_xb.core.rows.row_text import checked_text, mistyped, read_text
-from soup_xb.core.rows.tool_rows import check_declared, read_tools
+from soup_xb.core.rows.fields import checked_text, mistyped, read_text
+from soup_xb.core.rows.formats.errors import known_formats, other_format, unknown_columns
+from soup_xb.core.rows.tools import check_declared, read_tools
 from soup_xb.core.rows.turns import extra_turn_keys, read_turns
 
 
