@@ -28,9 +28,9 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
 from soup_xb.backends import open_session
+from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
-from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.session import AdapterPlan, OptimizerSettings, SessionSettings
 from soup_xb.demo.base import prepare_base
 

@@ -56,8 +56,8 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     import numpy as np
 
     from soup_xb.backends import open_session
+    from soup_xb.core.base.modules import resolve_adapters
     from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
-    from soup_xb.core.modules import resolve_adapters
     from soup_xb.core.objectives import head_chunks
     from soup_xb.core.plan import make_plan
     from soup_xb.core.rows.batches import collate

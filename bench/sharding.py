@@ -133,8 +133,8 @@ def _child(asked: dict[str, Any]) -> None:
     from soup_xb.backends.torch.load import outline_base
     from soup_xb.backends.torch.processes import join_processes
     from soup_xb.backends.torch.session import open_session
+    from soup_xb.core.base.modules import resolve_adapters
     from soup_xb.core.config.schema import LoraConfig
-    from soup_xb.core.modules import resolve_adapters
     from soup_xb.core.rows.batches import collate, process_share
     from soup_xb.core.rows.examples import Source, TokenRow
     from soup_xb.core.session import AdapterPlan, OptimizerSettings, SessionSettings, StepSettings

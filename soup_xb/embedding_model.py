@@ -12,7 +12,7 @@ from soup_xb.core.adapter.embedding_files import (
     write_embedding_files,
 )
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
-from soup_xb.core.base.base_folder import BaseFolder
+from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.session import EmbeddingSession, Session

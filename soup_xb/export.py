@@ -16,8 +16,8 @@ from soup_xb.core.adapter.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_
 from soup_xb.core.adapter.mlx_lm_rope import StretchedBase, check_exportable
 from soup_xb.core.adapter.reward_head import is_reward_model, write_head
 from soup_xb.core.adapter_file import SETTINGS, SavedAdapter, adapter_folder, read_adapter, write_adapter
-from soup_xb.core.base.base_folder import inspect_base
-from soup_xb.core.base.rope_scaling import RopeScaling, note_scaling, noted_scaling
+from soup_xb.core.base.folder import inspect_base
+from soup_xb.core.base.rope import RopeScaling, note_scaling, noted_scaling
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import disk_errors, write_text
 from soup_xb.core.errors import ModelError, Problem, ResourceError

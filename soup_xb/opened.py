@@ -9,14 +9,14 @@ from pathlib import Path
 from attrs import evolve, frozen
 
 from soup_xb.backends import open_session
-from soup_xb.core.base.base_folder import BaseFolder, inspect_base
 from soup_xb.core.base.coverage import Coverage, cover
+from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.gemma4 import check_towers
-from soup_xb.core.base.rope_scaling import asked_scaling
+from soup_xb.core.base.modules import Resolution, resolve_adapters
+from soup_xb.core.base.rope import asked_scaling
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.schema import MEDIA_TASKS, Config
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.modules import Resolution, resolve_adapters
 from soup_xb.core.objectives.of_config import objective_of
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.goal import streaming_goal

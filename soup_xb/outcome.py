@@ -14,13 +14,13 @@ from soup_xb.core.adapter.proof import check_effect, prove
 from soup_xb.core.adapter.reward_head import check_head, write_head
 from soup_xb.core.adapter_file import Factors, write_adapter
 from soup_xb.core.base.coverage_text import coverage_rows
-from soup_xb.core.base.rope_scaling import asked_scaling, note_scaling
+from soup_xb.core.base.modules import group_adapters, reachable_names
+from soup_xb.core.base.rope import asked_scaling, note_scaling
 from soup_xb.core.config.load import dump_config
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import disk_errors, write_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
-from soup_xb.core.modules import group_adapters, reachable_names
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.run.metrics import read_events
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report

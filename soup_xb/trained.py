@@ -14,11 +14,11 @@ from soup_xb.core.adapter.embedding_files import EmbeddingFacts
 from soup_xb.core.adapter.media_file import read_media_task
 from soup_xb.core.adapter.reward_head import is_reward_model
 from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
-from soup_xb.core.base.base_folder import BaseFolder, inspect_base
-from soup_xb.core.base.rope_scaling import noted_scaling
+from soup_xb.core.base.folder import BaseFolder, inspect_base
+from soup_xb.core.base.modules import AdapterModule, Module
+from soup_xb.core.base.rope import noted_scaling
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.rows.formats.detect import FORMATS, Formats

@@ -23,7 +23,7 @@ FATES = {
     "cli/main:system-refused": "ResourceError",
     "core/config/dependences": "ConfigError",
     "core/rules/lora_rules": "ConfigError",
-    "core/modules:patterns-disagree": NOTICE,
+    "core/base/modules:patterns-disagree": NOTICE,
     "core/config/rules": "ConfigError",
     "core/config/run_rules": "ConfigError",
     "core/rules/streaming_rules": "ConfigError",

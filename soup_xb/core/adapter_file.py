@@ -24,8 +24,8 @@ from soup_xb.core.adapter.vera_file import (
     vera_key,
     vera_settings,
 )
+from soup_xb.core.base.modules import AdapterModule, Module, adapter_scale
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.modules import AdapterModule, Module, adapter_scale
 from soup_xb.core.session import AdapterPlan
 
 WEIGHTS = "adapter_model.safetensors"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from attrs import frozen
 
 from soup_xb.core.adapter.vera import shared_entries
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.config.schema import TrainingConfig
 from soup_xb.core.largest_batch import LargestBatch
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import BaseDescription
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
+from soup_xb.core.base.modules import Resolution
 from soup_xb.core.config.schema import MEDIA_TASKS, SAMPLED, Config, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.modules import Resolution
 from soup_xb.core.rows.batches import MicroBatch, epoch_batches, eval_batches
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.preference_batches import micro_batches

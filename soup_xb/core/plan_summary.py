@@ -6,8 +6,8 @@ from typing import Any
 
 from soup_xb.core.base.coverage import Coverage
 from soup_xb.core.base.coverage_text import coverage_json
+from soup_xb.core.base.modules import group_adapters
 from soup_xb.core.memory import MemoryEstimate
-from soup_xb.core.modules import group_adapters
 from soup_xb.core.plan import Plan
 
 CURVE_POINTS = 9

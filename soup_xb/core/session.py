@@ -13,9 +13,9 @@ import numpy as np
 from attrs import field, frozen
 
 from soup_xb.core.adapter.deviation import Addition
-from soup_xb.core.base.rope_scaling import RopeScaling
+from soup_xb.core.base.modules import AdapterModule, Module
+from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import Problem
-from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.rows.batches import MicroBatch
 
 Array = np.ndarray[Any, Any]

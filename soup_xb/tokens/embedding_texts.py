@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from soup_xb.core.base.base_folder import BaseFolder
+from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.config.schema import Config, DataConfig
 from soup_xb.core.errors import Problem
 from soup_xb.core.rows.embedding_rows import EmbeddingRow

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
 from soup_xb.core.adapter_file import read_adapter, write_adapter
+from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
 from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.modules import reachable_names
 from soup_xb.core.plan import Plan
 from soup_xb.core.session import Session
 

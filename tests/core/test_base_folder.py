@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from soup_xb.core.base.base_folder import inspect_base
+from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.errors import ModelError
 
 

@@ -13,8 +13,8 @@ from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.coverage_text import coverage_json, coverage_notices, coverage_rows
 from soup_xb.core.base.layer_settings import layer_reason, layer_rules, layer_settings
 from soup_xb.core.base.layers import layers_text, place_of, short_names
+from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.schema import LoraConfig
-from soup_xb.core.modules import Module, resolve_adapters
 from soup_xb.core.session import BaseDescription
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

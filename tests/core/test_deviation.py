@@ -7,7 +7,7 @@ import pytest
 from attrs import evolve
 
 from soup_xb.core.adapter.deviation import ROWS, Addition, deviation, probe_inputs
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 
 UNIT = 2.0**-24
 RANDOM = np.random.default_rng(0)

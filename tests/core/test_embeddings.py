@@ -15,10 +15,10 @@ from soup_xb.core.adapter.embedding_files import (
     read_embedding_facts,
     write_embedding_files,
 )
+from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, DataError, ModelError
-from soup_xb.core.modules import Module, resolve_adapters
 from soup_xb.core.plan import make_plan
 from soup_xb.core.rows.contrast_batches import contrast_batch
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives

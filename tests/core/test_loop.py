@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from attrs import define, evolve, field
 
+from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, NonFiniteError
 from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
 from soup_xb.core.loop import Hooks, LoopResult, run_loop
-from soup_xb.core.modules import Module, resolve_adapters
 from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.rows.examples import Source, TokenRow

@@ -6,10 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.base.modules import (
+    AdapterModule,
+    Module,
+    group_adapters,
+    is_decoder_linear,
+    resolve_adapters,
+)
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.modules import AdapterModule, Module, group_adapters, is_decoder_linear, resolve_adapters
 
 SIDES = {
     "self_attn.q_proj": (64, 64),

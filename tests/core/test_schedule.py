@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soup_xb.core import adapter_file, modules, plan_summary, schedule, suggest
-from soup_xb.core.base import patterns
+from soup_xb.core import adapter_file, plan_summary, schedule, suggest
+from soup_xb.core.base import modules, patterns
 from soup_xb.core.schedule import LearningRates, floor_share, restart_steps, steps_every, warmup_steps
 
 

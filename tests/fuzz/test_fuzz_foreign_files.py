@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from soup_xb.core.adapter.mlx_lm_file import read_mlx_lm
 from soup_xb.core.adapter_file import adapter_modules, read_adapter
-from soup_xb.core.base.base_folder import inspect_base
+from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.run.checkpoint import read_checkpoint
 from soup_xb.core.run.metrics import kept_lines, last_step, read_events

@@ -17,9 +17,9 @@ from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.core.adapter.starts import weight_start
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import CheckpointError, ModelError
-from soup_xb.core.modules import AdapterModule
 
 Opener = Callable[..., Any]
 STRATEGIES = ("pissa", "olora")

@@ -15,8 +15,8 @@ from peft import PeftModel
 
 from soup_xb.backends.torch.session import open_session
 from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import reachable_names
 from soup_xb.core.plan import Plan
 from soup_xb.core.session import OptimizerSettings, SessionSettings, StepSettings
 

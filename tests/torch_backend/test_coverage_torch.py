@@ -11,8 +11,8 @@ import transformers
 from soup_xb.backends.torch.load import describe_model
 from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.layers import layers_text
+from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import LoraConfig
-from soup_xb.core.modules import resolve_adapters
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 4,

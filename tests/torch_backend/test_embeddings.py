@@ -16,9 +16,9 @@ from peft import PeftModel
 from soup_xb.backends.torch.reward_losses import embedding
 from soup_xb.backends.torch.session import TorchSession, open_session
 from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.batches import MicroBatch, collate

@@ -14,8 +14,8 @@ from peft import PeftModel
 
 from soup_xb.backends.torch.injection import lora_layers
 from soup_xb.core.adapter_file import read_adapter, write_adapter
+from soup_xb.core.base.modules import is_decoder_linear
 from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.modules import is_decoder_linear
 
 Attached = Callable[..., Any]
 # Latent attention rotates a part of its own size and shares no keys between heads.

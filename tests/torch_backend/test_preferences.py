@@ -14,8 +14,8 @@ import transformers
 from attrs import evolve
 
 from soup_xb.backends.torch.session import open_session
+from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import REFERENCED, Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.objectives.of_config import objective_of
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.examples import Source, TokenRow

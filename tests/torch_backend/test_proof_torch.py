@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
 from soup_xb.core.adapter_file import read_adapter, write_adapter
+from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
 from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.modules import reachable_names
 
 Attached = Callable[..., Any]
 MERGES: dict[str, Any] = {"relora_steps": 3, "relora_mode": "merge", "max_steps": 8}

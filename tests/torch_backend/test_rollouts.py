@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from soup_xb.backends.torch.session import open_session
+from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.modules import resolve_adapters
 from soup_xb.core.objectives.of_config import objective_of
 from soup_xb.core.objectives.rollouts import RollingSession, Rules
 from soup_xb.core.plan import Plan, make_plan, optimizer_settings

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from soup_xb.core.adapter.vera import SHARED, first_factors, shared_entries
 from soup_xb.core.adapter_file import read_adapter, write_adapter
+from soup_xb.core.base.modules import AdapterModule, Module, resolve_adapters
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.events import StepEvent
 from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.modules import AdapterModule, Module, resolve_adapters
 from soup_xb.export import export_adapter, merge_adapter
 from soup_xb.train import train as run_file
 from soup_xb.train_options import TrainOptions

@@ -13,7 +13,7 @@ import numpy as np
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.core.adapter.deviation import Addition, probe_inputs
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 
 _ROUNDOFF = 2.0**-24
 

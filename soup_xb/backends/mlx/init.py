@@ -13,8 +13,8 @@ from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.backends.mlx.tree import submodule
 from soup_xb.core.adapter.starts import Start, weight_start
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 
 

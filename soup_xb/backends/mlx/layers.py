@@ -10,7 +10,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from soup_xb.backends.mlx.names import factor_from_numpy
 from soup_xb.core.adapter.starts import Start
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 
 
 class KeyedDropout(nn.Module):

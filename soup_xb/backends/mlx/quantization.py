@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from soup_xb.core.base.base_folder import BaseFolder
+from soup_xb.core.base.folder import BaseFolder
+from soup_xb.core.base.modules import is_decoder_linear
 from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.errors import ConfigError, ModelError, Problem
-from soup_xb.core.modules import is_decoder_linear
 
 GROUP_SIZE = 64
 _BITS = {"4bit": 4, "8bit": 8}

@@ -15,9 +15,9 @@ import transformers
 from attrs import evolve, field, frozen
 
 from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
-from soup_xb.core.base.base_folder import BaseFolder, unknown_type
+from soup_xb.core.base.folder import BaseFolder, unknown_type
 from soup_xb.core.base.layer_settings import layer_settings
-from soup_xb.core.base.rope_scaling import RopeScaling
+from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ConfigError, ModelError

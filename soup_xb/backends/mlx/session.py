@@ -26,8 +26,8 @@ from soup_xb.backends.mlx.optimizer import Optimizer
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.step import Gradients
 from soup_xb.core.adapter.deviation import Addition
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.session import (

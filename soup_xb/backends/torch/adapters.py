@@ -19,8 +19,8 @@ from soup_xb.core.adapter.factors import random_factor
 from soup_xb.core.adapter.pieces import Piece, difference, joined
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.adapter_file import check_factors
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 
 ADAPTER = "default"

@@ -17,7 +17,7 @@ from soup_xb.backends.torch.init import weight_matrix
 from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.deviation import Addition, probe_inputs
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 
 Array = np.ndarray[Any, Any]
 

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.core.adapter.pieces import Piece
-from soup_xb.core.modules import AdapterModule, Module
+from soup_xb.core.base.modules import AdapterModule, Module
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 

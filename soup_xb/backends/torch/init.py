@@ -16,8 +16,8 @@ from soup_xb.backends.torch.expert_layers import expert_matrices
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import compute_device, is_cut, is_sharded, whole
 from soup_xb.core.adapter.starts import Start, stacked_start, weight_start
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 
 # Each holds a float32 copy of the weight that it works on.

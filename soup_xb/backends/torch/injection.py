@@ -15,8 +15,8 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.expert_layers import ExpertLayer, layer_name
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 
 

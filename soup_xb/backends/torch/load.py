@@ -15,12 +15,12 @@ from soup_xb.backends.torch.base_kind import auto_class, check_embedding, check_
 from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.backends.torch.expert_layers import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
-from soup_xb.core.base.base_folder import BaseFolder, inspect_base, unknown_type
+from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type
 from soup_xb.core.base.layer_settings import layer_settings
-from soup_xb.core.base.rope_scaling import RopeScaling
+from soup_xb.core.base.modules import Module
+from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.modules import Module
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.session import BaseDescription, SessionSettings
 

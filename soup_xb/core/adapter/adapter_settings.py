@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 
 # Several thousand patterns over as many names take a few seconds; what takes longer was made to.

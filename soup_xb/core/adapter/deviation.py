@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.random_numbers import uniform
 
 ROWS = 2

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from soup_xb.core.adapter.adapter_settings import pattern_values
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 
 Array = np.ndarray[Any, Any]
 Factors = Mapping[str, Mapping[str, Array]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.random_numbers import uniform
 
 

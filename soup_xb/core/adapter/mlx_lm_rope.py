@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.base.rope_scaling import RopeScaling
+from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import ModelError, Problem
 
 

@@ -13,8 +13,8 @@ from attrs import frozen
 from soup_xb.core.adapter.adapter_settings import pattern_values, target_name
 from soup_xb.core.adapter.deviation import Deviation, deviation
 from soup_xb.core.adapter_file import Factors, adapter_modules, read_adapter
+from soup_xb.core.base.modules import AdapterModule, reachable_names
 from soup_xb.core.errors import ConfigError, ModelError, Problem
-from soup_xb.core.modules import AdapterModule, reachable_names
 from soup_xb.core.plan import Plan
 from soup_xb.core.session import AdapterPlan, BaseDescription, Session
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.random_numbers import uniform
 
 Array = np.ndarray[Any, Any]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from soup_xb.core.modules import AdapterModule
+from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.random_numbers import uniform
 
 # Among factors by module name, the name that holds the projections: they belong to no module.

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from soup_xb.core.adapter.vera import LAMBDA_START, SHARED, lora_pair
-from soup_xb.core.base.rope_scaling import NOTE
+from soup_xb.core.base.modules import AdapterModule, Module
+from soup_xb.core.base.rope import NOTE
 from soup_xb.core.errors import ModelError
-from soup_xb.core.modules import AdapterModule, Module
 from soup_xb.core.session import AdapterPlan
 
 _ROOT = "base_model"

@@ -10,10 +10,10 @@ from attrs import frozen
 from soup_xb.core.base.base_parts import Part, part_names, parts_of
 from soup_xb.core.base.layers import layers_text
 from soup_xb.core.base.layout import Layers, Layout, Reach, layout_of
+from soup_xb.core.base.modules import AdapterModule, Module, reachable_names
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.config.schema import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import Problem
-from soup_xb.core.modules import AdapterModule, Module, reachable_names
 from soup_xb.core.session import BaseDescription
 
 _ANY_DIGIT = re.compile(r"(\\d|\[0-9\])(?![+*{?])")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from soup_xb.core.base.base_folder import BaseFolder
+from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.schema import AUTOMATIC

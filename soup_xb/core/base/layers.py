@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from attrs import frozen
 
-from soup_xb.core.modules import is_decoder_linear
+from soup_xb.core.base.modules import is_decoder_linear
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|h|blocks|block|layer)\.(\d+)\.")
 _EXPERT = re.compile(r"(^|\.)(experts)\.\d+(?=\.)")

@@ -9,7 +9,7 @@ from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from soup_xb.core.modules import AdapterModule, Module
+    from soup_xb.core.base.modules import AdapterModule, Module
 
 
 def check_expert_targets(chosen: Sequence[Module], lora: LoraConfig, written: Mapping[str, str]) -> None:
