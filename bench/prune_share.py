@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from quality_rows import LONGEST, write_rows
 
+from soup_xb.core.adapter.peft_file import read_adapter
 from soup_xb.core.adapter.pieces import difference
+from soup_xb.core.adapter.prune import prune
 from soup_xb.core.adapter.starts import Start
-from soup_xb.core.adapter_file import read_adapter
 from soup_xb.core.config.load import parse_config
-from soup_xb.core.prune import prune
 from soup_xb.demo.base import prepare_base
 from soup_xb.train import train
 from soup_xb.train_options import TrainOptions

@@ -11,7 +11,7 @@ from soup_xb.core.adapter.embedding_files import (
     read_embedding_facts,
     write_embedding_files,
 )
-from soup_xb.core.adapter_file import SavedAdapter, adapter_folder, read_adapter
+from soup_xb.core.adapter.peft_file import SavedAdapter, adapter_folder, read_adapter
 from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives.settings import Embedding

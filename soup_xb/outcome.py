@@ -9,10 +9,10 @@ from typing import cast
 from attrs import frozen
 
 from soup_xb import __version__
+from soup_xb.core.adapter.extras import check_head, write_head
 from soup_xb.core.adapter.model_card import CardFacts, model_card
+from soup_xb.core.adapter.peft_file import Factors, write_adapter
 from soup_xb.core.adapter.proof import check_effect, prove
-from soup_xb.core.adapter.reward_head import check_head, write_head
-from soup_xb.core.adapter_file import Factors, write_adapter
 from soup_xb.core.base.coverage_text import coverage_rows
 from soup_xb.core.base.modules import group_adapters, reachable_names
 from soup_xb.core.base.rope import asked_scaling, note_scaling

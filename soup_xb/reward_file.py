@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.adapter_file import WEIGHTS, adapter_folder
+from soup_xb.core.adapter.peft_file import WEIGHTS, adapter_folder
 from soup_xb.core.config.schema import Config
 from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from soup_xb.backends import choose_backend
-from soup_xb.core.adapter.reward_head import is_reward_model
-from soup_xb.core.adapter_file import adapter_folder, fit_factors, read_adapter
+from soup_xb.core.adapter.extras import is_reward_model
+from soup_xb.core.adapter.peft_file import adapter_folder, fit_factors, read_adapter
 from soup_xb.core.base.coverage_text import coverage_notices
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError

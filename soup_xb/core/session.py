@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from attrs import field, frozen
 
-from soup_xb.core.adapter.deviation import Addition
+from soup_xb.core.adapter.probe import Addition
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import Problem
@@ -201,7 +201,7 @@ class TrainingSession(Protocol):
     def restart(self, settings: RestartSettings) -> RestartResult:
         """Restart the adapters (ReLoRA).
 
-        See core.prune for what a prune takes, core.adapter.pieces for what a merge leaves.
+        See core.adapter.prune for what a prune takes, core.adapter.pieces for what a merge leaves.
         """
 
     def agree(self, value: int) -> int:
@@ -244,7 +244,7 @@ class Session(TrainingSession, Protocol):
         """
 
     def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
-        """What the live layer adds for the inputs of core.adapter.deviation, on this process alone.
+        """What the live layer adds for the inputs of core.adapter.probe, on this process alone.
 
         `adapter` and `factors` are a saved adapter's; they decide nothing but which layer it is, and DoRA's norms.
         """

@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 from processes import in_two_processes
 
-from soup_xb.core.adapter_file import read_adapter
+from soup_xb.core.adapter.peft_file import read_adapter
 from soup_xb.core.config.support_rows import BACKENDS
 
 Soupx = Callable[..., Any]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
-from soup_xb.core.adapter_file import read_adapter, write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS

@@ -11,7 +11,7 @@ from attrs import evolve
 from safetensors.numpy import load_file
 
 from soup_xb.core.adapter.adapter_settings import adapter_settings
-from soup_xb.core.adapter_file import (
+from soup_xb.core.adapter.peft_file import (
     adapter_folder,
     adapter_modules,
     fit_factors,

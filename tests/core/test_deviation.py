@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from soup_xb.core.adapter.deviation import ROWS, Addition, deviation, probe_inputs
+from soup_xb.core.adapter.probe import ROWS, Addition, deviation, probe_inputs
 from soup_xb.core.base.modules import AdapterModule
 
 UNIT = 2.0**-24

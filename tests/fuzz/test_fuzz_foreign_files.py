@@ -15,7 +15,7 @@ from mutation import SAMPLE, full, spoiled
 from safetensors.numpy import save
 
 from soup_xb.core.adapter.mlx_lm_file import read_mlx_lm
-from soup_xb.core.adapter_file import adapter_modules, read_adapter
+from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter
 from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.run.checkpoint import read_checkpoint

@@ -178,7 +178,7 @@ def stock_logits(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         import transformers
         from peft import PeftModel
 
-        from soup_xb.core.adapter_file import write_adapter
+        from soup_xb.core.adapter.peft_file import write_adapter
 
         folder = tmp_path_factory.mktemp("adapter")
         names = [module.name for module in session.describe().modules if not module.experts]

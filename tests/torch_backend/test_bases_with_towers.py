@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.backends.torch.session import open_session
-from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
 from soup_xb.core.plan import Plan

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from soup_xb.backends.torch.reward_losses import embedding
 from soup_xb.backends.torch.session import TorchSession, open_session
-from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError

@@ -19,7 +19,7 @@ from soup_xb.backends.torch.device import choose_device
 from soup_xb.backends.torch.injection import lora_layers
 from soup_xb.backends.torch.load import load_base
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.core.adapter_file import adapter_modules, read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter, write_adapter
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.events import StepEvent
 from soup_xb.core.loop import Hooks, run_loop

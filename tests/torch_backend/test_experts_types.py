@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.backends.torch.injection import lora_layers
-from soup_xb.core.adapter_file import read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
 from soup_xb.core.base.modules import is_decoder_linear
 from soup_xb.core.loop import Hooks, run_loop
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling, note_scaling
 from soup_xb.core.errors import ModelError, ResourceError

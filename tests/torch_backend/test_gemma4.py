@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
-from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.plan import Plan
 from soup_xb.core.session import StepSettings

@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
-from soup_xb.core.adapter_file import read_adapter, write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
 from soup_xb.core.loop import Hooks, run_loop
@@ -230,7 +230,7 @@ def test_a_run_tells_that_its_adapter_is_proven_and_leaves_no_adapter_that_is_no
     assert "the adapter adds what the trained model adds on each of its 14 modules" in done.err
     assert (out / "adapter" / "adapter_config.json").is_file()
     # A writer with a fault: alpha is one too many.
-    import soup_xb.core.adapter_file as adapter_file
+    import soup_xb.core.adapter.peft_file as adapter_file
 
     own = adapter_file.adapter_settings
     monkeypatch.setattr(

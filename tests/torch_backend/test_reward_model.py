@@ -14,8 +14,8 @@ from attrs import evolve
 from safetensors.numpy import load_file, save_file
 
 from soup_xb.backends.torch.reward_task import score_places
-from soup_xb.core.adapter.reward_head import check_head, head_start
-from soup_xb.core.adapter_file import HEAD_KEY, read_adapter
+from soup_xb.core.adapter.extras import check_head, head_start
+from soup_xb.core.adapter.peft_file import HEAD_KEY, read_adapter
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import Source, TokenRow

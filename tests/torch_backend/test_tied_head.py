@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from soup_xb.core.adapter_file import write_adapter
+from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
 from soup_xb.core.events import StepEvent

@@ -13,8 +13,8 @@ import transformers
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
+from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
 from soup_xb.core.adapter.vera import SHARED, first_factors, shared_entries
-from soup_xb.core.adapter_file import read_adapter, write_adapter
 from soup_xb.core.base.modules import AdapterModule, Module, resolve_adapters
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import LoraConfig

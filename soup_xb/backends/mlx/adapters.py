@@ -16,9 +16,9 @@ from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
 from soup_xb.backends.mlx.names import ATTRIBUTES, factor_from_numpy, factor_to_numpy
 from soup_xb.backends.mlx.tree import replace_module, submodule
 from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference
 from soup_xb.core.adapter.starts import Start
-from soup_xb.core.adapter_file import check_factors
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.session import AdapterPlan
 

@@ -1,4 +1,4 @@
-"""What a live layer adds to its base, measured one layer at a time on the inputs of core.adapter.deviation."""
+"""What a live layer adds to its base, measured one layer at a time on the inputs of core.adapter.probe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.quantization import dequantized_weight
-from soup_xb.core.adapter.deviation import Addition, probe_inputs
+from soup_xb.core.adapter.probe import Addition, probe_inputs
 from soup_xb.core.base.modules import AdapterModule
 
 _ROUNDOFF = 2.0**-24

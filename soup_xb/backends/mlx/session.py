@@ -25,7 +25,7 @@ from soup_xb.backends.mlx.merge import write_merged
 from soup_xb.backends.mlx.optimizer import Optimizer
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.step import Gradients
-from soup_xb.core.adapter.deviation import Addition
+from soup_xb.core.adapter.probe import Addition
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.random_numbers import step_seed

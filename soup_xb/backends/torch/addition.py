@@ -1,4 +1,4 @@
-"""What a live layer adds to its true base, measured one layer at a time on the inputs of core.adapter.deviation."""
+"""What a live layer adds to its true base, measured one layer at a time on the inputs of core.adapter.probe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from soup_xb.backends.torch.expert_layers import base_weight, is_stored_transpos
 from soup_xb.backends.torch.init import weight_matrix
 from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.backends.torch.vera import VeraAdapters
-from soup_xb.core.adapter.deviation import Addition, probe_inputs
+from soup_xb.core.adapter.probe import Addition, probe_inputs
 from soup_xb.core.base.modules import AdapterModule
 
 Array = np.ndarray[Any, Any]

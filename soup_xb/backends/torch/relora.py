@@ -9,8 +9,8 @@ import torch
 
 from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.adapter.prune import prune
 from soup_xb.core.errors import ModelError
-from soup_xb.core.prune import prune
 from soup_xb.core.session import AdapterPlan, RestartResult, RestartSettings
 
 

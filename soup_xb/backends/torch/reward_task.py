@@ -17,8 +17,8 @@ from soup_xb.backends.torch.means import Means
 from soup_xb.backends.torch.preference_losses import Pair
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import reward
-from soup_xb.core.adapter.reward_head import head_start
-from soup_xb.core.adapter_file import HEAD
+from soup_xb.core.adapter.extras import head_start
+from soup_xb.core.adapter.peft_file import HEAD
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.session import AdapterPlan, StepSettings

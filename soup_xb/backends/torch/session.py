@@ -43,8 +43,8 @@ from soup_xb.backends.torch.task_state import (
 )
 from soup_xb.backends.torch.tasks import Surroundings, task_loss
 from soup_xb.backends.torch.vera import VeraAdapters
-from soup_xb.core.adapter.deviation import Addition
-from soup_xb.core.adapter_file import HEAD, check_factors
+from soup_xb.core.adapter.peft_file import HEAD, check_factors
+from soup_xb.core.adapter.probe import Addition
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import Problem
 from soup_xb.core.objectives.settings import Embedding

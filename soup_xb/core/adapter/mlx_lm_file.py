@@ -11,7 +11,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.adapter.foreign_settings import check_number, damaged, read_settings
-from soup_xb.core.adapter_file import Factors, SavedAdapter, adapter_modules
+from soup_xb.core.adapter.peft_file import Factors, SavedAdapter, adapter_modules
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
 from soup_xb.core.session import AdapterPlan

@@ -11,8 +11,8 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.adapter.adapter_settings import pattern_values, target_name
-from soup_xb.core.adapter.deviation import Deviation, deviation
-from soup_xb.core.adapter_file import Factors, adapter_modules, read_adapter
+from soup_xb.core.adapter.peft_file import Factors, adapter_modules, read_adapter
+from soup_xb.core.adapter.probe import Deviation, deviation
 from soup_xb.core.base.modules import AdapterModule, reachable_names
 from soup_xb.core.errors import ConfigError, ModelError, Problem
 from soup_xb.core.plan import Plan

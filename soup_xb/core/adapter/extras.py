@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from soup_xb.core.adapter_file import HEAD, HEAD_KEY, SETTINGS, WEIGHTS, read_adapter, write_tensors
+from soup_xb.core.adapter.peft_file import HEAD, HEAD_KEY, SETTINGS, WEIGHTS, read_adapter, write_tensors
 from soup_xb.core.errors import ModelError
 from soup_xb.core.random_numbers import uniform
 
