@@ -59,11 +59,11 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     from soup_xb.core.base.modules import resolve_adapters
     from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
     from soup_xb.core.objectives import head_chunks
-    from soup_xb.core.plan import make_plan
     from soup_xb.core.rows.batches import collate
     from soup_xb.core.rows.examples import Source, TokenRow
     from soup_xb.core.rows.packing import pack
-    from soup_xb.core.session import StepSettings
+    from soup_xb.core.run.plan import make_plan
+    from soup_xb.core.run.session import StepSettings
     from soup_xb.opened import session_settings
 
     chunked, checkpointing, packed = COLUMNS[column]

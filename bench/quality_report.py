@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soup_xb.core.events import RestartEvent
+from soup_xb.core.run.events import RestartEvent
 
 STRATEGIES = {"random": "#4c6a92", "pissa": "#c0562b", "olora": "#3f8f5f"}
 MODES = {"": "without ReLoRA", "prune": "ReLoRA, prune", "merge": "ReLoRA, merge"}

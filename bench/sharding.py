@@ -137,7 +137,7 @@ def _child(asked: dict[str, Any]) -> None:
     from soup_xb.core.config.schema import LoraConfig
     from soup_xb.core.rows.batches import collate, process_share
     from soup_xb.core.rows.examples import Source, TokenRow
-    from soup_xb.core.session import AdapterPlan, OptimizerSettings, SessionSettings, StepSettings
+    from soup_xb.core.run.session import AdapterPlan, OptimizerSettings, SessionSettings, StepSettings
 
     settings = SessionSettings(
         base=Path(asked["base"]),

@@ -27,7 +27,7 @@ from soup_xb.core.rows.packing import pack, packing_notice, split_long
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.rules.streaming_rules import STREAMED_FILE
-from soup_xb.core.schedule import floor_share
+from soup_xb.core.run.schedule import floor_share
 from soup_xb.data_source import DataSource, Reading
 from soup_xb.hub_dataset import hub_rows
 from soup_xb.hub_stream import HubStream

@@ -15,7 +15,7 @@ from soup_xb.core.adapter.peft_file import SavedAdapter, adapter_folder, read_ad
 from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives.settings import Embedding
-from soup_xb.core.session import EmbeddingSession, Session
+from soup_xb.core.run.session import EmbeddingSession, Session
 from soup_xb.opened import Opened
 from soup_xb.tokenizer import ChatTokenizer
 from soup_xb.tokens.embedding_texts import fitted_data

@@ -17,17 +17,17 @@ from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.base_fingerprint import base_fingerprint
 from soup_xb.core.config.load import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
-from soup_xb.core.events import Event, Listener, Notice, SaveEvent
-from soup_xb.core.launch import is_first_process
 from soup_xb.core.legible import legible
-from soup_xb.core.loop import LoopResult
-from soup_xb.core.plan import Plan
 from soup_xb.core.rows.rows import combined
 from soup_xb.core.run.checkpoint import CheckpointFacts, remove_after, rotate, write_checkpoint
+from soup_xb.core.run.events import Event, Listener, Notice, SaveEvent
+from soup_xb.core.run.folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
+from soup_xb.core.run.launch import is_first_process
+from soup_xb.core.run.loop import LoopResult
 from soup_xb.core.run.metrics import losses_until
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.record import RunRecord, read_record
 from soup_xb.core.run.restart_watch import WINDOW
-from soup_xb.core.run.run_record import RunRecord, read_record
-from soup_xb.core.run_folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
 from soup_xb.opened import Opened
 from soup_xb.resume import (
     SETTINGS_FILE,

@@ -18,9 +18,9 @@ from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.schema import MEDIA_TASKS, Config
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.objectives.of_config import objective_of
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.goal import streaming_goal
-from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.run.session import Session, SessionSettings
 from soup_xb.dataset import check_files, load_dataset
 from soup_xb.hub import resolve_base
 from soup_xb.media.tokenizer import open_tokenizer_for

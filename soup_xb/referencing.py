@@ -11,13 +11,13 @@ from attrs import evolve
 
 from soup_xb.core.config.schema import REFERENCED
 from soup_xb.core.errors import Problem
-from soup_xb.core.events import Notice
-from soup_xb.core.plan import Plan
 from soup_xb.core.rows.preference_batches import sequence_batches
 from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.run.events import Notice
+from soup_xb.core.run.folder import REFERENCE
+from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
-from soup_xb.core.run_folder import REFERENCE
-from soup_xb.core.session import ScoringSession
+from soup_xb.core.run.session import ScoringSession
 from soup_xb.keeper import RunKeeper
 from soup_xb.opened import Opened
 

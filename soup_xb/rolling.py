@@ -12,7 +12,7 @@ from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.objectives.rewards import PatternReward, Reward
 from soup_xb.core.objectives.rollouts import RollingSession, Rules
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.session import GenerationSettings, SamplingSession, TrainingSession
+from soup_xb.core.run.session import GenerationSettings, SamplingSession, TrainingSession
 from soup_xb.opened import Opened
 from soup_xb.reward_file import load_reward
 from soup_xb.reward_model import open_reward_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.rows import Rows
-from soup_xb.core.session import Session
+from soup_xb.core.run.session import Session
 
 # Bits of a fingerprint that fit a whole number of every engine.
 _DIGITS = 7

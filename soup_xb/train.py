@@ -13,13 +13,13 @@ from soup_xb.core.adapter.peft_file import adapter_folder, fit_factors, read_ada
 from soup_xb.core.base.coverage_text import coverage_notices
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
-from soup_xb.core.events import Listener, Notice, StartEvent
-from soup_xb.core.launch import launched_processes
-from soup_xb.core.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.rows.packing import check_apart
-from soup_xb.core.run_folder import RunFolder
-from soup_xb.core.session import JudgingSession, Session
-from soup_xb.core.stop import heard_early, stop_on_signals
+from soup_xb.core.run.events import Listener, Notice, StartEvent
+from soup_xb.core.run.folder import RunFolder
+from soup_xb.core.run.launch import launched_processes
+from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
+from soup_xb.core.run.session import JudgingSession, Session
+from soup_xb.core.run.stop import heard_early, stop_on_signals
 from soup_xb.keeper import RunKeeper, failure_noted, output_folder
 from soup_xb.opened import Opened, check_processes, open_run
 from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report

@@ -24,7 +24,7 @@ from soup_xb.core.rows.examples import Message
 from soup_xb.core.rows.formats.detect import FORMATS, Formats
 from soup_xb.core.rows.formats.embedding import embedding_formats
 from soup_xb.core.rows.formats.media import media_formats
-from soup_xb.core.session import (
+from soup_xb.core.run.session import (
     AdapterPlan,
     GenerationSettings,
     OptimizerSettings,

@@ -8,7 +8,7 @@ import platform
 
 from soup_xb.core.config import support
 from soup_xb.core.config.load import LoadedConfig
-from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.run.session import Session, SessionSettings
 
 
 def choose_backend(loaded: LoadedConfig) -> tuple[str, str]:

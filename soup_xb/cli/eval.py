@@ -12,7 +12,7 @@ from soup_xb.cli.options import BACKENDS, json_option
 from soup_xb.core.config.schema import ANSWER_FORMATS, EMBEDDING_FORMAT
 
 if TYPE_CHECKING:
-    from soup_xb.core.session import LossSum
+    from soup_xb.core.run.session import LossSum
 
 FORMATS = (*ANSWER_FORMATS, EMBEDDING_FORMAT, "transcript")
 
@@ -38,7 +38,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Evaluate OUT, a run's output folder or an adapter folder, against its untouched base."""
     from soup_xb.backends import available_backend
-    from soup_xb.core.plan import held_out_batches
+    from soup_xb.core.run.plan import held_out_batches
     from soup_xb.dataset import load_file
     from soup_xb.trained import TrainedOptions, open_trained
 
@@ -63,7 +63,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 
 
 def _figures(loss: LossSum) -> dict[str, float]:
-    from soup_xb.core.loop import perplexity
+    from soup_xb.core.run.loop import perplexity
 
     if loss.examples:
         return {"loss": loss.mean, **loss.means, "rows": loss.examples}

@@ -47,7 +47,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         raise click.UsageError("no prompt: give --prompt TEXT, or lines on stdin")
     from soup_xb.backends import available_backend
     from soup_xb.core.rows.examples import Message
-    from soup_xb.core.session import GenerationSettings
+    from soup_xb.core.run.session import GenerationSettings
     from soup_xb.embedding_model import refuse_to_answer
     from soup_xb.trained import TrainedOptions, continue_chat, open_trained, refuse_files
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from soup_xb.core.events import (
+from soup_xb.core.run.events import (
     ACCURACIES,
     EvalEvent,
     Event,

@@ -19,7 +19,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """
     from soup_xb.core.disk.durable import json_text
     from soup_xb.core.errors import ConfigError
-    from soup_xb.core.run.run_listing import list_runs
+    from soup_xb.core.run.listing import list_runs
 
     for folder in folders:
         if not folder.is_dir():

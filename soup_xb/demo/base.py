@@ -11,7 +11,7 @@ from pathlib import Path
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.user_cache import user_cache
 from soup_xb.core.errors import ModelError, ResourceError
-from soup_xb.core.run.checkpoint_manifest import file_sha256
+from soup_xb.core.run.manifest import file_sha256
 from soup_xb.core.units import bytes_text
 
 NAME = "SmolLM2-135M-Instruct"

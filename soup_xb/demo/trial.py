@@ -11,7 +11,7 @@ from attrs import frozen
 
 from soup_xb.core.config.load import LoadedConfig, load_config
 from soup_xb.core.rows.examples import Message
-from soup_xb.core.session import GenerationSettings
+from soup_xb.core.run.session import GenerationSettings
 from soup_xb.demo.judge import passes
 from soup_xb.trained import Trained, TrainedOptions, continue_chat, open_trained
 

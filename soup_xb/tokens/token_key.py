@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import soup_xb
-from soup_xb.core.run.checkpoint_manifest import file_sha256
+from soup_xb.core.run.manifest import file_sha256
 from soup_xb.data_source import DataSource, Reading
 from soup_xb.tokens.tokenize_process import Tokenizing
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from soup_xb.cli.progress import ProgressListener
 from soup_xb.core.errors import Problem
-from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StepEvent
+from soup_xb.core.run.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StepEvent
 
 
 def step(number: int, seconds: float = 0.5) -> StepEvent:

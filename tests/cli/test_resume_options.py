@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.core.run.checkpoint_manifest import fingerprint
+from soup_xb.core.run.manifest import fingerprint
 
 Soupx = Callable[..., Any]
 Config = Callable[..., Path]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from soup_xb.core.events import StepEvent
-from soup_xb.core.run_folder import RunRecord, open_run_folder
+from soup_xb.core.run.events import StepEvent
+from soup_xb.core.run.folder import RunRecord, open_run_folder
 
 RECORD = RunRecord(
     status="finished",
@@ -29,7 +29,7 @@ RECORD = RunRecord(
 OWNER = """
 import sys, time
 from pathlib import Path
-from soup_xb.core.run_folder import open_run_folder
+from soup_xb.core.run.folder import open_run_folder
 with open_run_folder(Path(sys.argv[1]), resume=True):
     print("held", flush=True)
     time.sleep(60)

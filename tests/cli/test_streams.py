@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from soup_xb.cli.progress import ProgressListener
-from soup_xb.core.events import StepEvent
+from soup_xb.core.run.events import StepEvent
 
 FULL = Path("/dev/full")
 

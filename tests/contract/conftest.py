@@ -12,9 +12,9 @@ import pytest
 from soup_xb.backends import open_session
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.session import Session, SessionSettings
+from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.run.session import Session, SessionSettings
 
 Opener = Callable[..., tuple[Session, Plan]]
 

@@ -12,11 +12,11 @@ import transformers
 
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
-from soup_xb.core.plan import Plan
 from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.packing import check_apart, pack
-from soup_xb.core.session import Session, StepSettings
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import Session, StepSettings
 
 Opener = Callable[..., tuple[Session, Plan]]
 LENGTHS = (5, 9, 12, 3, 20, 7)

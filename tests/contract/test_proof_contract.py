@@ -17,9 +17,9 @@ from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
-from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.plan import Plan
-from soup_xb.core.session import Session
+from soup_xb.core.run.loop import Hooks, run_loop
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import Session
 
 Opener = Callable[..., tuple[Session, Plan]]
 Tensors = dict[str, np.ndarray]

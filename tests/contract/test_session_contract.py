@@ -18,9 +18,9 @@ from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import CheckpointError, ModelError
-from soup_xb.core.plan import Plan
 from soup_xb.core.rows.batches import collate
-from soup_xb.core.session import GenerationSettings, Session, StepResult, StepSettings
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import GenerationSettings, Session, StepResult, StepSettings
 
 Opener = Callable[..., tuple[Session, Plan]]
 LORAS = {

@@ -15,7 +15,7 @@ from soup_xb.core.base.layer_settings import layer_reason, layer_rules, layer_se
 from soup_xb.core.base.layers import layers_text, place_of, short_names
 from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.schema import LoraConfig
-from soup_xb.core.session import BaseDescription
+from soup_xb.core.run.session import BaseDescription
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -19,12 +19,12 @@ from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, DataError, ModelError
-from soup_xb.core.plan import make_plan
 from soup_xb.core.rows.contrast_batches import contrast_batch
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.formats.detect import detect_format, extra_columns, to_example
 from soup_xb.core.rows.formats.embedding import embedding_formats
+from soup_xb.core.run.plan import make_plan
 
 SOURCE = Source("rows.jsonl", 3)
 FACTS = EmbeddingFacts(pooling="last", scale=30.0, max_length=64, query_prompt="query: ")

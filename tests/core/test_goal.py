@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.rows.goal import Goal, streaming_goal
-from soup_xb.core.schedule import floor_share
+from soup_xb.core.run.schedule import floor_share
 
 
 def goal(task: str = "sft", **data: object) -> Goal | None:

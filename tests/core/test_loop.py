@@ -11,12 +11,12 @@ from attrs import define, evolve, field
 from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, NonFiniteError
-from soup_xb.core.events import EvalEvent, Event, Notice, StepEvent
-from soup_xb.core.loop import Hooks, LoopResult, run_loop
-from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.session import LossSum, RestartResult, RestartSettings, StepResult, StepSettings
+from soup_xb.core.run.events import EvalEvent, Event, Notice, StepEvent
+from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
+from soup_xb.core.run.plan import Plan, make_plan
+from soup_xb.core.run.session import LossSum, RestartResult, RestartSettings, StepResult, StepSettings
 
 ROWS = tuple(
     TokenRow(np.arange(2, 6 + index % 5), np.arange(4 + index % 5) > 1, Source("rows.jsonl", index + 1))

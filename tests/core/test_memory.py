@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
-from soup_xb.core.largest_batch import LargestBatch
-from soup_xb.core.memory import MemoryEstimate, estimate_memory
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.preferences import JudgedRow, PairRow
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rows.row_facts import facts_of
-from soup_xb.core.session import BaseDescription
+from soup_xb.core.run.largest_batch import LargestBatch
+from soup_xb.core.run.memory import MemoryEstimate, estimate_memory
+from soup_xb.core.run.session import BaseDescription
 
 
 def estimate(processes: int, sharding: str) -> MemoryEstimate:

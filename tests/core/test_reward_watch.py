@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from soup_xb.core.errors import ModelError
-from soup_xb.core.events import StepEvent
+from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.reward_watch import RewardWatch, check_rewards
 
 

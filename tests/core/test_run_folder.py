@@ -13,10 +13,10 @@ import pytest
 from attrs import evolve
 
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem, ResourceError
-from soup_xb.core.events import EvalEvent, Notice, RestartEvent, SaveEvent, StepEvent
 from soup_xb.core.run.checkpoint import CheckpointFacts, read_checkpoint, write_checkpoint
+from soup_xb.core.run.events import EvalEvent, Notice, RestartEvent, SaveEvent, StepEvent
+from soup_xb.core.run.folder import RunFolder, RunRecord, open_run_folder, read_record
 from soup_xb.core.run.metrics import last_step, losses_until, read_events
-from soup_xb.core.run_folder import RunFolder, RunRecord, open_run_folder, read_record
 
 RECORD = RunRecord(
     status="running",
@@ -139,7 +139,7 @@ UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
 from soup_xb.core.errors import ResourceError
-from soup_xb.core.run_folder import open_run_folder
+from soup_xb.core.run.folder import open_run_folder
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from soup_xb.core.errors import ResourceError
+from soup_xb.core.run.folder import open_run_folder
 from soup_xb.core.run.run_lock import acquire, live_owner
-from soup_xb.core.run_folder import open_run_folder
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from soup_xb.core.run_folder import open_run_folder
+from soup_xb.core.run.folder import open_run_folder
 with open_run_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

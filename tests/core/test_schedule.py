@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soup_xb.core import plan_summary, schedule, suggest
+from soup_xb.core import suggest
 from soup_xb.core.adapter import peft_file
 from soup_xb.core.base import modules, patterns
-from soup_xb.core.schedule import LearningRates, floor_share, restart_steps, steps_every, warmup_steps
+from soup_xb.core.run import plan_summary, schedule
+from soup_xb.core.run.schedule import LearningRates, floor_share, restart_steps, steps_every, warmup_steps
 
 
 @pytest.mark.parametrize("module", [schedule, modules, patterns, suggest, peft_file, plan_summary])

@@ -20,7 +20,7 @@ from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.run.checkpoint import read_checkpoint
 from soup_xb.core.run.metrics import kept_lines, last_step, read_events
-from soup_xb.core.run.run_record import read_record
+from soup_xb.core.run.record import read_record
 
 MODULE = "model.layers.0.self_attn.q_proj"
 PREFIX = f"base_model.model.{MODULE}"

@@ -14,7 +14,7 @@ import pytest
 
 from soup_xb.core.config.schema import KEYS
 from soup_xb.core.errors import SoupError
-from soup_xb.core.events import Event, Notice
+from soup_xb.core.run.events import Event, Notice
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
 

@@ -15,8 +15,8 @@ from attrs import evolve
 from soup_xb.backends.mlx.session import MlxSession, open_session
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ModelError, ResourceError
-from soup_xb.core.plan import Plan
-from soup_xb.core.session import StepResult, StepSettings
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import StepResult, StepSettings
 
 Opener = Callable[..., tuple[MlxSession, Plan]]
 

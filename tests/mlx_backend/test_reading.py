@@ -16,7 +16,7 @@ from soup_xb.backends.mlx.reading import FAMILIES
 from soup_xb.backends.mlx.session import MlxSession, open_session
 from soup_xb.core.base.layer_settings import layer_settings
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.session import OptimizerSettings, SessionSettings
+from soup_xb.core.run.session import OptimizerSettings, SessionSettings
 
 SIZES = {
     "vocab_size": 96,

@@ -12,9 +12,9 @@ import pytest
 
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.session import Session
+from soup_xb.core.run.plan import Plan, make_plan
+from soup_xb.core.run.session import Session
 from soup_xb.opened import session_settings
 
 Attached = Callable[..., tuple[Session, Plan]]

@@ -17,8 +17,8 @@ from soup_xb.backends.torch.session import open_session
 from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
-from soup_xb.core.plan import Plan
-from soup_xb.core.session import OptimizerSettings, SessionSettings, StepSettings
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import OptimizerSettings, SessionSettings, StepSettings
 
 Attached = Callable[..., tuple[Any, Plan]]
 TEXT = {

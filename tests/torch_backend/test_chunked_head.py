@@ -123,7 +123,7 @@ def test_training_in_chunks_is_training_on_the_whole(
 
 
 def train(session: Any, plan: Any, step: int) -> float:
-    from soup_xb.core.session import StepSettings
+    from soup_xb.core.run.session import StepSettings
 
     settings = StepSettings(step, 5e-3, plan.target_tokens(step), plan.examples(step))
     loss: float = session.train_step(plan.micro_batches(step), settings).loss

@@ -20,11 +20,11 @@ from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives.settings import Embedding
-from soup_xb.core.plan import Plan, make_plan
 from soup_xb.core.rows.batches import MicroBatch, collate
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.session import RestartSettings, StepSettings
+from soup_xb.core.run.plan import Plan, make_plan
+from soup_xb.core.run.session import RestartSettings, StepSettings
 from soup_xb.opened import session_settings
 
 Opened = Callable[..., tuple[TorchSession, Plan]]

@@ -21,8 +21,8 @@ from soup_xb.backends.torch.load import load_base
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter, write_adapter
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.events import StepEvent
-from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.run.events import StepEvent
+from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.export import export_adapter
 from soup_xb.trained import TrainedOptions, open_trained
 

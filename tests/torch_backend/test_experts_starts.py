@@ -14,9 +14,9 @@ import transformers
 from soup_xb.backends.torch.expert_layers import base_weight
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.core.events import RestartEvent, StepEvent
-from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.schedule import floor_share
+from soup_xb.core.run.events import RestartEvent, StepEvent
+from soup_xb.core.run.loop import Hooks, run_loop
+from soup_xb.core.run.schedule import floor_share
 
 Attached = Callable[..., Any]
 Bases = Callable[..., Path]

@@ -15,7 +15,7 @@ from peft import PeftModel
 from soup_xb.backends.torch.injection import lora_layers
 from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
 from soup_xb.core.base.modules import is_decoder_linear
-from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.run.loop import Hooks, run_loop
 
 Attached = Callable[..., Any]
 # Latent attention rotates a part of its own size and shares no keys between heads.

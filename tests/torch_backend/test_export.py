@@ -11,7 +11,7 @@ from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling, note_scaling
 from soup_xb.core.errors import ModelError, ResourceError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 from soup_xb.export import export_adapter, merge_adapter
 from soup_xb.trained import TrainedOptions, open_trained
 

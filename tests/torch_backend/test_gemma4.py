@@ -16,8 +16,8 @@ from peft import PeftModel
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
 from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import reachable_names
-from soup_xb.core.plan import Plan
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import StepSettings
 
 Attached = Callable[..., tuple[Any, Plan]]
 TOWERS = {"target_modules": ("q_proj", "v_proj", "ffw_layer_1")}
@@ -268,7 +268,7 @@ def test_without_the_architecture_the_name_does_nothing(tiny_llama: Path) -> Non
 
 
 def test_generating_and_logits_work_with_the_towers_there(attached: Attached, tiny_gemma4: Path) -> None:
-    from soup_xb.core.session import GenerationSettings
+    from soup_xb.core.run.session import GenerationSettings
 
     session, _ = attached(TOWERS, base=tiny_gemma4)
     shake(session)

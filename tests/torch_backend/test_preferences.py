@@ -17,13 +17,13 @@ from soup_xb.backends.torch.session import open_session
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import REFERENCED, Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.objectives.of_config import objective_of
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.judged_rows import rows_for_task
 from soup_xb.core.rows.preference_batches import collate_rows, sequence_batches
 from soup_xb.core.rows.preferences import LearnedRow, PairRow
+from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.run.reference import Reference
-from soup_xb.core.session import SessionSettings, StepResult, StepSettings
+from soup_xb.core.run.session import SessionSettings, StepResult, StepSettings
 
 TASKS = ("dpo", "ipo", "orpo", "simpo", "kto", "bco")
 # A model that still is the base: -log sigmoid(0), (0 - 1 / (2 beta))^2, 1 - sigmoid(0).

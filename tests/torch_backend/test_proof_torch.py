@@ -17,7 +17,7 @@ from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
-from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.run.loop import Hooks, run_loop
 
 Attached = Callable[..., Any]
 MERGES: dict[str, Any] = {"relora_steps": 3, "relora_mode": "merge", "max_steps": 8}

@@ -14,9 +14,9 @@ import transformers
 from processes import in_two_processes
 
 from soup_xb.core.errors import ModelError
-from soup_xb.core.events import Event, RestartEvent, StepEvent
-from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.session import RestartSettings, StepSettings
+from soup_xb.core.run.events import Event, RestartEvent, StepEvent
+from soup_xb.core.run.loop import Hooks, run_loop
+from soup_xb.core.run.session import RestartSettings, StepSettings
 
 Attached = Callable[..., Any]
 
@@ -216,7 +216,7 @@ import conftest
 opener = conftest.attached.__wrapped__(Path(sys.argv[1]))
 attached = next(opener)
 session, plan = attached({"init_strategy": sys.argv[2]}, relora_steps=3, relora_prune_ratio=0.5, max_steps=7)
-from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.run.loop import Hooks, run_loop
 events = []
 run_loop(plan, session, Hooks(events.append, lambda step: None, lambda: 0), 0)
 digest = hashlib.sha256(b"".join(a.tobytes() for arrays in session.factors().values() for a in arrays.values()))

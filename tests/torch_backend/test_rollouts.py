@@ -16,10 +16,10 @@ from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.objectives.of_config import objective_of
 from soup_xb.core.objectives.rollouts import RollingSession, Rules
-from soup_xb.core.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.session import GenerationSettings, SessionSettings, StepResult, StepSettings
+from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.run.session import GenerationSettings, SessionSettings, StepResult, StepSettings
 
 ENDS = (2,)
 Opener = Callable[..., tuple[Any, RollingSession, Plan]]

@@ -19,7 +19,7 @@ from soup_xb.core.config.support import check_supported
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.rows.batches import MicroBatch, collate
 from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.session import StepSettings
 
 Attached = Callable[..., Any]
 Bases = Callable[..., Path]

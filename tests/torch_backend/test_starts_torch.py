@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.core.errors import CheckpointError, ModelError
-from soup_xb.core.events import StepEvent
-from soup_xb.core.loop import Hooks, run_loop
-from soup_xb.core.session import GenerationSettings
+from soup_xb.core.run.events import StepEvent
+from soup_xb.core.run.loop import Hooks, run_loop
+from soup_xb.core.run.session import GenerationSettings
 
 Attached = Callable[..., Any]
 STRATEGIES = ("pissa", "olora")

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
-from soup_xb.core.events import StepEvent
-from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.run.events import StepEvent
+from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.trained import TrainedOptions, open_trained
 
 Attached = Callable[..., Any]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.plan import Plan
-from soup_xb.core.session import StepResult, StepSettings
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import StepResult, StepSettings
 
 Attached = Callable[..., tuple[Any, Plan]]
 

@@ -20,8 +20,8 @@ from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.events import StepEvent
-from soup_xb.core.loop import Hooks, run_loop
+from soup_xb.core.run.events import StepEvent
+from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.export import export_adapter, merge_adapter
 from soup_xb.train import train as run_file
 from soup_xb.train_options import TrainOptions

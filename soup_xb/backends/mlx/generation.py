@@ -9,7 +9,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from soup_xb.core.random_numbers import step_seed
-from soup_xb.core.session import GenerationSettings
+from soup_xb.core.run.session import GenerationSettings
 
 _PREFILL = 512
 

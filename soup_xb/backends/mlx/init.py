@@ -15,7 +15,7 @@ from soup_xb.backends.mlx.tree import submodule
 from soup_xb.core.adapter.starts import Start, weight_start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 
 class MlxAlgebra:

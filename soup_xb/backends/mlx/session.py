@@ -30,7 +30,7 @@ from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import (
+from soup_xb.core.run.session import (
     AdapterPlan,
     BaseDescription,
     GenerationSettings,
@@ -52,7 +52,7 @@ def open_session(settings: SessionSettings) -> MlxSession:
 
 
 class MlxSession:
-    """See soup_xb.core.session.Session."""
+    """See soup_xb.core.run.session.Session."""
 
     backend = "mlx"
 

@@ -21,7 +21,7 @@ from soup_xb.core.adapter.pieces import Piece, difference, joined
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 ADAPTER = "default"
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]

@@ -14,7 +14,7 @@ from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import embedding
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.session import StepSettings
 
 # The means that are told, in the order in which processes add them up.
 _NAMES = ("accuracy", "positive_cosine", "negative_cosine")

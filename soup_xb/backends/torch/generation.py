@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from soup_xb.core.session import GenerationSettings
+from soup_xb.core.run.session import GenerationSettings
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +37,7 @@ class ChosenTokens(transformers.LogitsProcessor):
 
 
 def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
-    """See soup_xb.core.session.SamplingSession. Prompts are padded on the left, and padding is masked."""
+    """See soup_xb.core.run.session.SamplingSession. Prompts are padded on the left, and padding is masked."""
     length = max(map(len, prompts))
     ids = np.full((len(prompts), length), settings.end_ids[0], dtype=np.int64)
     mask = np.zeros_like(ids)

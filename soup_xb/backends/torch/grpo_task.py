@@ -16,7 +16,7 @@ from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import Completions, group_advantages, grpo
 from soup_xb.core.objectives.settings import Grpo
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.session import StepSettings
 
 
 class GrpoTask:

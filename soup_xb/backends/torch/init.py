@@ -18,7 +18,7 @@ from soup_xb.backends.torch.sharding import compute_device, is_cut, is_sharded, 
 from soup_xb.core.adapter.starts import Start, stacked_start, weight_start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 # Each holds a float32 copy of the weight that it works on.
 _MOST_WORKERS = 8

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from soup_xb.backends.torch.expert_layers import ExpertLayer, layer_name
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 
 def inject(model: Any, plan: AdapterPlan, name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.objectives.settings import Embedding
-from soup_xb.core.session import BaseDescription, SessionSettings
+from soup_xb.core.run.session import BaseDescription, SessionSettings
 
 # A config.json may name a kernel on the hub here, which is code that somebody else wrote; None is the library's own.
 _OWN_IMPLEMENTATIONS = {"attn_implementation": None, "experts_implementation": None}

@@ -15,7 +15,7 @@ from soup_xb.backends.torch.preference_losses import Judged, Losses, Pair, per_t
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.core.objectives.settings import Bco, Dpo, Ipo, Kto, Orpo, RewardMean, Simpo
 from soup_xb.core.rows.batches import Comparison, MicroBatch
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.session import StepSettings
 
 _PAIRED: Mapping[type, Callable[[Pair, Pair, Any], Losses]] = MappingProxyType(
     {

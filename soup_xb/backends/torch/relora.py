@@ -11,7 +11,7 @@ from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.core.adapter.factors import random_factor
 from soup_xb.core.adapter.prune import prune
 from soup_xb.core.errors import ModelError
-from soup_xb.core.session import AdapterPlan, RestartResult, RestartSettings
+from soup_xb.core.run.session import AdapterPlan, RestartResult, RestartSettings
 
 
 def restart_adapters(adapters: Adapters, settings: RestartSettings) -> RestartResult:

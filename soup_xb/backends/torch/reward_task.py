@@ -21,7 +21,7 @@ from soup_xb.core.adapter.extras import head_start
 from soup_xb.core.adapter.peft_file import HEAD
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import AdapterPlan, StepSettings
+from soup_xb.core.run.session import AdapterPlan, StepSettings
 
 _TOLD = {
     "accuracies": "reward_accuracy",

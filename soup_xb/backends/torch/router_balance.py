@@ -14,7 +14,7 @@ from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.task_loss import TaskLoss
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.session import StepSettings
 
 METRIC = "router_aux_loss"
 

@@ -50,7 +50,7 @@ from soup_xb.core.errors import Problem
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import (
+from soup_xb.core.run.session import (
     AdapterPlan,
     BaseDescription,
     GenerationSettings,
@@ -79,7 +79,7 @@ def open_session(settings: SessionSettings) -> TorchSession:
 
 
 class TorchSession:
-    """See soup_xb.core.session.Session."""
+    """See soup_xb.core.run.session.Session."""
 
     backend = "torch"
     # How texts become vectors; empty where the base was not opened for embeddings.

@@ -21,7 +21,7 @@ from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.weight_files import weight_files
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.session import SessionSettings
+from soup_xb.core.run.session import SessionSettings
 
 
 def load_sharded(settings: SessionSettings, device: Device, processes: Processes) -> Any:

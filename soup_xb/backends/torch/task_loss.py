@@ -9,7 +9,7 @@ import torch
 
 from soup_xb.backends.torch.head import BatchTensors, summed_loss
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.session import StepSettings
+from soup_xb.core.run.session import StepSettings
 
 
 class TaskLoss(Protocol):

@@ -14,7 +14,7 @@ from soup_xb.core.adapter.foreign_settings import check_number, damaged, read_se
 from soup_xb.core.adapter.peft_file import Factors, SavedAdapter, adapter_modules
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 WEIGHTS = "adapters.safetensors"
 SETTINGS = "adapter_config.json"

@@ -26,7 +26,7 @@ from soup_xb.core.adapter.vera_file import (
 )
 from soup_xb.core.base.modules import AdapterModule, Module, adapter_scale
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

@@ -13,7 +13,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.adapter.starts import Start
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 Array = np.ndarray[Any, Any]
 

@@ -15,8 +15,8 @@ from soup_xb.core.adapter.peft_file import Factors, adapter_modules, read_adapte
 from soup_xb.core.adapter.probe import Deviation, deviation
 from soup_xb.core.base.modules import AdapterModule, reachable_names
 from soup_xb.core.errors import ConfigError, ModelError, Problem
-from soup_xb.core.plan import Plan
-from soup_xb.core.session import AdapterPlan, BaseDescription, Session
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.session import AdapterPlan, BaseDescription, Session
 
 # A deviation that rounding explains, and that a user should hear of all the same.
 _WORTH_A_WARNING = 0.1

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from soup_xb.core.schedule import floor_share
+from soup_xb.core.run.schedule import floor_share
 
 Array = np.ndarray[Any, Any]
 

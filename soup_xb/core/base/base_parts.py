@@ -11,7 +11,7 @@ from attrs import frozen
 from soup_xb.core.base.layers import Place
 from soup_xb.core.base.layout import Layout, Reach
 from soup_xb.core.base.modules import Module, is_decoder_linear
-from soup_xb.core.session import BaseDescription
+from soup_xb.core.run.session import BaseDescription
 
 EXPERTS, SHARED, DENSE, ROUTERS = "experts", "shared experts", "dense layers", "routers"
 

@@ -14,7 +14,7 @@ from soup_xb.core.base.modules import AdapterModule, Module, reachable_names
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.config.schema import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import Problem
-from soup_xb.core.session import BaseDescription
+from soup_xb.core.run.session import BaseDescription
 
 _ANY_DIGIT = re.compile(r"(\\d|\[0-9\])(?![+*{?])")
 # Digits that name no layer: any digit, a repetition's bounds, and those in a name such as `w1`.

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from soup_xb.core.base.layer_settings import layer_reason, layer_rules
 from soup_xb.core.base.layers import Place, place_of, short_names, text_stack
-from soup_xb.core.session import BaseDescription
+from soup_xb.core.run.session import BaseDescription
 
 # A stack of layers with what stands behind a layer's number.
 Kind = tuple[str, str]

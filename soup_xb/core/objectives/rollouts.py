@@ -13,7 +13,7 @@ from soup_xb.core.random_numbers import uniform
 from soup_xb.core.rows.batches import MicroBatch, collate
 from soup_xb.core.rows.examples import TokenRow
 from soup_xb.core.rows.prompts import PromptRow, Rollout
-from soup_xb.core.session import (
+from soup_xb.core.run.session import (
     GenerationSettings,
     LossSum,
     RestartResult,

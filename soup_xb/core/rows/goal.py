@@ -10,7 +10,7 @@ from attrs import frozen
 
 from soup_xb.core.config.schema import JUDGED, Config
 from soup_xb.core.errors import Problem
-from soup_xb.core.schedule import floor_share
+from soup_xb.core.run.schedule import floor_share
 
 Array = np.ndarray[Any, Any]
 

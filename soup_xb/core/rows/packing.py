@@ -19,7 +19,7 @@ from soup_xb.core.rows.examples import TokenRow
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.row_facts import plain_facts
 from soup_xb.core.rows.rows import Rows, as_rows, combined
-from soup_xb.core.session import Session
+from soup_xb.core.run.session import Session
 
 Array = np.ndarray[Any, Any]
 

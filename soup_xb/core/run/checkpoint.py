@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import disk_error, disk_errors, disk_full, free_bytes, write_new
 from soup_xb.core.errors import CheckpointError, Problem, ResourceError
-from soup_xb.core.run.checkpoint_manifest import (
+from soup_xb.core.run.manifest import (
     MANIFEST,
     CheckpointFacts,
     Manifest,

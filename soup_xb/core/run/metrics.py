@@ -11,7 +11,7 @@ from attrs import asdict, fields
 
 from soup_xb.core.disk.durable import json_text
 from soup_xb.core.errors import Problem
-from soup_xb.core.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StepEvent
+from soup_xb.core.run.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StepEvent
 
 KINDS: dict[str, Callable[..., Event]] = {
     "step": StepEvent,

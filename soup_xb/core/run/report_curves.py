@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from soup_xb.core.events import ACCURACIES, EvalEvent, Event, RestartEvent, StepEvent
+from soup_xb.core.run.events import ACCURACIES, EvalEvent, Event, RestartEvent, StepEvent
 
 # matplotlib wants colours that it knows; the page wants variables that follow light and dark.
 COLOURS = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from attrs import define
 
 from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.events import Event, StepEvent
+from soup_xb.core.run.events import Event, StepEvent
 
 # Steps in a row before the warning: a tenth of the run, within these bounds.
 _FEWEST, _MOST = 2, 10

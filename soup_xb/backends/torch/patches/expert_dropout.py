@@ -14,7 +14,7 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 
 from soup_xb.core.errors import Problem
-from soup_xb.core.session import AdapterPlan
+from soup_xb.core.run.session import AdapterPlan
 
 
 @contextmanager

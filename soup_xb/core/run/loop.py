@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from attrs import frozen
 
 from soup_xb.core.errors import NonFiniteError
-from soup_xb.core.events import EvalEvent, Listener, Notice, RestartEvent, StepEvent
-from soup_xb.core.plan import Plan
+from soup_xb.core.run.events import EvalEvent, Listener, Notice, RestartEvent, StepEvent
+from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.restart_watch import RestartWatch
 from soup_xb.core.run.reward_watch import RewardWatch
-from soup_xb.core.session import StepSettings, TrainingSession
+from soup_xb.core.run.session import StepSettings, TrainingSession
 
 
 @frozen

@@ -11,9 +11,9 @@ from attrs import define
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import disk_errors, disk_full, free_bytes, write_all, write_bytes, write_text
 from soup_xb.core.errors import CheckpointError, ConfigError, ResourceError
-from soup_xb.core.events import Event, Notice, SaveEvent, StartEvent
 from soup_xb.core.run import checkpoint, metrics, run_lock
-from soup_xb.core.run.run_record import RECORD, RunRecord, read_record, record_text
+from soup_xb.core.run.events import Event, Notice, SaveEvent, StartEvent
+from soup_xb.core.run.record import RECORD, RunRecord, read_record, record_text
 
 __all__ = ["RunFolder", "RunRecord", "open_run_folder", "read_record"]
 

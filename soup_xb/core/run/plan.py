@@ -18,8 +18,8 @@ from soup_xb.core.rows.preference_batches import micro_batches
 from soup_xb.core.rows.preferences import JudgedRow, LearnedRow
 from soup_xb.core.rows.rows import Rows, as_rows
 from soup_xb.core.run.reference import Reference
-from soup_xb.core.schedule import LearningRates, restart_steps, steps_every, warmup_steps
-from soup_xb.core.session import AdapterPlan, OptimizerSettings, RestartSettings
+from soup_xb.core.run.schedule import LearningRates, restart_steps, steps_every, warmup_steps
+from soup_xb.core.run.session import AdapterPlan, OptimizerSettings, RestartSettings
 
 
 @frozen(eq=False)

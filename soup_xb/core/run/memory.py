@@ -7,8 +7,8 @@ from attrs import frozen
 from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.config.schema import TrainingConfig
-from soup_xb.core.largest_batch import LargestBatch
-from soup_xb.core.session import BaseDescription
+from soup_xb.core.run.largest_batch import LargestBatch
+from soup_xb.core.run.session import BaseDescription
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 # 4 bits and a scale for 64 weights that is quantized itself; 8 bits and a scale a row.

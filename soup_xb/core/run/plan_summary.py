@@ -7,8 +7,8 @@ from typing import Any
 from soup_xb.core.base.coverage import Coverage
 from soup_xb.core.base.coverage_text import coverage_json
 from soup_xb.core.base.modules import group_adapters
-from soup_xb.core.memory import MemoryEstimate
-from soup_xb.core.plan import Plan
+from soup_xb.core.run.memory import MemoryEstimate
+from soup_xb.core.run.plan import Plan
 
 CURVE_POINTS = 9
 
