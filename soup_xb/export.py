@@ -21,9 +21,9 @@ from soup_xb.core.base.rope import RopeScaling, note_scaling, noted_scaling
 from soup_xb.core.disk import staging
 from soup_xb.core.disk.durable import disk_errors, write_text
 from soup_xb.core.errors import ModelError, Problem, ResourceError
-from soup_xb.core.legible import mask_file
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import EmbeddingSession
+from soup_xb.core.text import mask_file
 from soup_xb.embedding_model import refuse_embeddings, save_embedding_model, saved_facts
 from soup_xb.hub import resolve_base
 from soup_xb.media.processor import is_processor_folder

@@ -17,7 +17,6 @@ from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.base_fingerprint import base_fingerprint
 from soup_xb.core.config.load import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
-from soup_xb.core.legible import legible
 from soup_xb.core.rows.rows import combined
 from soup_xb.core.run.checkpoint import CheckpointFacts, remove_after, rotate, write_checkpoint
 from soup_xb.core.run.events import Event, Listener, Notice, SaveEvent
@@ -28,6 +27,7 @@ from soup_xb.core.run.metrics import losses_until
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.record import RunRecord, read_record
 from soup_xb.core.run.restart_watch import WINDOW
+from soup_xb.core.text import legible
 from soup_xb.opened import Opened
 from soup_xb.resume import (
     SETTINGS_FILE,

@@ -15,7 +15,7 @@ from attrs import evolve, frozen
 from soup_xb.backends import choose_backend
 from soup_xb.core.config.load import LoadedConfig, dump_config
 from soup_xb.core.errors import ConfigError, Problem, SoupError
-from soup_xb.core.own_process import python_command
+from soup_xb.core.process import python_command
 from soup_xb.core.run.events import Event, StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.opened import open_run

@@ -16,9 +16,9 @@ from attrs import frozen
 from soup_xb.core.base.weight_files import read_object
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import DataError, ModelError, Problem
-from soup_xb.core.legible import mask_file
 from soup_xb.core.rows.examples import ChatExample, Example, Message, Source, TokenRow
 from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.text import mask_file
 from soup_xb.tokens.chat_template import (
     ChatTemplate,
     RenderError,

@@ -13,7 +13,7 @@ import click
 from soup_xb import __version__
 from soup_xb.cli.streams import open_missing, settle, tell
 from soup_xb.core.errors import Problem, ResourceError, SoupError
-from soup_xb.core.legible import masked
+from soup_xb.core.text import masked
 
 # Name -> what it does. A command lives in the module of its name, in the variable `command`, and is imported
 # only when it runs: `soupx --help` stays instant.

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 
 from attrs import field, frozen
 
-from soup_xb.core.legible import legible
+from soup_xb.core.text import legible
 
 Error = TypeVar("Error", bound="SoupError")
 

@@ -13,9 +13,9 @@ from attrs import evolve, field, fields, frozen
 from soup_xb.core.adapter.media_file import write_media_kind
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import DataError
-from soup_xb.core.legible import mask_file
 from soup_xb.core.rows.examples import ChatExample, Example, Message, TokenRow
 from soup_xb.core.rows.media import RowMedia
+from soup_xb.core.text import mask_file
 from soup_xb.media.files import find_files
 from soup_xb.media.inputs import InputMaker
 from soup_xb.media.processor import KEPT_FILES, open_processor

@@ -11,7 +11,7 @@ import subprocess
 from contextlib import suppress
 from typing import Any
 
-from soup_xb.core.own_process import python_command
+from soup_xb.core.process import python_command
 from soup_xb.tokens.render_process import MEMORY_BYTES
 
 # Of processor time, for one conversation; a template of today takes a thousandth of it.

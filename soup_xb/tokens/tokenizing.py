@@ -16,7 +16,7 @@ import numpy as np
 
 from soup_xb.core import errors
 from soup_xb.core.errors import ResourceError, SoupError
-from soup_xb.core.own_process import python_command
+from soup_xb.core.process import python_command
 from soup_xb.core.rows.example_lines import plain, travels
 from soup_xb.core.rows.examples import AnyExample
 from soup_xb.core.rows.row_table import COLUMNS

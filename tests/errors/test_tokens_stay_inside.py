@@ -142,7 +142,7 @@ def test_a_failed_run_does_not_save_the_token_in_its_message(
     ],
 )
 def test_what_looks_like_a_token_is_masked_and_nothing_else(text: str, hidden: bool) -> None:
-    from soup_xb.core.legible import holds_token, masked
+    from soup_xb.core.text import holds_token, masked
 
     assert holds_token(text) is hidden
     assert (masked(text) == text) is not hidden
