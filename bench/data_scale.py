@@ -114,8 +114,8 @@ def _measure(file: Path) -> None:
     from soup_xb.core.processors import tokenizing_processes
     from soup_xb.core.rows.rows import combined
     from soup_xb.core.run.plan import make_plan
-    from soup_xb.dataset import load_dataset
-    from soup_xb.tokenizer import open_tokenizer
+    from soup_xb.data.dataset import load_dataset
+    from soup_xb.data.tokenizer import open_tokenizer
 
     config = load_config(file).config
     tokenizer = open_tokenizer(Path(config.base))

@@ -35,7 +35,7 @@ from soup_xb.core.run.events import EvalEvent, Event, RestartEvent
 from soup_xb.core.run.metrics import read_events
 from soup_xb.core.run.plan import held_out_batches
 from soup_xb.core.run.record import read_record
-from soup_xb.dataset import load_file
+from soup_xb.data.dataset import load_file
 from soup_xb.demo.base import prepare_base
 from soup_xb.train import train
 from soup_xb.train_options import TrainOptions

@@ -16,9 +16,9 @@ from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import EmbeddingSession, Session
+from soup_xb.data.embedding_texts import fitted_data
+from soup_xb.data.tokenizer import ChatTokenizer
 from soup_xb.opened import Opened
-from soup_xb.tokenizer import ChatTokenizer
-from soup_xb.tokens.embedding_texts import fitted_data
 
 TASK_TYPE = "FEATURE_EXTRACTION"
 

@@ -22,8 +22,8 @@ from soup_xb.core.rows.examples import ChatExample, CompletionExample, Example, 
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rows.turns import read_turns
 from soup_xb.core.run.session import JudgingSession
-from soup_xb.hub import resolve_base
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+from soup_xb.data.hub import resolve_base
+from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.trained import attach_saved, base_of, session_on
 
 if TYPE_CHECKING:

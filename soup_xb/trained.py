@@ -31,11 +31,11 @@ from soup_xb.core.run.session import (
     Session,
     SessionSettings,
 )
+from soup_xb.data.hub import resolve_base
+from soup_xb.data.media import open_tokenizer_for
+from soup_xb.data.processor import is_processor_folder, task_of_processor
+from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.embedding_model import saved_facts
-from soup_xb.hub import resolve_base
-from soup_xb.media.processor import is_processor_folder, task_of_processor
-from soup_xb.media.tokenizer import open_tokenizer_for
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
 
 # Nothing is trained through these sessions; the optimizer is never stepped.
 _NO_TRAINING = OptimizerSettings("sgd", 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -26,7 +26,7 @@ _IMPORTED = [
     "soup_xb.backends.mlx.session",
     "soup_xb.backends.torch.session",
     "soup_xb.cli",
-    "soup_xb.tokenizer",
+    "soup_xb.data.tokenizer",
     "soup_xb.train",
     "transformers.models.llama.modeling_llama",
 ]

@@ -16,7 +16,7 @@ from soup_xb.core.errors import Problem
 if TYPE_CHECKING:
     from soup_xb.core.rows.examples import TokenRow
     from soup_xb.core.rows.formats.detect import Formats
-    from soup_xb.tokens.token_file import TokenFile
+    from soup_xb.data.token_file import TokenFile
 
 _BARS = 8
 _BAR_WIDTH = 40
@@ -44,9 +44,9 @@ def command(  # noqa: PLR0913 - one parameter an option
     if base is None:
         summary, notices = _rows(file, data_format, task)
     else:
-        from soup_xb.dataset import tokenize_file
-        from soup_xb.hub import resolve_base
-        from soup_xb.media.tokenizer import open_tokenizer_for
+        from soup_xb.data.dataset import tokenize_file
+        from soup_xb.data.hub import resolve_base
+        from soup_xb.data.media import open_tokenizer_for
 
         tokenizer = open_tokenizer_for(task or "", resolve_base(base), chat_template)
         tokens = tokenize_file(file, data_format, tokenizer, max_length, _formats(task))

@@ -39,7 +39,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     """Evaluate OUT, a run's output folder or an adapter folder, against its untouched base."""
     from soup_xb.backends import available_backend
     from soup_xb.core.run.plan import held_out_batches
-    from soup_xb.dataset import load_file
+    from soup_xb.data.dataset import load_file
     from soup_xb.trained import TrainedOptions, open_trained
 
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from soup_xb.core.errors import ModelError
-from soup_xb.hub import resolve_base
+from soup_xb.data.hub import resolve_base
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:

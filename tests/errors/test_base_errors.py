@@ -402,7 +402,7 @@ ROWS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from soup_xb.tokens.rendering import RENDERER
+    from soup_xb.data.rendering import RENDERER
 
     monkeypatch.setattr(RENDERER, "seconds", 0.3)
 

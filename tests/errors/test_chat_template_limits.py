@@ -11,8 +11,8 @@ import pytest
 
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.examples import Message
-from soup_xb.tokens.chat_template import ChatTemplate, RenderError
-from soup_xb.tokens.rendering import RENDERER, Renderer, RunawayError
+from soup_xb.data.chat_template import ChatTemplate, RenderError
+from soup_xb.data.rendering import RENDERER, Renderer, RunawayError
 
 TURNS = [Message("user", "How are you?"), Message("assistant", "Well.")]
 

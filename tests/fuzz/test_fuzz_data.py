@@ -16,8 +16,8 @@ from mutation import SAMPLE, full, spoiled
 from soup_xb.core.config.schema import FORMATS
 from soup_xb.core.errors import SoupError
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.dataset import tokenize_file
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+from soup_xb.data.dataset import tokenize_file
+from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello. 😀"}
 ROWS: list[dict[str, Any]] = [

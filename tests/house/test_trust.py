@@ -150,7 +150,7 @@ def test_no_process_is_started_that_would_import_from_the_current_folder() -> No
 
 
 def test_a_download_takes_no_code_and_no_pickle() -> None:
-    from soup_xb.hub import _FILES
+    from soup_xb.data.hub import _FILES
 
     downloads = [
         call for _, tree in sources() for name, call in calls(tree) if name.endswith("snapshot_download")
@@ -216,7 +216,7 @@ def test_a_run_reads_no_pickle_calls_nobody_and_imports_nothing_from_the_base(
     seen = json.loads(done.stdout.splitlines()[-1])
     # A command starts one process, which renders chat templates; on Linux a compiler gives MLX's BLAS its names.
     compiled = [started for _, started in seen if "soupx-blas-" in started[1]]
-    rendered = [started for _, started in seen if "soup_xb.tokens.render_process" in started[1]]
+    rendered = [started for _, started in seen if "soup_xb.data.render_process" in started[1]]
     assert [event for event, _ in seen] == ["subprocess.Popen"] * len(seen), seen
     assert len(rendered) == len(commands), seen
     assert len(compiled) == (backend == "mlx" and sys.platform == "linux"), seen

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 SPECIAL = [

@@ -15,12 +15,12 @@ import pytest
 from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.dataset import load_dataset, tokenize_file
-from soup_xb.tokens import token_file
-from soup_xb.tokens.encoding import BATCH
-from soup_xb.tokens.row_tally import RowTally
-from soup_xb.tokens.token_key import row_modules
-from soup_xb.tokens.tokenize_process import Batch
+from soup_xb.data import token_file
+from soup_xb.data.dataset import load_dataset, tokenize_file
+from soup_xb.data.encoding import BATCH
+from soup_xb.data.row_tally import RowTally
+from soup_xb.data.token_key import row_modules
+from soup_xb.data.tokenize_process import Batch
 
 COUNT = 3 * BATCH + 17
 
@@ -114,9 +114,9 @@ def test_no_module_that_makes_rows_can_change_unnoticed(tmp_path):
     """Whatever a process has imported when it has made rows is in the hash that they are kept under."""
     code = (
         "import json, sys\n"
-        "import soup_xb.dataset, soup_xb.tokens.tokenizing\n"
-        "import soup_xb.tokens.tokenize_process, soup_xb.tokens.render_process\n"
-        "import soup_xb.media.tokenizer\n"
+        "import soup_xb.data.dataset, soup_xb.data.workers\n"
+        "import soup_xb.data.tokenize_process, soup_xb.data.render_process\n"
+        "import soup_xb.data.media\n"
         "print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.startswith('soup_xb')]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

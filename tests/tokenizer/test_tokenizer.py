@@ -11,7 +11,7 @@ import pytest
 
 from soup_xb.core.errors import ConfigError, DataError, ModelError
 from soup_xb.core.rows.examples import ChatExample, CompletionExample, Message, Source
-from soup_xb.tokenizer import open_tokenizer
+from soup_xb.data.tokenizer import open_tokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 SOURCE = Source("rows.jsonl", 3)

@@ -12,7 +12,7 @@ import pytest
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.formats.detect import to_example
-from soup_xb.tokenizer import ChatTokenizer
+from soup_xb.data.tokenizer import ChatTokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 SOURCE = Source("rows.jsonl", 3)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import ChatExample, Message, Source, TokenRow
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
+from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 

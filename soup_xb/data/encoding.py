@@ -10,7 +10,7 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.errors import DataError
-from soup_xb.tokens.spans import Markup, Span
+from soup_xb.data.spans import Markup, Span
 
 # The tokenizers library works on many texts at once, on all cores; more would only hold memory.
 BATCH = 512

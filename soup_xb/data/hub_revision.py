@@ -9,7 +9,7 @@ from pathlib import Path
 from soup_xb.core.disk.durable import write_bytes
 from soup_xb.core.disk.user_cache import user_cache
 from soup_xb.core.errors import DataError, Problem
-from soup_xb.hub_dataset import first_line, network_errors
+from soup_xb.data.hub_dataset import first_line, network_errors
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATIENCE = 30.0

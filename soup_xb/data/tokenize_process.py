@@ -20,9 +20,9 @@ from soup_xb.core.rows.examples import AnyExample
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.row_kinds import kind_of
 from soup_xb.core.rows.row_table import columns_of
-from soup_xb.tokenizer import ChatTokenizer, open_tokenizer
-from soup_xb.tokens.preference_rows import is_chat, tokenize_examples
-from soup_xb.tokens.row_tally import RowTally
+from soup_xb.data.row_tally import RowTally
+from soup_xb.data.tokenize import is_chat, tokenize_examples
+from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 
 Array = np.ndarray[Any, Any]
 

@@ -20,10 +20,10 @@ from soup_xb.core.process import python_command
 from soup_xb.core.rows.example_lines import plain, travels
 from soup_xb.core.rows.examples import AnyExample
 from soup_xb.core.rows.row_table import COLUMNS
-from soup_xb.tokens.encoding import BATCH
-from soup_xb.tokens.tokenize_process import Batch, Tokenizing, UnkeptRowsError, tokenize_batch
+from soup_xb.data.encoding import BATCH
+from soup_xb.data.tokenize_process import Batch, Tokenizing, UnkeptRowsError, tokenize_batch
 
-_SERVE = "from soup_xb.tokens.tokenize_process import serve; serve()"
+_SERVE = "from soup_xb.data.tokenize_process import serve; serve()"
 # One thread each: the processes share the processors between them.
 _SET = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 

@@ -13,7 +13,7 @@ from typing import Any
 from attrs import evolve, frozen
 
 from soup_xb.core.rows.examples import Message
-from soup_xb.tokens.chat_template import ChatTemplate
+from soup_xb.data.chat_template import ChatTemplate
 
 
 @frozen

@@ -28,12 +28,12 @@ from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.rules.streaming_rules import STREAMED_FILE
 from soup_xb.core.run.schedule import floor_share
-from soup_xb.data_source import DataSource, Reading
-from soup_xb.hub_dataset import hub_rows
-from soup_xb.hub_stream import HubStream
-from soup_xb.tokenizer import ChatTokenizer
-from soup_xb.tokens.token_file import TokenFile, token_file
-from soup_xb.tokens.tokenize_process import Tokenizing
+from soup_xb.data.hub_dataset import hub_rows
+from soup_xb.data.hub_stream import HubStream
+from soup_xb.data.source import DataSource, Reading
+from soup_xb.data.token_file import TokenFile, token_file
+from soup_xb.data.tokenize_process import Tokenizing
+from soup_xb.data.tokenizer import ChatTokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 

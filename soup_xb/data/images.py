@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from soup_xb.core.rows.media import MediaFile
-from soup_xb.media.files import read_file, unusable
+from soup_xb.data.media_files import read_file, unusable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,8 +13,8 @@ from soup_xb.core.disk.places import local_path
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.units import bytes_text
-from soup_xb.tokens.rendering import RENDERER, RunawayError
-from soup_xb.tokens.tool_spelling import ToolSpelling, size
+from soup_xb.data.rendering import RENDERER, RunawayError
+from soup_xb.data.tool_spelling import ToolSpelling, size
 
 LARGEST_TEMPLATE = 256 * 1024
 # What a template may write around the turns: a fixed part, and a multiple of what the turns hold.

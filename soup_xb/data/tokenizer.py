@@ -19,15 +19,15 @@ from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.rows.examples import ChatExample, Example, Message, Source, TokenRow
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.text import mask_file
-from soup_xb.tokens.chat_template import (
+from soup_xb.data.chat_template import (
     ChatTemplate,
     RenderError,
     check_template,
     own_template,
     read_template,
 )
-from soup_xb.tokens.encoding import Array, Encoder
-from soup_xb.tokens.spans import EndTokens, Markup, mark_assistant_turns, turn_end
+from soup_xb.data.encoding import Array, Encoder
+from soup_xb.data.spans import EndTokens, Markup, mark_assistant_turns, turn_end
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

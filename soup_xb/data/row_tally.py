@@ -8,8 +8,8 @@ from typing import Any
 
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.rows.preferences import PairRow
-from soup_xb.tokenizer import Tokenized
-from soup_xb.tokens.preference_rows import EQUAL_ANSWERS
+from soup_xb.data.tokenize import EQUAL_ANSWERS
+from soup_xb.data.tokenizer import Tokenized
 
 # Places named in a notice; the count says how many more there are.
 _NAMED = 3

@@ -8,7 +8,7 @@ the turn. Where an earlier turn is written otherwise than a last one, two more r
 - all turns, with a mark in place of this turn's content: what stands before the content and after it;
 - the turns up to it, with the mark: which part of what stands after belongs to this turn.
 
-A turn that calls tools is found in its own way; see soup_xb.tokens.call_spans.
+A turn that calls tools is found in its own way; see soup_xb.data.call_spans.
 
 A turn that the template does not show word for word (Qwen3 leaves the thoughts of earlier turns out) is not
 trained on: what is shown is not what the data says.
@@ -23,9 +23,9 @@ from collections.abc import Iterable, Sequence
 from attrs import frozen
 
 from soup_xb.core.rows.examples import ChatExample, Message
-from soup_xb.tokens.call_spans import CallTurn
-from soup_xb.tokens.chat_template import ChatTemplate, RenderError
-from soup_xb.tokens.tool_template import with_tools
+from soup_xb.data.call_spans import CallTurn
+from soup_xb.data.chat_template import ChatTemplate, RenderError
+from soup_xb.data.tools import with_tools
 
 # A private-use character: no template strips, escapes or splits at it.
 _MARK = "\uf8f5"

@@ -32,11 +32,11 @@ from soup_xb.core.rows.token_cache import (
     open_entry,
 )
 from soup_xb.core.units import bytes_text
-from soup_xb.data_source import DataSource, Reading
-from soup_xb.tokens.row_tally import RowTally
-from soup_xb.tokens.token_key import token_key
-from soup_xb.tokens.tokenize_process import Batch, Tokenizing, UnkeptRowsError
-from soup_xb.tokens.tokenizing import tokenized
+from soup_xb.data.row_tally import RowTally
+from soup_xb.data.source import DataSource, Reading
+from soup_xb.data.token_key import token_key
+from soup_xb.data.tokenize_process import Batch, Tokenizing, UnkeptRowsError
+from soup_xb.data.workers import tokenized
 
 # Smaller data is tokenized in about the time that checking a kept copy takes.
 KEPT_FROM_BYTES = 2**20

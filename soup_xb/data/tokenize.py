@@ -18,8 +18,8 @@ from soup_xb.core.rows.examples import (
 )
 from soup_xb.core.rows.preferences import JudgedRow, PairRow
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.tokenizer import ChatTokenizer, Tokenized
-from soup_xb.tokens.embedding_texts import embedding_rows
+from soup_xb.data.embedding_texts import embedding_rows
+from soup_xb.data.tokenizer import ChatTokenizer, Tokenized
 
 EQUAL_ANSWERS = "both answers are the same tokens"
 

@@ -14,10 +14,10 @@ from attrs import frozen
 from soup_xb.core.disk.foreign import foreign_errors
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.media import Array, Inputs, MediaFile, RowMedia
-from soup_xb.media.files import unusable
-from soup_xb.media.images import read_image
-from soup_xb.media.sounds import read_sound
-from soup_xb.tokens.spans import Span
+from soup_xb.data.images import read_image
+from soup_xb.data.media_files import unusable
+from soup_xb.data.sounds import read_sound
+from soup_xb.data.spans import Span
 
 # What a processor makes of the text; the tokens are ours.
 _TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", "labels")

@@ -14,8 +14,8 @@ from attrs import evolve, frozen
 
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.examples import ChatExample, Message, ToolCall
-from soup_xb.tokens.chat_template import ChatTemplate, RenderError
-from soup_xb.tokens.tool_spelling import ToolSpelling
+from soup_xb.data.chat_template import ChatTemplate, RenderError
+from soup_xb.data.tool_spelling import ToolSpelling
 
 # In the order of preference.
 _SPELLINGS = (

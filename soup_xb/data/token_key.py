@@ -11,12 +11,12 @@ from typing import Any
 
 import soup_xb
 from soup_xb.core.run.manifest import file_sha256
-from soup_xb.data_source import DataSource, Reading
-from soup_xb.tokens.tokenize_process import Tokenizing
+from soup_xb.data.source import DataSource, Reading
+from soup_xb.data.tokenize_process import Tokenizing
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
 # The package's own folder, and the folders below it with everything in them, whose modules make rows.
-_WHOLE_FOLDERS = ("core", "media", "tokens")
+_WHOLE_FOLDERS = ("core", "data")
 
 
 def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str, Any]:

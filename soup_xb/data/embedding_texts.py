@@ -13,7 +13,7 @@ from soup_xb.core.config.schema import Config, DataConfig
 from soup_xb.core.errors import Problem
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import AnyExample, EmbeddingExample, TokenRow
-from soup_xb.tokenizer import ChatTokenizer, Tokenized
+from soup_xb.data.tokenizer import ChatTokenizer, Tokenized
 
 # Types whose first position is the one behind the padding token's id.
 _POSITIONS_BEHIND_PADDING = (

@@ -9,7 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.rows.media import Array, MediaFile
-from soup_xb.media.files import read_file, unusable
+from soup_xb.data.media_files import read_file, unusable
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _MOST_CHANNELS = 32

@@ -9,8 +9,8 @@ from typing import Any
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.examples import Row, Source
-from soup_xb.hub_dataset import check_kind, datasets_library, first_line, network_errors
-from soup_xb.hub_revision import SHOWN, hub_revision
+from soup_xb.data.hub_dataset import check_kind, datasets_library, first_line, network_errors
+from soup_xb.data.hub_revision import SHOWN, hub_revision
 
 
 class HubStream:

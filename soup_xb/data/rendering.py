@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from soup_xb.core.process import python_command
-from soup_xb.tokens.render_process import MEMORY_BYTES
+from soup_xb.data.render_process import MEMORY_BYTES
 
 # Of processor time, for one conversation; a template of today takes a thousandth of it.
 SECONDS = 2.0
@@ -21,7 +21,7 @@ _WALL_SECONDS = 120.0
 # Neither tokens nor anything else of the user's environment is passed on to foreign code.
 _PASSED_ON = ("PATH", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH", "PYTHONHOME")
 _SET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"}
-_SERVE = "from soup_xb.tokens.render_process import serve; serve()"
+_SERVE = "from soup_xb.data.render_process import serve; serve()"
 
 
 class RunawayError(Exception):

@@ -16,12 +16,12 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import ChatExample, Example, Message, TokenRow
 from soup_xb.core.rows.media import RowMedia
 from soup_xb.core.text import mask_file
-from soup_xb.media.files import find_files
-from soup_xb.media.inputs import InputMaker
-from soup_xb.media.processor import KEPT_FILES, open_processor
-from soup_xb.tokenizer import ChatTokenizer, Tokenized, open_tokenizer
-from soup_xb.tokens.encoding import Array
-from soup_xb.tokens.spans import Markup, Span
+from soup_xb.data.encoding import Array
+from soup_xb.data.inputs import InputMaker
+from soup_xb.data.media_files import find_files
+from soup_xb.data.processor import KEPT_FILES, open_processor
+from soup_xb.data.spans import Markup, Span
+from soup_xb.data.tokenizer import ChatTokenizer, Tokenized, open_tokenizer
 
 
 @frozen
