@@ -64,7 +64,7 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     from soup_xb.core.rows.packing import pack
     from soup_xb.core.run.plan import make_plan
     from soup_xb.core.run.session import StepSettings
-    from soup_xb.opened import session_settings
+    from soup_xb.runs.open import session_settings
 
     chunked, checkpointing, packed = COLUMNS[column]
     if not chunked:

@@ -6,7 +6,7 @@ Learning rates first: each start is trained without ReLoRA on the first seed, fr
 the rate for as long as that is better. Then every seed trains each start without ReLoRA, with prune and with merge at
 its own best rate, and without ReLoRA at the default rate too. Runs of one seed see the same rows in the same order;
 the held-out rows are the same for all, and come from source files that no training row comes from. Every run is
-`soup_xb.train.train` on a config, nothing else.
+`soup_xb.runs.train.train` on a config, nothing else.
 
 A run that is in the results folder is not repeated, so that the command goes on where it was stopped. After
 `--minutes` no further run begins, and the table and the plot show what is there.
@@ -37,9 +37,9 @@ from soup_xb.core.run.plan import held_out_batches
 from soup_xb.core.run.record import read_record
 from soup_xb.data.dataset import load_file
 from soup_xb.demo.base import prepare_base
-from soup_xb.train import train
-from soup_xb.train_options import TrainOptions
-from soup_xb.trained import TrainedOptions, open_trained
+from soup_xb.runs.adapters import TrainedOptions, open_trained
+from soup_xb.runs.train import train
+from soup_xb.runs.train_options import TrainOptions
 
 STRATEGIES = ("random", "pissa", "olora")
 MODES = ("prune", "merge")

@@ -27,7 +27,7 @@ _IMPORTED = [
     "soup_xb.backends.torch.session",
     "soup_xb.cli",
     "soup_xb.data.tokenizer",
-    "soup_xb.train",
+    "soup_xb.runs.train",
     "transformers.models.llama.modeling_llama",
 ]
 _START = multiprocessing.get_context("forkserver")

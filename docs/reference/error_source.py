@@ -29,9 +29,9 @@ FATES = {
     "core/rules/streaming_rules": "ConfigError",
     "core/base/target_checks": "ConfigError",
     "core/yaml/yaml_errors": "ConfigError",
-    "resume:fresh-start": NOTICE,
-    "resume:resume": NOTICE,
-    "resume:warm-start": NOTICE,
+    "runs/resume:fresh-start": NOTICE,
+    "runs/resume:resume": NOTICE,
+    "runs/resume:warm-start": NOTICE,
 }
 
 

@@ -13,7 +13,7 @@ from soup_xb.cli.options import BACKENDS, json_option
 
 if TYPE_CHECKING:
     from soup_xb.demo.trial import Trial
-    from soup_xb.outcome import Outcome
+    from soup_xb.runs.finish import Outcome
 
 CONFIG = "soup.yaml"
 SHOWN = 4
@@ -44,8 +44,8 @@ def command(
     from soup_xb.core.disk.durable import write_text
     from soup_xb.demo.base import prepare_base
     from soup_xb.demo.trial import demo_config, hold_trials
-    from soup_xb.train import train
-    from soup_xb.train_options import TrainOptions
+    from soup_xb.runs.train import train
+    from soup_xb.runs.train_options import TrainOptions
 
     chosen = (f"backend={backend}",) if backend else ()
     _say("preparing the base model (once on this machine)")

@@ -14,7 +14,7 @@ from soup_xb.cli.options import json_option
 @json_option
 def command(as_json: bool) -> None:
     """Show versions, backends, devices, and how fast a float32 product is on each."""
-    from soup_xb.doctor import examine
+    from soup_xb.runs.doctor import examine
 
     found = examine()
     if as_json:

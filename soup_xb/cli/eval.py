@@ -40,7 +40,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.backends import available_backend
     from soup_xb.core.run.plan import held_out_batches
     from soup_xb.data.dataset import load_file
-    from soup_xb.trained import TrainedOptions, open_trained
+    from soup_xb.runs.adapters import TrainedOptions, open_trained
 
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:
         if trained.embedding is not None:

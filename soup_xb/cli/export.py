@@ -19,7 +19,7 @@ def command(adapter: Path, form: str, output: Path, base: str | None) -> None:
 
     A VeRA adapter becomes the plain LoRA that it equals.
     """
-    from soup_xb.export import export_adapter
+    from soup_xb.runs.export import export_adapter
 
     for problem in export_adapter(adapter, output, form, base):
         click.echo(problem.render("note"), err=True)

@@ -20,8 +20,8 @@ from soup_xb.cli.options import BACKENDS
 def command(adapter: Path, output: Path, base: str | None, precision: str, backend: str) -> None:
     """Fold OUT (a run's output folder or an adapter folder) into its base and write the whole model."""
     from soup_xb.backends import available_backend
-    from soup_xb.export import merge_adapter
-    from soup_xb.trained import TrainedOptions
+    from soup_xb.runs.adapters import TrainedOptions
+    from soup_xb.runs.export import merge_adapter
 
     merge_adapter(TrainedOptions(available_backend(backend), adapter, base, precision), output)
     click.echo(str(output))

@@ -11,7 +11,7 @@ import click
 from soup_xb.cli.options import config_options, json_option, load
 
 if TYPE_CHECKING:
-    from soup_xb.parity import Parity
+    from soup_xb.runs.parity import Parity
 
 
 @click.command()
@@ -35,7 +35,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     Exits with 0 where every loss and the base's logits agree within the bounds, with 4 where not.
     """
     loaded = load(file, named, backend, overrides)
-    from soup_xb.parity import compare, measure
+    from soup_xb.runs.parity import compare, measure
 
     if measure_into is not None:
         measure(loaded, steps, measure_into)
@@ -78,7 +78,7 @@ def _write_report(report: Path, parity: Parity) -> None:
     from html import escape
 
     from soup_xb.core.disk.durable import disk_errors, write_text
-    from soup_xb.parity import curves_svg
+    from soup_xb.runs.parity import curves_svg
 
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>torch and mlx, side by side</title>"

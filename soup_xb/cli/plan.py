@@ -40,7 +40,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.core.run.largest_batch import LargestBatch
     from soup_xb.core.run.memory import estimate_memory
     from soup_xb.core.run.plan_summary import plan_summary
-    from soup_xb.opened import check_processes, open_run
+    from soup_xb.runs.open import check_processes, open_run
 
     check_processes(loaded, processes)
     chosen = choose_backend(loaded)

@@ -13,7 +13,7 @@ from soup_xb.cli.options import config_options, json_option, load
 from soup_xb.core.run.launch import is_first_process
 
 if TYPE_CHECKING:
-    from soup_xb.outcome import Outcome
+    from soup_xb.runs.finish import Outcome
 
 
 @click.command()
@@ -55,9 +55,9 @@ def command(  # noqa: PLR0913 - one parameter an option
         overrides = (*overrides, f"output={json.dumps(str(output))}")
     loaded = load(file, named, backend, overrides)
     from soup_xb.cli.progress import ProgressListener
-    from soup_xb.resume import ResumeRequest
-    from soup_xb.train import train
-    from soup_xb.train_options import TrainOptions
+    from soup_xb.runs.resume import ResumeRequest
+    from soup_xb.runs.train import train
+    from soup_xb.runs.train_options import TrainOptions
 
     request = ResumeRequest(resume, resume_from, overrides_resume, resume_weights_only)
     options = TrainOptions(resume=request, overwrite=overwrite, prompts=prompts)

@@ -13,7 +13,7 @@ from soup_xb.core.config.load import LoadedConfig, load_config
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.run.session import GenerationSettings
 from soup_xb.demo.judge import passes
-from soup_xb.trained import Trained, TrainedOptions, continue_chat, open_trained
+from soup_xb.runs.adapters import Trained, TrainedOptions, continue_chat, open_trained
 
 # Answers in the taught format are shorter; a base that rambles on has missed it by then.
 ANSWER_TOKENS = 80

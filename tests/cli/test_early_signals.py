@@ -54,7 +54,7 @@ def record(folder: Path) -> dict[str, Any]:
 def test_a_sigusr1_while_the_base_is_opened_stops_after_the_first_step(
     soupx: Soupx, config: Path, when: Callable[..., None], tmp_path: Path
 ) -> None:
-    when("soup_xb.opened.open_session", signal.SIGUSR1)
+    when("soup_xb.runs.open.open_session", signal.SIGUSR1)
     answer = soupx("train", config)
     assert answer.code == 75, answer.err
     assert record(tmp_path / "out")["status"] == "interrupted"
@@ -64,7 +64,7 @@ def test_a_sigusr1_while_the_base_is_opened_stops_after_the_first_step(
 def test_a_second_interrupt_says_that_saved_checkpoints_stay(
     soupx: Soupx, config: Path, when: Callable[..., None], tmp_path: Path
 ) -> None:
-    when("soup_xb.outcome.prove", signal.SIGINT, signal.SIGINT)
+    when("soup_xb.runs.finish.prove", signal.SIGINT, signal.SIGINT)
     answer = soupx("train", config)
     assert answer.code == 130
     assert "nothing was written" not in answer.err

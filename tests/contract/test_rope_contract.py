@@ -15,7 +15,7 @@ import transformers
 from soup_xb.backends import open_session
 from soup_xb.core.config.schema import Config, DataConfig, RopeScalingConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.opened import session_settings
+from soup_xb.runs.open import session_settings
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (1, 300))
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -121,7 +121,7 @@ def test_the_adapter_says_which_base_it_is_for_and_is_opened_on_it(
 ) -> None:
     from peft import PeftModel
 
-    from soup_xb.trained import TrainedOptions, open_trained
+    from soup_xb.runs.adapters import TrainedOptions, open_trained
 
     monkeypatch.chdir(tmp_path)
     config = {

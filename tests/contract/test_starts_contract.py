@@ -20,7 +20,7 @@ from soup_xb.core.errors import CheckpointError, ModelError
 from soup_xb.core.rows.batches import collate
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import GenerationSettings, Session, StepResult, StepSettings
-from soup_xb.export import export_adapter
+from soup_xb.runs.export import export_adapter
 
 Opener = Callable[..., tuple[Session, Plan]]
 Arrays = Mapping[str, np.ndarray]

@@ -119,7 +119,7 @@ def test_a_failed_run_does_not_save_the_token_in_its_message(
     def broken(*_: object) -> None:
         raise RuntimeError(f"403 for https://me:{HUB}@hub")
 
-    monkeypatch.setattr("soup_xb.train.run_loop", broken)
+    monkeypatch.setattr("soup_xb.runs.train.run_loop", broken)
     answer = check({"argv": "train", "exit": 1, "code": "bug"})
     assert json.loads((workplace / "out" / "run.json").read_text())["status"] == "failed"
     assert leaks(workplace / "out", answer.err) == []

@@ -75,7 +75,7 @@ def config(tmp_path: Path, media_base: Callable[[str], Path]) -> Callable[..., P
 def opened() -> Callable[[Path], AbstractContextManager[Any]]:
     """`with opened(config) as run`: base and rows opened, adapters on."""
     from soup_xb.core.config.load import load_config
-    from soup_xb.opened import open_run
+    from soup_xb.runs.open import open_run
 
     @contextmanager
     def open_it(file: Path) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingC
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.run.plan import Plan, make_plan
 from soup_xb.core.run.session import Session
-from soup_xb.opened import session_settings
+from soup_xb.runs.open import session_settings
 
 Attached = Callable[..., tuple[Session, Plan]]
 

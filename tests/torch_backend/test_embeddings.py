@@ -25,7 +25,7 @@ from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.run.plan import Plan, make_plan
 from soup_xb.core.run.session import RestartSettings, StepSettings
-from soup_xb.opened import session_settings
+from soup_xb.runs.open import session_settings
 
 Opened = Callable[..., tuple[TorchSession, Plan]]
 

@@ -23,8 +23,8 @@ from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter, write_
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
-from soup_xb.export import export_adapter
-from soup_xb.trained import TrainedOptions, open_trained
+from soup_xb.runs.adapters import TrainedOptions, open_trained
+from soup_xb.runs.export import export_adapter
 
 Attached = Callable[..., Any]
 Bases = Callable[..., Path]

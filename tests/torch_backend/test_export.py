@@ -12,8 +12,8 @@ from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling, note_scaling
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.core.run.session import AdapterPlan
-from soup_xb.export import export_adapter, merge_adapter
-from soup_xb.trained import TrainedOptions, open_trained
+from soup_xb.runs.adapters import TrainedOptions, open_trained
+from soup_xb.runs.export import export_adapter, merge_adapter
 
 TOKENS = np.array([[5, 9, 40, 77, 200, 31, 8]])
 

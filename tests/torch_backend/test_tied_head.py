@@ -18,7 +18,7 @@ from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
-from soup_xb.trained import TrainedOptions, open_trained
+from soup_xb.runs.adapters import TrainedOptions, open_trained
 
 Attached = Callable[..., Any]
 HEAD = {"target_modules": ("lm_head", "q_proj")}

@@ -22,10 +22,10 @@ from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
-from soup_xb.export import export_adapter, merge_adapter
-from soup_xb.train import train as run_file
-from soup_xb.train_options import TrainOptions
-from soup_xb.trained import TrainedOptions, open_trained
+from soup_xb.runs.adapters import TrainedOptions, open_trained
+from soup_xb.runs.export import export_adapter, merge_adapter
+from soup_xb.runs.train import train as run_file
+from soup_xb.runs.train_options import TrainOptions
 
 Attached = Callable[..., Any]
 Soupx = Callable[..., Any]

@@ -42,7 +42,7 @@ def in_a_child(action: Callable[[], int]) -> int:
 
 def armed(nth: int) -> None:
     """Let the process die at the n-th call of its third save."""
-    from soup_xb.keeper import RunKeeper
+    from soup_xb.runs.writer import RunKeeper
 
     real_save, saves = RunKeeper.save, 0
 

@@ -35,7 +35,7 @@ from soup_xb.data.hub import resolve_base
 from soup_xb.data.media import open_tokenizer_for
 from soup_xb.data.processor import is_processor_folder, task_of_processor
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
-from soup_xb.embedding_model import saved_facts
+from soup_xb.runs.embedding_model import saved_facts
 
 # Nothing is trained through these sessions; the optimizer is never stepped.
 _NO_TRAINING = OptimizerSettings("sgd", 0.0, 0.0, 0.0, 0.0, 0.0)

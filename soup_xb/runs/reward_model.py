@@ -24,7 +24,7 @@ from soup_xb.core.rows.turns import read_turns
 from soup_xb.core.run.session import JudgingSession
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
-from soup_xb.trained import attach_saved, base_of, session_on
+from soup_xb.runs.adapters import attach_saved, base_of, session_on
 
 if TYPE_CHECKING:
     from soup_xb.core.config.schema import Config

@@ -28,10 +28,10 @@ from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run.reward_watch import check_rewards
 from soup_xb.core.run.session import GenerationSettings, JudgingSession
-from soup_xb.embedding_model import save_embedding_model, trained_facts
-from soup_xb.keeper import checkpoint_bytes
-from soup_xb.opened import Opened
-from soup_xb.trained import Trained, continue_chat
+from soup_xb.runs.adapters import Trained, continue_chat
+from soup_xb.runs.embedding_model import save_embedding_model, trained_facts
+from soup_xb.runs.open import Opened
+from soup_xb.runs.writer import checkpoint_bytes
 
 ANSWER_TOKENS = 120
 _VERA_FORMAT = Problem(

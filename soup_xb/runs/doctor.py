@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from soup_xb.backends import is_installed
-from soup_xb.keeper import versions
+from soup_xb.runs.writer import versions
 
 _MLX_BACKENDS = ("ring", "mpi", "nccl", "jaccl")
 

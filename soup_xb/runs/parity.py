@@ -18,7 +18,7 @@ from soup_xb.core.errors import ConfigError, Problem, SoupError
 from soup_xb.core.process import python_command
 from soup_xb.core.run.events import Event, StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
-from soup_xb.opened import open_run
+from soup_xb.runs.open import open_run
 
 ENGINES = ("torch", "mlx")
 LOSS_BOUND = 1e-3

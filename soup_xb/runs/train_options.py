@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import field, frozen
 
-from soup_xb.resume import ResumeRequest
+from soup_xb.runs.resume import ResumeRequest
 
 
 @frozen

@@ -18,8 +18,8 @@ from soup_xb.core.run.folder import REFERENCE
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
 from soup_xb.core.run.session import ScoringSession
-from soup_xb.keeper import RunKeeper
-from soup_xb.opened import Opened
+from soup_xb.runs.open import Opened
+from soup_xb.runs.writer import RunKeeper
 
 Array = np.ndarray[Any, Any]
 

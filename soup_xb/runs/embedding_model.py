@@ -18,7 +18,7 @@ from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import EmbeddingSession, Session
 from soup_xb.data.embedding_texts import fitted_data
 from soup_xb.data.tokenizer import ChatTokenizer
-from soup_xb.opened import Opened
+from soup_xb.runs.open import Opened
 
 TASK_TYPE = "FEATURE_EXTRACTION"
 

@@ -20,12 +20,12 @@ from soup_xb.core.run.launch import launched_processes
 from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.run.session import JudgingSession, Session
 from soup_xb.core.run.stop import heard_early, stop_on_signals
-from soup_xb.keeper import RunKeeper, failure_noted, output_folder
-from soup_xb.opened import Opened, check_processes, open_run
-from soup_xb.outcome import Outcome, answer_prompts, save_adapter, save_report
-from soup_xb.referencing import plan_with_reference
-from soup_xb.rolling import open_rewards, session_for
-from soup_xb.train_options import TrainOptions
+from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
+from soup_xb.runs.open import Opened, check_processes, open_run
+from soup_xb.runs.reference import plan_with_reference
+from soup_xb.runs.rewards import open_rewards, session_for
+from soup_xb.runs.train_options import TrainOptions
+from soup_xb.runs.writer import RunKeeper, failure_noted, output_folder
 
 
 def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Listener]) -> Outcome:

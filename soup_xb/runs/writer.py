@@ -28,8 +28,8 @@ from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.record import RunRecord, read_record
 from soup_xb.core.run.restart_watch import WINDOW
 from soup_xb.core.text import legible
-from soup_xb.opened import Opened
-from soup_xb.resume import (
+from soup_xb.runs.open import Opened
+from soup_xb.runs.resume import (
     SETTINGS_FILE,
     ResumePoint,
     check_request,
@@ -37,7 +37,7 @@ from soup_xb.resume import (
     run_settings,
     settings_fingerprint,
 )
-from soup_xb.train_options import TrainOptions
+from soup_xb.runs.train_options import TrainOptions
 
 _PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
 

@@ -13,9 +13,9 @@ from soup_xb.core.objectives.rewards import PatternReward, Reward
 from soup_xb.core.objectives.rollouts import RollingSession, Rules
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.run.session import GenerationSettings, SamplingSession, TrainingSession
-from soup_xb.opened import Opened
-from soup_xb.reward_file import load_reward
-from soup_xb.reward_model import open_reward_model
+from soup_xb.runs.open import Opened
+from soup_xb.runs.reward_file import load_reward
+from soup_xb.runs.reward_model import open_reward_model
 
 
 @contextmanager
