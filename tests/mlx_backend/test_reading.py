@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from soup_xb.backends.mlx.reading import FAMILIES
+from soup_xb.backends.mlx.families import FAMILIES
 from soup_xb.backends.mlx.session import MlxSession, open_session
 from soup_xb.core.base.layer_settings import layer_settings
 from soup_xb.core.errors import ConfigError, ModelError
@@ -195,17 +195,17 @@ def test_a_field_that_a_later_transformers_adds_is_refused_by_name(
 
 
 def test_a_rope_that_is_not_the_config_s_is_noticed(save: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    from soup_xb.backends.mlx import reading
+    from soup_xb.backends.mlx import families
 
     folder = save("llama", rope_parameters=THETA)
-    honest = reading._translate_layers
+    honest = families._translate_layers
 
     def forgetful(config: Any, family: Any, arguments: Any, *rest: Any) -> Any:
         result = honest(config, family, arguments, *rest)
         arguments["rope_theta"] = 10000.0
         return result
 
-    monkeypatch.setattr(reading, "_translate_layers", forgetful)
+    monkeypatch.setattr(families, "_translate_layers", forgetful)
     with pytest.raises(ModelError, match=r"turns positions of `layers\.0` otherwise"):
         opened(folder)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
-from soup_xb.backends.mlx.init import MlxAlgebra, weight_starts
 from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
+from soup_xb.backends.mlx.starts import MlxAlgebra, weight_starts
 from soup_xb.core.adapter.starts import weight_start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.config.schema import LoraConfig

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from soup_xb.backends.torch.expert_layers import base_weight
-from soup_xb.backends.torch.init import weight_starts
+from soup_xb.backends.torch.experts import base_weight
 from soup_xb.backends.torch.processes import Processes
+from soup_xb.backends.torch.starts import weight_starts
 from soup_xb.core.run.events import RestartEvent, StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.core.run.schedule import floor_share

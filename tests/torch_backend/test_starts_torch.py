@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from processes import in_two_processes
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.processes import Processes
+from soup_xb.backends.torch.starts import weight_starts
 from soup_xb.core.errors import CheckpointError, ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from soup_xb.backends.mlx.reading import Reading
+from soup_xb.backends.mlx.families import Reading
 
 
 class RescaledEmbedding(nn.Embedding):

@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten
 
 from soup_xb.backends.mlx.device import Device, memory_guard
 from soup_xb.backends.mlx.embedding import scale_exactly
+from soup_xb.backends.mlx.families import Reading, read_base, unreadable_config
 from soup_xb.backends.mlx.quantization import (
     check_quantization,
     quantize_as_stored,
     quantize_decoder,
     stored_quantization,
 )
-from soup_xb.backends.mlx.reading import Reading, read_base, unreadable_config
 from soup_xb.backends.mlx.rope import check_rope
 from soup_xb.backends.mlx.tree import walk
 from soup_xb.core.base.folder import BaseFolder, inspect_base

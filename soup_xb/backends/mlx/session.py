@@ -13,17 +13,17 @@ import numpy as np
 
 from soup_xb.backends.mlx.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors
-from soup_xb.backends.mlx.addition import live_addition
 from soup_xb.backends.mlx.checkpointing import CheckpointedBlocks
 from soup_xb.backends.mlx.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.mlx.generation import generate_tokens
 from soup_xb.backends.mlx.grid import exact_grid
 from soup_xb.backends.mlx.head import summed_loss
-from soup_xb.backends.mlx.init import weight_starts
 from soup_xb.backends.mlx.load import Opened, load_base, outline_base
 from soup_xb.backends.mlx.merge import write_merged
 from soup_xb.backends.mlx.optimizer import Optimizer
+from soup_xb.backends.mlx.probe import live_addition
 from soup_xb.backends.mlx.processes import Processes, join_processes
+from soup_xb.backends.mlx.starts import weight_starts
 from soup_xb.backends.mlx.step import Gradients
 from soup_xb.core.adapter.probe import Addition
 from soup_xb.core.base.modules import AdapterModule

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.expert_layers import add_piece, base_weight, is_stored_transposed
+from soup_xb.backends.torch.experts import add_piece, base_weight, is_stored_transposed
 from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
 from soup_xb.backends.torch.injection import inject
 from soup_xb.backends.torch.sharding import compute_device, own_part

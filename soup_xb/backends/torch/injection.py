@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.expert_layers import ExpertLayer, layer_name
+from soup_xb.backends.torch.experts import ExpertLayer, layer_name
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
 from soup_xb.core.run.session import AdapterPlan

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.base_kind import auto_class, check_embedding, check_kind
 from soup_xb.backends.torch.device import Device, memory_guard
-from soup_xb.backends.torch.expert_layers import expert_weights
+from soup_xb.backends.torch.experts import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
 from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type
 from soup_xb.core.base.layer_settings import layer_settings

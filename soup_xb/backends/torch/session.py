@@ -16,24 +16,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
 from soup_xb.backends.torch.adapters import Adapters, Factors
-from soup_xb.backends.torch.addition import base_outputs, live_addition
 from soup_xb.backends.torch.base_kind import pooling_for, text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.embedding_task import embed
 from soup_xb.backends.torch.generation import continue_prompt, sample
-from soup_xb.backends.torch.init import weight_starts
 from soup_xb.backends.torch.load import describe_model, load_base, outline_base
 from soup_xb.backends.torch.merge import write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
 from soup_xb.backends.torch.patches.expert_dropout import expert_dropout
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
 from soup_xb.backends.torch.preference_task import log_probabilities
+from soup_xb.backends.torch.probe import base_outputs, live_addition
 from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
 from soup_xb.backends.torch.reward_task import RewardTask, check_scorable
 from soup_xb.backends.torch.router_balance import RouterBalance, check_router
 from soup_xb.backends.torch.sharded_load import load_sharded, sharding_notices
 from soup_xb.backends.torch.sharding import is_sharded
+from soup_xb.backends.torch.starts import weight_starts
 from soup_xb.backends.torch.task_loss import TaskLoss
 from soup_xb.backends.torch.task_state import (
     load_parameters,

@@ -12,9 +12,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.adapters import ADAPTER, Adapters
-from soup_xb.backends.torch.expert_layers import base_weight, is_stored_transposed
-from soup_xb.backends.torch.init import weight_matrix
+from soup_xb.backends.torch.experts import base_weight, is_stored_transposed
 from soup_xb.backends.torch.sharding import compute_device, whole
+from soup_xb.backends.torch.starts import weight_matrix
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.probe import Addition, probe_inputs
 from soup_xb.core.base.modules import AdapterModule

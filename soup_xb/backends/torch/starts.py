@@ -12,7 +12,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.expert_layers import expert_matrices
+from soup_xb.backends.torch.experts import expert_matrices
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import compute_device, is_cut, is_sharded, whole
 from soup_xb.core.adapter.starts import Start, stacked_start, weight_start
