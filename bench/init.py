@@ -28,10 +28,11 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
 from soup_xb.backends import open_session
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
-from soup_xb.core.run.session import AdapterPlan, OptimizerSettings, SessionSettings
+from soup_xb.core.run.session import OptimizerSettings, SessionSettings
 from soup_xb.demo.base import prepare_base
 
 RANK, ALPHA = 16, 32

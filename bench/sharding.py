@@ -133,11 +133,12 @@ def _child(asked: dict[str, Any]) -> None:
     from soup_xb.backends.torch.load import outline_base
     from soup_xb.backends.torch.processes import join_processes
     from soup_xb.backends.torch.session import open_session
+    from soup_xb.core.adapter.plan import AdapterPlan
     from soup_xb.core.base.modules import resolve_adapters
     from soup_xb.core.config.schema import LoraConfig
     from soup_xb.core.rows.batches import collate, process_share
     from soup_xb.core.rows.examples import Source, TokenRow
-    from soup_xb.core.run.session import AdapterPlan, OptimizerSettings, SessionSettings, StepSettings
+    from soup_xb.core.run.session import OptimizerSettings, SessionSettings, StepSettings
 
     settings = SessionSettings(
         base=Path(asked["base"]),

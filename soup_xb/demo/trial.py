@@ -13,7 +13,7 @@ from soup_xb.core.config.load import LoadedConfig, load_config
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.run.session import GenerationSettings
 from soup_xb.demo.judge import passes
-from soup_xb.runs.adapters import Trained, TrainedOptions, continue_chat, open_trained
+from soup_xb.runs.adapters import LoadedAdapter, TrainedOptions, continue_chat, open_trained
 
 # Answers in the taught format are shorter; a base that rambles on has missed it by then.
 ANSWER_TOKENS = 80
@@ -67,6 +67,6 @@ def hold_trials(adapter: Path, backend: str, show: Callable[[Trial], None]) -> t
     return tuple(trials)
 
 
-def _answer(trained: Trained, prompt: str, adapter: bool) -> str:
+def _answer(trained: LoadedAdapter, prompt: str, adapter: bool) -> str:
     settings = GenerationSettings(ANSWER_TOKENS, temperature=0.0, end_ids=trained.tokenizer.end_ids)
     return continue_chat(trained, [Message("user", prompt)], settings, adapter)

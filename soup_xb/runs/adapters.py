@@ -14,6 +14,7 @@ from soup_xb.core.adapter.embedding_files import EmbeddingFacts
 from soup_xb.core.adapter.extras import is_reward_model
 from soup_xb.core.adapter.media_file import read_media_task
 from soup_xb.core.adapter.peft_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import noted_scaling
@@ -24,13 +25,7 @@ from soup_xb.core.rows.examples import Message
 from soup_xb.core.rows.formats.detect import FORMATS, Formats
 from soup_xb.core.rows.formats.embedding import embedding_formats
 from soup_xb.core.rows.formats.media import media_formats
-from soup_xb.core.run.session import (
-    AdapterPlan,
-    GenerationSettings,
-    OptimizerSettings,
-    Session,
-    SessionSettings,
-)
+from soup_xb.core.run.session import GenerationSettings, OptimizerSettings, Session, SessionSettings
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media import open_tokenizer_for
 from soup_xb.data.processor import is_processor_folder, task_of_processor
@@ -55,7 +50,7 @@ class TrainedOptions:
 
 
 @frozen(eq=False)
-class Trained:
+class LoadedAdapter:
     """A session with the adapter attached (if there is one) and its tokenizer; `embedding` for one that embeds.
 
     `task` is vision or audio where the adapter was trained with its base's processor, else empty.
@@ -77,7 +72,7 @@ class Trained:
 
 
 @contextmanager
-def open_trained(options: TrainedOptions) -> Iterator[Trained]:
+def open_trained(options: TrainedOptions) -> Iterator[LoadedAdapter]:
     """Open a base with a saved adapter; closed on every exit.
 
     Raises ModelError for an adapter that is damaged or belongs to another base.
@@ -108,7 +103,7 @@ def open_trained(options: TrainedOptions) -> Iterator[Trained]:
     try:
         if saved is not None and folder is not None:
             attach_saved(session, saved, folder)
-        yield Trained(session, tokenizer, base, saved is not None, facts, task)
+        yield LoadedAdapter(session, tokenizer, base, saved is not None, facts, task)
     finally:
         session.close()
 
@@ -232,7 +227,7 @@ def _holds_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
 
-def refuse_files(trained: Trained) -> None:
+def refuse_files(trained: LoadedAdapter) -> None:
     """Raise ConfigError for an adapter whose prompts would be pictures or sounds."""
     if trained.task:
         raise ConfigError(
@@ -244,7 +239,7 @@ def refuse_files(trained: Trained) -> None:
 
 
 def continue_chat(
-    trained: Trained, messages: Sequence[Message], settings: GenerationSettings, adapter: bool = True
+    trained: LoadedAdapter, messages: Sequence[Message], settings: GenerationSettings, adapter: bool = True
 ) -> str:
     """The answer to a conversation; without a chat template, the continuation of its texts."""
     if trained.tokenizer.has_chat_template:

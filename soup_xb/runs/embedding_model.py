@@ -18,12 +18,12 @@ from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import EmbeddingSession, Session
 from soup_xb.data.embedding_texts import fitted_data
 from soup_xb.data.tokenizer import ChatTokenizer
-from soup_xb.runs.open import Opened
+from soup_xb.runs.open import OpenRun
 
 TASK_TYPE = "FEATURE_EXTRACTION"
 
 
-def trained_facts(run: Opened) -> EmbeddingFacts:
+def trained_facts(run: OpenRun) -> EmbeddingFacts:
     """How a run turned texts into vectors."""
     config, session = run.loaded.config, cast("EmbeddingSession", run.session)
     return EmbeddingFacts(

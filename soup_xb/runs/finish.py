@@ -28,9 +28,9 @@ from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run.reward_watch import check_rewards
 from soup_xb.core.run.session import GenerationSettings, JudgingSession
-from soup_xb.runs.adapters import Trained, continue_chat
+from soup_xb.runs.adapters import LoadedAdapter, continue_chat
 from soup_xb.runs.embedding_model import save_embedding_model, trained_facts
-from soup_xb.runs.open import Opened
+from soup_xb.runs.open import OpenRun
 from soup_xb.runs.writer import checkpoint_bytes
 
 ANSWER_TOKENS = 120
@@ -66,7 +66,7 @@ class Outcome:
         return self.folder / "report.html"
 
 
-def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
+def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
     """Write the portable adapter with its tokenizer and card, proven by reading it back, in one piece.
 
     Returns what the user should know about it. Raises ModelError, and publishes nothing, when what is on the disk does
@@ -98,9 +98,9 @@ def save_adapter(run: Opened, folder: RunFolder) -> tuple[Notice, ...]:
     return (*map(Notice, notices), *(Notice(problem, warning=True) for problem in proof.warnings()))
 
 
-def answer_prompts(run: Opened, prompts: Sequence[str]) -> tuple[Sample, ...]:
+def answer_prompts(run: OpenRun, prompts: Sequence[str]) -> tuple[Sample, ...]:
     """Each prompt answered by the base and by the tuned model, greedily."""
-    trained = Trained(run.session, run.tokenizer, run.base, has_adapter=True)
+    trained = LoadedAdapter(run.session, run.tokenizer, run.base, has_adapter=True)
     settings = GenerationSettings(ANSWER_TOKENS, temperature=0.0, end_ids=run.tokenizer.end_ids)
 
     def answer(prompt: str, adapter: bool) -> str:
@@ -109,7 +109,7 @@ def answer_prompts(run: Opened, prompts: Sequence[str]) -> tuple[Sample, ...]:
     return tuple(Sample(prompt, answer(prompt, False), answer(prompt, True)) for prompt in prompts)
 
 
-def save_report(run: Opened, folder: RunFolder, record: RunRecord, samples: Sequence[Sample]) -> None:
+def save_report(run: OpenRun, folder: RunFolder, record: RunRecord, samples: Sequence[Sample]) -> None:
     """Write `report.html` from everything that the run left."""
     facts = ReportFacts(
         record=record,
@@ -126,7 +126,7 @@ def _largest_rank(factors: Factors) -> int:
     return max(int(arrays["lora_A"].shape[-2]) for arrays in factors.values())
 
 
-def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
+def _card(run: OpenRun, events: Sequence[Event], saved_rank: int) -> str:
     steps = [event for event in events if isinstance(event, StepEvent)]
     evals = [event for event in events if isinstance(event, EvalEvent)]
     config = run.loaded.config
@@ -149,7 +149,7 @@ def _card(run: Opened, events: Sequence[Event], saved_rank: int) -> str:
     return model_card(facts)
 
 
-def _module_rows(run: Opened) -> list[ModuleRow]:
+def _module_rows(run: OpenRun) -> list[ModuleRow]:
     return [
         ModuleRow(group.name, group.count, group.rank, group.alpha, group.scale, group.parameters)
         for group in group_adapters(run.plan.adapters.modules)

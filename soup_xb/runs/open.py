@@ -31,7 +31,7 @@ from soup_xb.data.tokenizer import ChatTokenizer
 
 
 @frozen(eq=False)
-class Opened:
+class OpenRun:
     """A base on a backend, with the data as token rows and everything decided."""
 
     loaded: LoadedConfig
@@ -44,7 +44,7 @@ class Opened:
 
 
 @contextmanager
-def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = True) -> Iterator[Opened]:
+def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = True) -> Iterator[OpenRun]:
     """Open the base, read the data, and plan; the session is closed on every exit.
 
     `backend` is a name with the reason for it. With `weights=False` the base's structure alone is opened.
@@ -67,7 +67,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
         if config.data.streaming:
             check_same_rows(session, plan.rows)
         notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *cut, *dataset.notices)
-        yield Opened(loaded, base, session, tokenizer, plan, coverage, notices)
+        yield OpenRun(loaded, base, session, tokenizer, plan, coverage, notices)
     finally:
         session.close()
 

@@ -18,13 +18,13 @@ from soup_xb.core.run.folder import REFERENCE
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
 from soup_xb.core.run.session import ScoringSession
-from soup_xb.runs.open import Opened
-from soup_xb.runs.writer import RunKeeper
+from soup_xb.runs.open import OpenRun
+from soup_xb.runs.writer import RunWriter
 
 Array = np.ndarray[Any, Any]
 
 
-def plan_with_reference(run: Opened, keeper: RunKeeper) -> Plan:
+def plan_with_reference(run: OpenRun, writer: RunWriter) -> Plan:
     """The plan with the base's log-probabilities, where the task measures against them; else the plan itself.
 
     A resumed run reads what its first start wrote, in its own folder or in that of the checkpoint, so that it goes on
@@ -36,28 +36,28 @@ def plan_with_reference(run: Opened, keeper: RunKeeper) -> Plan:
         return plan
     path = Path(config.output) / REFERENCE
     facts = {
-        "data": keeper.facts.data,
+        "data": writer.facts.data,
         "base": config.base,
         "precision": run.session.precision,
         "quantization": config.training.quantization,
     }
     key = reference_key(facts, run.base.path)
     shapes = {"train": _shape(plan.rows, plan.rows), "evaluation": _shape(plan.evaluation, plan.rows)}
-    places = [path] if keeper.resumed_from is None else [path, keeper.resumed_from.parents[1] / REFERENCE]
+    places = [path] if writer.resumed_from is None else [path, writer.resumed_from.parents[1] / REFERENCE]
     kept = (read_reference(place, key, shapes) for place in places)
     found = next((reference for reference in kept if reference is not None), None)
     if run.session.agree(int(found is None)) or found is None:
         found = _computed(run)
-        if keeper.folder is not None:
+        if writer.folder is not None:
             answers = sum(rows * sequences for rows, sequences in shapes.values())
             text = f"the base's log-probabilities of {answers:,} answers are in `{REFERENCE}`"
-            keeper.emit(Notice(Problem("reference", text)))
-    if keeper.folder is not None:
+            writer.emit(Notice(Problem("reference", text)))
+    if writer.folder is not None:
         write_reference(path, key, found)
     return evolve(plan, reference=found)
 
 
-def _computed(run: Opened) -> Reference:
+def _computed(run: OpenRun) -> Reference:
     session, plan = cast("ScoringSession", run.session), run.plan
     parts = []
     for rows in (plan.rows, plan.evaluation):

@@ -10,10 +10,10 @@ from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.schema import SAMPLED
 from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.objectives.rewards import PatternReward, Reward
-from soup_xb.core.objectives.rollouts import RollingSession, Rules
+from soup_xb.core.objectives.rollouts import RolloutSession, Rules
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.run.session import GenerationSettings, SamplingSession, TrainingSession
-from soup_xb.runs.open import Opened
+from soup_xb.runs.open import OpenRun
 from soup_xb.runs.reward_file import load_reward
 from soup_xb.runs.reward_model import open_reward_model
 
@@ -39,7 +39,7 @@ def open_rewards(loaded: LoadedConfig) -> Iterator[tuple[Reward, ...]]:
         yield (judge, *rewards)
 
 
-def session_for(run: Opened, rewards: Sequence[Reward]) -> TrainingSession:
+def session_for(run: OpenRun, rewards: Sequence[Reward]) -> TrainingSession:
     """What the loop trains through: for tasks that sample, the session with rollouts before it.
 
     Raises DataError for a row that a reward cannot judge.
@@ -60,4 +60,4 @@ def session_for(run: Opened, rewards: Sequence[Reward]) -> TrainingSession:
         ),
         pad_id=run.plan.pad_id,
     )
-    return RollingSession(cast("SamplingSession", run.session), rules)
+    return RolloutSession(cast("SamplingSession", run.session), rules)

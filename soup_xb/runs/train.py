@@ -21,11 +21,11 @@ from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.run.session import JudgingSession, Session
 from soup_xb.core.run.stop import heard_early, stop_on_signals
 from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
-from soup_xb.runs.open import Opened, check_processes, open_run
+from soup_xb.runs.open import OpenRun, check_processes, open_run
 from soup_xb.runs.reference import plan_with_reference
 from soup_xb.runs.rewards import open_rewards, session_for
 from soup_xb.runs.train_options import TrainOptions
-from soup_xb.runs.writer import RunKeeper, failure_noted, output_folder
+from soup_xb.runs.writer import RunWriter, failure_noted, output_folder
 
 
 def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Listener]) -> Outcome:
@@ -44,20 +44,20 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         open_rewards(loaded) as rewards,
         open_run(loaded, backend) as run,
     ):
-        keeper = RunKeeper(run, options, folder, listeners)
-        if keeper.is_complete():
-            return Outcome(keeper.record, output, already_complete=True)
+        writer = RunWriter(run, options, folder, listeners)
+        if writer.is_complete():
+            return Outcome(writer.record, output, already_complete=True)
         check_apart(run.session, run.plan.rows, run.plan.pad_id)
         session = session_for(run, rewards)
         _attach(run)
-        done = keeper.start()
-        with failure_noted(keeper), stop_on_signals(stop):
-            _announce(run, keeper, done)
-            hooks = Hooks(keeper.emit, keeper.save, stop)
-            plan = plan_with_reference(run, keeper)
-            result = run_loop(plan, session, hooks, done, keeper.losses_until(done))
-            _stop_if_asked(run, keeper, result)
-            return _finish(run, keeper, result, options.prompts)
+        done = writer.start()
+        with failure_noted(writer), stop_on_signals(stop):
+            _announce(run, writer, done)
+            hooks = Hooks(writer.emit, writer.save, stop)
+            plan = plan_with_reference(run, writer)
+            result = run_loop(plan, session, hooks, done, writer.losses_until(done))
+            _stop_if_asked(run, writer, result)
+            return _finish(run, writer, result, options.prompts)
 
 
 def _check_prompts(loaded: LoadedConfig, prompts: Sequence[str]) -> None:
@@ -71,25 +71,25 @@ def _check_prompts(loaded: LoadedConfig, prompts: Sequence[str]) -> None:
         )
 
 
-def _announce(run: Opened, keeper: RunKeeper, done: int) -> None:
-    keeper.tell(StartEvent(done, run.plan.total_steps))
+def _announce(run: OpenRun, writer: RunWriter, done: int) -> None:
+    writer.tell(StartEvent(done, run.plan.total_steps))
     since_opened = (notice for notice in run.session.notices() if notice not in run.notices)
     for problem in (*run.notices, *since_opened):
-        keeper.emit(Notice(problem))
+        writer.emit(Notice(problem))
     for problem in (*run.loaded.warnings, *run.plan.warnings):
-        keeper.emit(Notice(problem, warning=True))
+        writer.emit(Notice(problem, warning=True))
     adapters = run.plan.adapters.modules
     parameters = sum(adapter.parameters for adapter in adapters)
     text = (
         f"{len(run.plan.rows):,} rows, {run.plan.total_steps:,} steps, {len(adapters)} adapted modules, "
         f"{parameters:,} trained parameters"
     )
-    keeper.emit(Notice(Problem("plan", text)))
+    writer.emit(Notice(Problem("plan", text)))
     for problem in coverage_notices(run.coverage, run.session.backend):
-        keeper.emit(Notice(problem))
+        writer.emit(Notice(problem))
 
 
-def _attach(run: Opened) -> None:
+def _attach(run: OpenRun) -> None:
     """Put the adapters on, and give them the values of a saved adapter where the config names one."""
     run.session.attach(run.plan.adapters)
     if run.loaded.config.adapter is not None:
@@ -102,10 +102,10 @@ def _attach(run: Opened) -> None:
         run.session.load_factors(fit_factors(saved, run.plan.adapters, folder))
 
 
-def _stop_if_asked(run: Opened, keeper: RunKeeper, result: LoopResult) -> None:
+def _stop_if_asked(run: OpenRun, writer: RunWriter, result: LoopResult) -> None:
     if result.step >= run.plan.total_steps:
         return
-    keeper.ended(result, "interrupted")
+    writer.ended(result, "interrupted")
     raise StoppedError(
         "stopped",
         f"stopped by signal {result.stopped_by} after step {result.step} of {run.plan.total_steps}; "
@@ -115,16 +115,16 @@ def _stop_if_asked(run: Opened, keeper: RunKeeper, result: LoopResult) -> None:
     )
 
 
-def _finish(run: Opened, keeper: RunKeeper, result: LoopResult, prompts: Sequence[str]) -> Outcome:
-    folder: RunFolder | None = keeper.folder
+def _finish(run: OpenRun, writer: RunWriter, result: LoopResult, prompts: Sequence[str]) -> Outcome:
+    folder: RunFolder | None = writer.folder
     with _first_awaited(run.session):
         # Where the base is cut over the processes, it answers with all of them.
         together = run.loaded.config.training.sharding != "none"
         samples = answer_prompts(run, prompts) if folder or together else ()
         if folder:
             for notice in save_adapter(run, folder):
-                keeper.emit(notice)
-        record = keeper.ended(result, "finished")
+                writer.emit(notice)
+        record = writer.ended(result, "finished")
         if folder:
             save_report(run, folder, record, samples)
     return Outcome(record, Path(run.loaded.config.output), samples)

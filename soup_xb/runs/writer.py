@@ -28,7 +28,7 @@ from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.record import RunRecord, read_record
 from soup_xb.core.run.restart_watch import WINDOW
 from soup_xb.core.text import legible
-from soup_xb.runs.open import Opened
+from soup_xb.runs.open import OpenRun
 from soup_xb.runs.resume import (
     SETTINGS_FILE,
     ResumePoint,
@@ -42,11 +42,11 @@ from soup_xb.runs.train_options import TrainOptions
 _PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
 
 
-class RunKeeper:
+class RunWriter:
     """What a run writes. On every process but the first `folder` is None and nothing is written."""
 
     def __init__(
-        self, run: Opened, options: TrainOptions, folder: RunFolder | None, listeners: Sequence[Listener]
+        self, run: OpenRun, options: TrainOptions, folder: RunFolder | None, listeners: Sequence[Listener]
     ) -> None:
         """Keep `run` in an opened folder, and tell the listeners of every event."""
         self.run, self.options, self.folder = run, options, folder
@@ -209,14 +209,14 @@ def output_folder(output: Path, options: TrainOptions) -> Iterator[RunFolder | N
 
 
 @contextmanager
-def failure_noted(keeper: RunKeeper) -> Iterator[None]:
+def failure_noted(writer: RunWriter) -> Iterator[None]:
     """Inside, whatever ends the run but a polite stop is noted in `run.json`."""
     try:
         yield
     except StoppedError:
         raise
     except BaseException as error:
-        keeper.failed(error)
+        writer.failed(error)
         raise
 
 

@@ -18,9 +18,9 @@ from soup_xb.core.adapter.peft_file import (
     read_adapter,
     write_adapter,
 )
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 NAMES = [f"model.layers.{layer}.{name}" for layer in range(12) for name in ("q_proj", "v_proj", "o_proj")]
 

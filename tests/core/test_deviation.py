@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from soup_xb.core.adapter.probe import ROWS, Addition, deviation, probe_inputs
+from soup_xb.core.adapter.probe import ROWS, LayerDelta, deviation, probe_inputs
 from soup_xb.core.base.modules import AdapterModule
 
 UNIT = 2.0**-24
@@ -44,7 +44,7 @@ def test_the_inputs_are_the_same_in_every_format_and_differ_by_module() -> None:
 @pytest.mark.parametrize("adapter", [PLAIN, EXPERTS], ids=["linear", "experts"])
 def test_a_layer_that_adds_what_the_factors_say_is_proven(adapter: AdapterModule) -> None:
     arrays = factors(adapter)
-    found = deviation(adapter, arrays, Addition(added(adapter, arrays), UNIT))
+    found = deviation(adapter, arrays, LayerDelta(added(adapter, arrays), UNIT))
     assert found.is_proven and found.relative < 1e-6
     assert (found.pairs, found.inert) == (max(1, adapter.experts), 0)
 
@@ -54,7 +54,7 @@ def test_a_hundredth_too_much_is_seen_and_measured(adapter: AdapterModule) -> No
     arrays = factors(adapter)
     live = added(adapter, arrays)
     live[-1] *= 1.01
-    found = deviation(adapter, arrays, Addition(live, UNIT))
+    found = deviation(adapter, arrays, LayerDelta(live, UNIT))
     assert not found.is_proven and 1e-3 < found.relative < 2e-2
 
 
@@ -63,7 +63,7 @@ def test_one_expert_of_many_that_is_off_is_not_lost_among_the_others() -> None:
     arrays = factors(adapter)
     live = added(adapter, arrays)
     live[77] *= 1.01
-    assert deviation(adapter, arrays, Addition(live, UNIT)).relative == pytest.approx(0.01, rel=0.5)
+    assert deviation(adapter, arrays, LayerDelta(live, UNIT)).relative == pytest.approx(0.01, rel=0.5)
 
 
 def test_a_live_value_that_is_not_finite_is_not_proven() -> None:
@@ -72,7 +72,7 @@ def test_a_live_value_that_is_not_finite_is_not_proven() -> None:
             arrays = factors(adapter)
             live = added(adapter, arrays)
             live.flat[3] = value
-            assert not deviation(adapter, arrays, Addition(live, UNIT)).is_proven
+            assert not deviation(adapter, arrays, LayerDelta(live, UNIT)).is_proven
 
 
 def test_terms_that_cancel_do_not_make_rounding_look_like_an_error() -> None:
@@ -83,23 +83,23 @@ def test_terms_that_cancel_do_not_make_rounding_look_like_an_error() -> None:
     }
     adapter = evolve(PLAIN, rank=6)
     rounding = np.full((ROWS, 6), 1e-6, np.float32)
-    assert deviation(adapter, arrays, Addition(rounding, UNIT)).is_proven
+    assert deviation(adapter, arrays, LayerDelta(rounding, UNIT)).is_proven
 
 
 def test_a_coarse_format_is_given_its_own_rounding_and_no_more() -> None:
     arrays = factors(PLAIN)
     for off, roundoff, proven in ((1.002, UNIT, False), (1.002, 2.0**-9, True), (1.1, 2.0**-9, False)):
-        assert deviation(PLAIN, arrays, Addition(added(PLAIN, arrays) * off, roundoff)).is_proven is proven
+        assert deviation(PLAIN, arrays, LayerDelta(added(PLAIN, arrays) * off, roundoff)).is_proven is proven
 
 
 @pytest.mark.parametrize("zeroed", ["lora_A", "lora_B"])
 def test_pairs_that_add_nothing_are_counted(zeroed: str) -> None:
     arrays = factors(EXPERTS)
     arrays[zeroed][1] = 0
-    found = deviation(EXPERTS, arrays, Addition(added(EXPERTS, arrays), UNIT))
+    found = deviation(EXPERTS, arrays, LayerDelta(added(EXPERTS, arrays), UNIT))
     assert found.is_proven and (found.pairs, found.inert) == (3, 1)
     arrays[zeroed][:] = 0
-    assert deviation(EXPERTS, arrays, Addition(added(EXPERTS, arrays), UNIT)).inert == 3
+    assert deviation(EXPERTS, arrays, LayerDelta(added(EXPERTS, arrays), UNIT)).inert == 3
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-3])
@@ -112,7 +112,7 @@ def test_dora_is_compared_by_its_own_formula(moved: float) -> None:
     arrays["lora_magnitude_vector"] = magnitude.astype(np.float32)
     inputs = probe_inputs(DORA.name, 40).astype(np.float64)
     after = inputs @ (magnitude[:, None] / norms[:, None] * adapted).T
-    live = Addition(after - inputs @ weight.T, UNIT, inputs @ weight.T, UNIT, norms)
+    live = LayerDelta(after - inputs @ weight.T, UNIT, inputs @ weight.T, UNIT, norms)
     found = deviation(DORA, arrays, live)
     assert found.is_proven and found.inert == (moved == 0.0)
     plain = evolve(DORA, dora=False)

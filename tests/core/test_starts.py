@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soup_xb.core.adapter.pieces import Piece, difference, joined, saved_plan
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, top_directions, weight_start
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.run.session import AdapterPlan
 
 Array = np.ndarray[Any, Any]
 

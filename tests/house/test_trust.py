@@ -139,14 +139,14 @@ def test_the_word_for_running_foreign_code_is_never_said_otherwise() -> None:
 
 
 def test_no_process_is_started_that_would_import_from_the_current_folder() -> None:
-    """`python -m` and `python -c` look there first; `own_process.python_command` does not."""
+    """`python -m` and `python -c` look there first; `process.python_command` does not."""
     found = [
         f"{name}:{node.lineno}"
         for name, tree in sources()
         for node in ast.walk(tree)
         if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable"
     ]
-    assert [place.partition(":")[0] for place in found] == ["core/own_process.py"]
+    assert [place.partition(":")[0] for place in found] == ["core/process.py"]
 
 
 def test_a_download_takes_no_code_and_no_pickle() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling, note_scaling
 from soup_xb.core.errors import ModelError, ResourceError
-from soup_xb.core.run.session import AdapterPlan
 from soup_xb.runs.adapters import TrainedOptions, open_trained
 from soup_xb.runs.export import export_adapter, merge_adapter
 

@@ -15,14 +15,14 @@ from soup_xb.backends.torch.session import open_session
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.objectives.of_config import objective_of
-from soup_xb.core.objectives.rollouts import RollingSession, Rules
+from soup_xb.core.objectives.rollouts import RolloutSession, Rules
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.run.session import GenerationSettings, SessionSettings, StepResult, StepSettings
 
 ENDS = (2,)
-Opener = Callable[..., tuple[Any, RollingSession, Plan]]
+Opener = Callable[..., tuple[Any, RolloutSession, Plan]]
 
 
 class SomeIds:
@@ -53,7 +53,7 @@ def opener(tiny_llama: Path) -> Iterator[Opener]:
     """`opener(lora={…}, **training)`: a session with adapters, the same behind rollouts, and a plan."""
     sessions: list[Any] = []
 
-    def open_it(lora: dict[str, Any] | None = None, **training: Any) -> tuple[Any, RollingSession, Plan]:
+    def open_it(lora: dict[str, Any] | None = None, **training: Any) -> tuple[Any, RolloutSession, Plan]:
         adapter = LoraConfig(**{"r": 4, "alpha": 8, **(lora or {})})
         chosen = {"max_steps": 6, "lr": 1e-2, "group_size": 4, "max_new_tokens": 6, "seed": 3, **training}
         settings = TrainingConfig(lora=adapter, rewards=("format",), **chosen)
@@ -77,14 +77,14 @@ def opener(tiny_llama: Path) -> Iterator[Opener]:
         session.attach(plan.adapters)
         generation = GenerationSettings(settings.max_new_tokens, settings.temperature, ENDS, settings.seed)
         words = Rules([SomeIds()], lambda ids: " ".join(map(str, ids)), settings.group_size, generation, 0)
-        return session, RollingSession(session, words), plan
+        return session, RolloutSession(session, words), plan
 
     yield open_it
     for session in sessions:
         session.close()
 
 
-def train(rolling: RollingSession, plan: Plan, first: int = 1, last: int | None = None) -> list[StepResult]:
+def train(rolling: RolloutSession, plan: Plan, first: int = 1, last: int | None = None) -> list[StepResult]:
     results = []
     for step in range(first, (last or plan.total_steps) + 1):
         settings = StepSettings(step, plan.learning_rates.at(step), 0, plan.examples(step))

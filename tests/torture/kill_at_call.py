@@ -42,11 +42,11 @@ def in_a_child(action: Callable[[], int]) -> int:
 
 def armed(nth: int) -> None:
     """Let the process die at the n-th call of its third save."""
-    from soup_xb.runs.writer import RunKeeper
+    from soup_xb.runs.writer import RunWriter
 
-    real_save, saves = RunKeeper.save, 0
+    real_save, saves = RunWriter.save, 0
 
-    def save(self: RunKeeper, step: int) -> None:
+    def save(self: RunWriter, step: int) -> None:
         nonlocal saves
         saves += 1
         if saves != ARMED_SAVE:
@@ -56,7 +56,7 @@ def armed(nth: int) -> None:
         real_save(self, step)
         give_back()
 
-    RunKeeper.save = save  # type: ignore[method-assign]
+    RunWriter.save = save  # type: ignore[method-assign]
 
 
 def count_calls(nth: int) -> Callable[[], None]:

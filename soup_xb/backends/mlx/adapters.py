@@ -18,9 +18,9 @@ from soup_xb.backends.mlx.tree import replace_module, submodule
 from soup_xb.core.adapter.factors import random_factor
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.run.session import AdapterPlan
 
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 Arrays = dict[str, mx.array]

@@ -12,7 +12,7 @@ import numpy as np
 
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.quantization import dequantized_weight
-from soup_xb.core.adapter.probe import Addition, probe_inputs
+from soup_xb.core.adapter.probe import LayerDelta, probe_inputs
 from soup_xb.core.base.modules import AdapterModule
 
 _ROUNDOFF = 2.0**-24
@@ -20,7 +20,7 @@ _ROUNDOFF = 2.0**-24
 Array = np.ndarray[Any, Any]
 
 
-def live_addition(adapters: Adapters, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+def live_addition(adapters: Adapters, adapter: AdapterModule, factors: Mapping[str, Array]) -> LayerDelta:
     """See Session.addition."""
     layer = adapters.layers[adapter.name]
     inputs = mx.array(probe_inputs(adapter.name, adapter.in_features))
@@ -29,7 +29,7 @@ def live_addition(adapters: Adapters, adapter: AdapterModule, factors: Mapping[s
         if adapters.plan.use_dora:
             return _dora_addition(layer, adapter, factors, inputs)
         with _on_base(layer, _Silent(adapter.out_features)):
-            return Addition(np.array(layer(inputs)), _ROUNDOFF)
+            return LayerDelta(np.array(layer(inputs)), _ROUNDOFF)
 
 
 class _Silent(nn.Module):
@@ -54,7 +54,7 @@ def _on_base(layer: Any, base: nn.Module) -> Iterator[None]:
 
 def _dora_addition(
     layer: Any, adapter: AdapterModule, factors: Mapping[str, Array], inputs: mx.array
-) -> Addition:
+) -> LayerDelta:
     """DoRA scales what the base gives, here a float32 copy of this one base layer, whatever its format."""
     weight = dequantized_weight(layer.linear)
     copy = nn.Linear(1, 1, bias="bias" in layer.linear)
@@ -65,7 +65,7 @@ def _dora_addition(
         added = layer(inputs) - copy(inputs)
     a, b = (mx.array(factors[name]) for name in ("lora_A", "lora_B"))
     norms = mx.linalg.norm(weight + adapter.scale * (b @ a), axis=1)
-    return Addition(
+    return LayerDelta(
         np.array(added),
         _ROUNDOFF,
         base=np.array(inputs @ weight.T),

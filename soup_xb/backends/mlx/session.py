@@ -25,13 +25,13 @@ from soup_xb.backends.mlx.probe import live_addition
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.starts import weight_starts
 from soup_xb.backends.mlx.step import Gradients
-from soup_xb.core.adapter.probe import Addition
+from soup_xb.core.adapter.plan import AdapterPlan
+from soup_xb.core.adapter.probe import LayerDelta
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.run.session import (
-    AdapterPlan,
     BaseDescription,
     GenerationSettings,
     LossSum,
@@ -141,7 +141,7 @@ class MlxSession:
         factors: Mapping[str, Mapping[str, Array]] = self._trained(self._adapters).factors()
         return factors
 
-    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> LayerDelta:
         """What the live layer adds to its base."""
         return live_addition(self._trained(self._adapters), adapter, factors)
 

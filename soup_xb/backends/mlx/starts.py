@@ -12,10 +12,10 @@ import numpy as np
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.backends.mlx.tree import submodule
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, weight_start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 
 class MlxAlgebra:

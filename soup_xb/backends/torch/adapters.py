@@ -18,10 +18,10 @@ from soup_xb.backends.torch.sharding import compute_device, own_part
 from soup_xb.core.adapter.factors import random_factor
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference, joined
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 ADAPTER = "default"
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]

@@ -15,9 +15,9 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.experts import ExpertLayer, layer_name
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 
 def inject(model: Any, plan: AdapterPlan, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from soup_xb.backends.torch.experts import base_weight, is_stored_transposed
 from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.backends.torch.starts import weight_matrix
 from soup_xb.backends.torch.vera import VeraAdapters
-from soup_xb.core.adapter.probe import Addition, probe_inputs
+from soup_xb.core.adapter.probe import LayerDelta, probe_inputs
 from soup_xb.core.base.modules import AdapterModule
 
 Array = np.ndarray[Any, Any]
@@ -37,7 +37,7 @@ def live_addition(
     factors: Mapping[str, Array],
     true: Mapping[str, Array],
     merged: Mapping[str, Array],
-) -> Addition:
+) -> LayerDelta:
     """See Session.addition; `true` are `base_outputs` where merges may have been folded into the base.
 
     `merged` are those after the last merge, where a base that is cut over the processes cannot be asked by one.
@@ -48,11 +48,11 @@ def live_addition(
             return _dora_addition(layer, adapter, factors)
         added, roundoff = _plain_addition(layer, adapter)
         if isinstance(adapters, VeraAdapters) or adapter.name not in true:
-            return Addition(added, roundoff)
+            return LayerDelta(added, roundoff)
         # The base holds what merges folded into it, rounded once for each of them.
         before, folded = true[adapter.name], len(adapters.pieces[adapter.name])
         now = merged[adapter.name] if adapter.name in merged else _base_output(layer, adapter)
-        return Addition(
+        return LayerDelta(
             added + (now - before),
             roundoff,
             base=before,
@@ -88,7 +88,7 @@ def _on_base(layer: Any, base: torch.nn.Module) -> Iterator[None]:
         layer.base_layer = own
 
 
-def _dora_addition(layer: Any, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+def _dora_addition(layer: Any, adapter: AdapterModule, factors: Mapping[str, Array]) -> LayerDelta:
     """DoRA scales what the base gives, here a float32 copy of this one base layer, whatever its format."""
     inputs, base = _inputs(layer, adapter), layer.get_base_layer()
     weight, bias = weight_matrix(base).float(), getattr(base, "bias", None)
@@ -97,7 +97,7 @@ def _dora_addition(layer: Any, adapter: AdapterModule, factors: Mapping[str, Arr
     copy = _linear(weight, bias, transposed=isinstance(base, Conv1D))
     with _on_base(layer, copy):
         added = layer(inputs) - copy(inputs)
-    return Addition(
+    return LayerDelta(
         _array(added),
         _roundoff(torch.float32),
         base=_array(inputs @ weight.T),

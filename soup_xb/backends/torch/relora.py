@@ -9,9 +9,10 @@ import torch
 
 from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.prune import prune
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan, RestartResult, RestartSettings
+from soup_xb.core.run.session import RestartResult, RestartSettings
 
 
 def restart_adapters(adapters: Adapters, settings: RestartSettings) -> RestartResult:

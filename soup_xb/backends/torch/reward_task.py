@@ -19,9 +19,10 @@ from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.reward_losses import reward
 from soup_xb.core.adapter.extras import head_start
 from soup_xb.core.adapter.peft_file import HEAD
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.run.session import AdapterPlan, StepSettings
+from soup_xb.core.run.session import StepSettings
 
 _TOLD = {
     "accuracies": "reward_accuracy",

@@ -44,14 +44,14 @@ from soup_xb.backends.torch.task_state import (
 from soup_xb.backends.torch.tasks import Surroundings, task_loss
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.peft_file import HEAD, check_factors
-from soup_xb.core.adapter.probe import Addition
+from soup_xb.core.adapter.plan import AdapterPlan
+from soup_xb.core.adapter.probe import LayerDelta
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import Problem
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.rows.batches import MicroBatch
 from soup_xb.core.run.session import (
-    AdapterPlan,
     BaseDescription,
     GenerationSettings,
     LossSum,
@@ -246,7 +246,7 @@ class TorchSession:
         """The adapter as a plain LoRA on the untouched base, or VeRA's vectors and projections."""
         return self._trained(self._adapters).factors()
 
-    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> LayerDelta:
         """What the live layer adds to its true base."""
         adapters = self._trained(self._adapters)
         return live_addition(adapters, adapter, factors, self._true_outputs, self._merged_outputs)

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from soup_xb.backends.torch.experts import expert_matrices
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import compute_device, is_cut, is_sharded, whole
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, stacked_start, weight_start
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 # Each holds a float32 copy of the weight that it works on.
 _MOST_WORKERS = 8

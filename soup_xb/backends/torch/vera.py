@@ -17,8 +17,8 @@ from soup_xb.backends.torch.adapters import ADAPTER, Factors, bypassed, check_re
 from soup_xb.backends.torch.sharding import compute_device
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.vera import LAMBDA_START, SHARED, first_factors, lora_pair
-from soup_xb.core.run.session import AdapterPlan
 
 _LAMBDAS = ("vera_lambda_d", "vera_lambda_b")
 _PROJECTIONS = ("vera_A", "vera_B")

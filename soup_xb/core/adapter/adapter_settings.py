@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.run.session import AdapterPlan
 
 # Several thousand patterns over as many names take a few seconds; what takes longer was made to.
 SECONDS_FOR_ALL = 20.0

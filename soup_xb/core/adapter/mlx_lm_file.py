@@ -12,9 +12,9 @@ from attrs import evolve, frozen
 
 from soup_xb.core.adapter.foreign_settings import check_number, damaged, read_settings
 from soup_xb.core.adapter.peft_file import Factors, SavedAdapter, adapter_modules
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 WEIGHTS = "adapters.safetensors"
 SETTINGS = "adapter_config.json"

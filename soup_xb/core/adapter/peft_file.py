@@ -16,6 +16,7 @@ from soup_xb.core.adapter.adapter_settings import adapter_settings, pattern_valu
 from soup_xb.core.adapter.expert_file import by_weight_names, file_factors, named_factors
 from soup_xb.core.adapter.foreign_settings import check_peft_settings, damaged, read_settings
 from soup_xb.core.adapter.pieces import saved_plan
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.vera_file import (
     check_vera,
     plain_factors,
@@ -26,7 +27,6 @@ from soup_xb.core.adapter.vera_file import (
 )
 from soup_xb.core.base.modules import AdapterModule, Module, adapter_scale
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start
-from soup_xb.core.run.session import AdapterPlan
 
 Array = np.ndarray[Any, Any]
 

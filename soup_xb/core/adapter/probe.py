@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 @frozen(eq=False)
-class Addition:
+class LayerDelta:
     """What a live layer adds to its true base for `probe_inputs`: `added` (rows, out_features), of experts a stack.
 
     `roundoff` is the unit roundoff of the format in which the adapter's own product is made. Where the base takes part
@@ -74,7 +74,7 @@ def probe_inputs(name: str, in_features: int) -> Array:
     return (np.round((2.0 * values - 1.0) * _GRID) / _GRID).astype(np.float32).reshape(ROWS, in_features)
 
 
-def deviation(adapter: AdapterModule, factors: Mapping[str, Array], live: Addition) -> Deviation:
+def deviation(adapter: AdapterModule, factors: Mapping[str, Array], live: LayerDelta) -> Deviation:
     """Compare a live layer with a saved module, in float64.
 
     A plain LoRA adds scale * B A x, DoRA (arXiv:2402.09353) (gain - 1) W x + gain * scale * B A x with the gain

@@ -12,11 +12,12 @@ from attrs import frozen
 
 from soup_xb.core.adapter.adapter_settings import pattern_values, target_name
 from soup_xb.core.adapter.peft_file import Factors, adapter_modules, read_adapter
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.probe import Deviation, deviation
 from soup_xb.core.base.modules import AdapterModule, reachable_names
 from soup_xb.core.errors import ConfigError, ModelError, Problem
 from soup_xb.core.run.plan import Plan
-from soup_xb.core.run.session import AdapterPlan, BaseDescription, Session
+from soup_xb.core.run.session import BaseDescription, Session
 
 # A deviation that rounding explains, and that a user should hear of all the same.
 _WORTH_A_WARNING = 0.1

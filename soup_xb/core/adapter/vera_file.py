@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.vera import LAMBDA_START, SHARED, lora_pair
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import NOTE
 from soup_xb.core.errors import ModelError
-from soup_xb.core.run.session import AdapterPlan
 
 _ROOT = "base_model"
 _KEY = re.compile(r"base_model\.(?:(vera_[AB])|model\.(.+)\.(vera_lambda_[bd]))")

@@ -40,7 +40,7 @@ class Rules:
     pad_id: int
 
 
-class RollingSession:
+class RolloutSession:
     """What the training loop talks to, over a session that can sample.
 
     The answers of a step are a function of the model, the seed, the step and the row: neither of the other rows

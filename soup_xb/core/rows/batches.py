@@ -10,7 +10,7 @@ from attrs import evolve, frozen
 
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.examples import TokenRow
-from soup_xb.core.rows.made import Made
+from soup_xb.core.rows.made import LazySequence
 from soup_xb.core.rows.media import Inputs, RowMedia, media_inputs
 from soup_xb.core.rows.prompts import PromptRow, Rollout
 
@@ -109,7 +109,7 @@ def epoch_batches(lengths: Array, batch_size: int, seed: int, epoch: int) -> Seq
     # A window is a whole number of micro-batches, so cutting the order is cutting the windows.
     batches = _cut(order, batch_size)
     turns = permutation(len(batches), "batches", seed, epoch)
-    return Made(len(batches), lambda turn: batches[int(turns[turn])])
+    return LazySequence(len(batches), lambda turn: batches[int(turns[turn])])
 
 
 def eval_batches(lengths: Array, batch_size: int) -> Sequence[Array]:
@@ -118,7 +118,7 @@ def eval_batches(lengths: Array, batch_size: int) -> Sequence[Array]:
 
 
 def _cut(order: Array, size: int) -> Sequence[Array]:
-    return Made(-(-len(order) // size), lambda index: order[index * size : (index + 1) * size])
+    return LazySequence(-(-len(order) // size), lambda index: order[index * size : (index + 1) * size])
 
 
 def process_share(rows: Array, process: int, processes: int) -> Array:

@@ -8,10 +8,10 @@ from typing import TypeVar, overload
 Item = TypeVar("Item")
 
 
-class Made(Sequence[Item]):
+class LazySequence(Sequence[Item]):
     """`count` items; `make` gives the item of a number from 0 on. A slice is a list.
 
-    >>> Made(4, lambda index: index * index)[1:]
+    >>> LazySequence(4, lambda index: index * index)[1:]
     [1, 4, 9]
     """
 

@@ -19,7 +19,7 @@ from soup_xb.core.rows.batches import (
 from soup_xb.core.rows.contrast_batches import contrast_batch
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import TokenRow
-from soup_xb.core.rows.made import Made
+from soup_xb.core.rows.made import LazySequence
 from soup_xb.core.rows.preferences import JudgedRow, LearnedRow, PairRow
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rows.rows import Rows, as_rows
@@ -85,7 +85,7 @@ def micro_batches(
             [rows[row] for row in share], None if references is None else references[share], pad_id
         )
 
-    return Made(len(batches), make)
+    return LazySequence(len(batches), make)
 
 
 def _idle(row: LearnedRow, pad_id: int) -> MicroBatch:
@@ -111,4 +111,4 @@ def sequence_batches(
         places = (divmod(int(place), lengths.shape[1]) for place in share)
         return share, collate([known.row(row).sequences[side] for row, side in places], pad_id)
 
-    return Made(len(batches), make)
+    return LazySequence(len(batches), make)

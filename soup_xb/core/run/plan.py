@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import Resolution
 from soup_xb.core.config.schema import MEDIA_TASKS, SAMPLED, Config, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
@@ -19,7 +20,7 @@ from soup_xb.core.rows.preferences import JudgedRow, LearnedRow
 from soup_xb.core.rows.rows import Rows, as_rows
 from soup_xb.core.run.reference import Reference
 from soup_xb.core.run.schedule import LearningRates, restart_steps, steps_every, warmup_steps
-from soup_xb.core.run.session import AdapterPlan, OptimizerSettings, RestartSettings
+from soup_xb.core.run.session import OptimizerSettings, RestartSettings
 
 
 @frozen(eq=False)

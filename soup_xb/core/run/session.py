@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from attrs import field, frozen
 
-from soup_xb.core.adapter.probe import Addition
+from soup_xb.core.adapter.plan import AdapterPlan
+from soup_xb.core.adapter.probe import LayerDelta
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import Problem
@@ -78,33 +79,6 @@ class BaseDescription:
     vocabulary_size: int
     other_weights: tuple[str, ...] = ()
     layer_settings: Mapping[str, Any] = field(factory=dict)
-
-
-@frozen
-class AdapterPlan:
-    """The adapters to attach, decided module by module. `merges`: restarts will fold them into the base.
-
-    `task_type` is PEFT's word for what the adapted model does.
-    """
-
-    modules: tuple[AdapterModule, ...]
-    dropout: float
-    init_strategy: str
-    use_rslora: bool
-    seed: int
-    merges: bool = False
-    # What PEFT wraps the base in; None is its plain wrapper, which passes every argument on.
-    task_type: str | None = "CAUSAL_LM"
-
-    @property
-    def use_dora(self) -> bool:
-        """Whether the adapters train the magnitudes of their weights' rows too."""
-        return any(module.dora for module in self.modules)
-
-    @property
-    def use_vera(self) -> bool:
-        """Whether the adapters are VeRA's vectors on shared projections."""
-        return any(module.vera for module in self.modules)
 
 
 @frozen
@@ -243,7 +217,7 @@ class Session(TrainingSession, Protocol):
         VeRA's factors are its own: see core.adapter.vera.
         """
 
-    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> Addition:
+    def addition(self, adapter: AdapterModule, factors: Mapping[str, Array]) -> LayerDelta:
         """What the live layer adds for the inputs of core.adapter.probe, on this process alone.
 
         `adapter` and `factors` are a saved adapter's; they decide nothing but which layer it is, and DoRA's norms.

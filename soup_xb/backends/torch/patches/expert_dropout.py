@@ -13,8 +13,8 @@ from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
 
+from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.errors import Problem
-from soup_xb.core.run.session import AdapterPlan
 
 
 @contextmanager
