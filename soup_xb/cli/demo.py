@@ -41,7 +41,7 @@ def command(
     """Teach SmolLM2-135M an answer format in a minute or two, and judge it on 20 new questions."""
     from soup_xb.cli.progress import ProgressListener
     from soup_xb.core.config.load import dump_config
-    from soup_xb.core.disk.durable import write_text
+    from soup_xb.core.disk import write_text
     from soup_xb.demo.base import prepare_base
     from soup_xb.demo.trial import demo_config, hold_trials
     from soup_xb.runs.train import train
@@ -103,7 +103,7 @@ def _show_table(trials: tuple[Trial, ...]) -> None:
 
 
 def _show_end(outcome: Outcome, trials: tuple[Trial, ...]) -> None:
-    from soup_xb.core.units import duration_text
+    from soup_xb.core.text import duration_text
     from soup_xb.demo.trial import shipped
 
     summary = _summary(outcome, trials)

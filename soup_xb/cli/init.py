@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from soup_xb.cli.options import DEFAULT_FILE
-from soup_xb.core.disk.durable import disk_errors, write_bytes
+from soup_xb.core.disk import disk_errors, write_bytes
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.templates import list_templates, load_sample, load_template
 
@@ -42,8 +42,7 @@ def command(name: str | None, output: Path, with_data: bool, force: bool, templa
         text = load_template(name, templates_dir)
     files: dict[Path, str | bytes] = {output: text}
     if with_data:
-        from soup_xb.core.registry.templates_edit import sample_path
-        from soup_xb.core.registry.templates_files import load_sample_files, media_path
+        from soup_xb.core.template_copy import load_sample_files, media_path, sample_path
 
         rows_file = sample_path(text, name)
         files[rows_file] = load_sample(name, templates_dir)
@@ -67,7 +66,7 @@ def _asked(templates_dir: Path | None) -> tuple[str, str, str]:
             help=f"name a template, such as `soupx init --template chat`; there are: {known}.",
         )
     from soup_xb.cli.questions import ask
-    from soup_xb.core.registry.templates_edit import with_values
+    from soup_xb.core.template_copy import with_values
 
     answers = ask(templates)
     text = load_template(answers.template, templates_dir)

@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or refuse with the closest names."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from soup_xb.core.suggest import did_you_mean
+            from soup_xb.core.text import did_you_mean
 
             raise click.UsageError(f"no such command `{args[0]}`. {did_you_mean(args[0], COMMANDS)}".strip())
         return super().resolve_command(ctx, args)

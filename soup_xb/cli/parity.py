@@ -77,7 +77,7 @@ def _table(parity: Parity) -> str:
 def _write_report(report: Path, parity: Parity) -> None:
     from html import escape
 
-    from soup_xb.core.disk.durable import disk_errors, write_text
+    from soup_xb.core.disk import disk_errors, write_text
     from soup_xb.runs.parity import curves_svg
 
     page = (

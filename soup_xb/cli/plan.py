@@ -75,7 +75,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 
 def _show(summary: dict[str, Any], covered: Sequence[CoverageRow]) -> None:
     from soup_xb.core.run.plan_summary import step_list
-    from soup_xb.core.units import bytes_text
+    from soup_xb.core.text import bytes_text
 
     rates, batch, memory = summary["learning_rate"], summary["batch"], summary["memory_bytes"]
     click.echo(f"backend    {summary['backend']['name']}: {summary['backend']['reason']}")

@@ -19,7 +19,7 @@ from soup_xb.core.run.events import (
     StartEvent,
     StepEvent,
 )
-from soup_xb.core.units import bytes_text, count_text, duration_text, rate_text
+from soup_xb.core.text import bytes_text, count_text, duration_text, rate_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -17,7 +17,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
 
     Looks below the current directory, or below each FOLDER.
     """
-    from soup_xb.core.disk.durable import json_text
+    from soup_xb.core.disk import json_text
     from soup_xb.core.errors import ConfigError
     from soup_xb.core.run.listing import list_runs
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from attrs import field, frozen
 
-from soup_xb.core.disk.places import local_path
+from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.rows.examples import Message
-from soup_xb.core.units import bytes_text
+from soup_xb.core.text import bytes_text
 from soup_xb.data.rendering import RENDERER, RunawayError
 from soup_xb.data.tool_spelling import ToolSpelling, size
 

@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 
 from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.core.config.schema import SAMPLED, DataConfig
-from soup_xb.core.disk.places import local_path
+from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, DataError, Problem
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives

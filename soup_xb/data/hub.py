@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from soup_xb.core.disk.places import local_path
+from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")

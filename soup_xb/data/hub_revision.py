@@ -6,8 +6,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from soup_xb.core.disk.durable import write_bytes
-from soup_xb.core.disk.user_cache import user_cache
+from soup_xb.core.disk import user_cache, write_bytes
 from soup_xb.core.errors import DataError, Problem
 from soup_xb.data.hub_dataset import first_line, network_errors
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.disk.foreign import foreign_errors
+from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.media import Array, Inputs, MediaFile, RowMedia
 from soup_xb.data.images import read_image

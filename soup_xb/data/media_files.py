@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Attachment, Source
 from soup_xb.core.rows.media import MediaFile
-from soup_xb.core.suggest import did_you_mean
-from soup_xb.core.units import bytes_text
+from soup_xb.core.text import bytes_text, did_you_mean
 
 # A picture or half a minute of sound is a hundredth of it.
 LARGEST_FILE = 256 * 2**20

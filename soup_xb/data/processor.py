@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soup_xb.core.base.weight_files import read_object
-from soup_xb.core.disk.foreign import foreign_errors
+from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ModelError
 
 # In the order in which AutoProcessor asks them for the processor's class.

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import FULL, free_bytes
-from soup_xb.core.disk.user_cache import user_cache
+from soup_xb.core import disk
+from soup_xb.core.disk import FULL, free_bytes, user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
-from soup_xb.core.processors import tokenizing_processes
+from soup_xb.core.process import tokenizing_processes
 from soup_xb.core.rows.examples import AnyExample
 from soup_xb.core.rows.formats.example_file import ExampleReader
 from soup_xb.core.rows.goal import Goal
@@ -31,7 +30,7 @@ from soup_xb.core.rows.token_cache import (
     evict,
     open_entry,
 )
-from soup_xb.core.units import bytes_text
+from soup_xb.core.text import bytes_text
 from soup_xb.data.row_tally import RowTally
 from soup_xb.data.source import DataSource, Reading
 from soup_xb.data.token_key import token_key
@@ -114,7 +113,7 @@ def _kept(
     except DamagedEntryError as error:
         text = f"the kept rows are tokenized anew: {error}"
         notices.append(Problem("kept-tokens-damaged", text, where=str(folder)))
-        staging.discard(folder)
+        disk.discard(folder)
         entry = None
     if entry is None:
         return _made(run, place, notices)

@@ -8,11 +8,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.user_cache import user_cache
+from soup_xb.core import disk
+from soup_xb.core.disk import user_cache
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.core.run.manifest import file_sha256
-from soup_xb.core.units import bytes_text
+from soup_xb.core.text import bytes_text
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -52,7 +52,7 @@ def prepare_base(cache: Path | None = None) -> Path:
             _fill(staged, gguf_file)
             # Another process may have prepared it meanwhile; the two are equal.
             if not is_whole(folder):
-                staging.publish(staged, folder)
+                disk.publish(staged, folder)
     except OSError as error:
         raise ResourceError(
             "cache-not-writable",

@@ -10,6 +10,7 @@ from typing import cast
 
 from attrs import evolve
 
+from soup_xb.core import disk
 from soup_xb.core.adapter.embedding_files import MODULE_FOLDERS
 from soup_xb.core.adapter.extras import is_reward_model, write_head
 from soup_xb.core.adapter.foreign_settings import read_settings
@@ -18,8 +19,7 @@ from soup_xb.core.adapter.mlx_lm_rope import StretchedBase, check_exportable
 from soup_xb.core.adapter.peft_file import SETTINGS, SavedAdapter, adapter_folder, read_adapter, write_adapter
 from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.rope import RopeScaling, note_scaling, noted_scaling
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import disk_errors, write_text
+from soup_xb.core.disk import disk_errors, write_text
 from soup_xb.core.errors import ModelError, Problem, ResourceError
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import EmbeddingSession
@@ -167,7 +167,7 @@ def _published(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
     with disk_errors(target, expected_bytes):
         target.parent.mkdir(parents=True, exist_ok=True)
         # The inner one speaks of the free space while what was staged still fills it.
-        with staging.published(target) as staged, disk_errors(target, expected_bytes):
+        with disk.published(target) as staged, disk_errors(target, expected_bytes):
             yield staged
 
 

@@ -9,6 +9,7 @@ from typing import cast
 from attrs import frozen
 
 from soup_xb import __version__
+from soup_xb.core import disk
 from soup_xb.core.adapter.extras import check_head, write_head
 from soup_xb.core.adapter.model_card import CardFacts, model_card
 from soup_xb.core.adapter.peft_file import Factors, write_adapter
@@ -17,8 +18,7 @@ from soup_xb.core.base.coverage_text import coverage_rows
 from soup_xb.core.base.modules import group_adapters, reachable_names
 from soup_xb.core.base.rope import asked_scaling, note_scaling
 from soup_xb.core.config.load import dump_config
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import disk_errors, write_text
+from soup_xb.core.disk import disk_errors, write_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.run.events import EvalEvent, Event, Notice, StepEvent
@@ -74,7 +74,7 @@ def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
     """
     factors = run.session.factors()
     names = reachable_names([module for module in run.session.describe().modules if not module.experts])
-    with staging.published(folder.adapter) as staged, disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
+    with disk.published(folder.adapter) as staged, disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
         if run.loaded.config.task == "reward":
             head = cast("JudgingSession", run.session).head()

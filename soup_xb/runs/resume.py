@@ -14,7 +14,7 @@ from soup_xb.core.config.schema import KEYS, Config
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem
 from soup_xb.core.run.checkpoint import Checkpoint, CheckpointFacts, newest_whole, read_checkpoint
 from soup_xb.core.run.manifest import fingerprint
-from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.text import did_you_mean
 from soup_xb.runs.reward_file import reward_marks
 
 SETTINGS_FILE = "settings.json"

@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 from soup_xb.backends import open_session
 from soup_xb.core.adapter.peft_file import SavedAdapter, adapter_folder, read_adapter
 from soup_xb.core.base.rope import noted_scaling
-from soup_xb.core.disk.places import local_path
+from soup_xb.core.disk import local_path
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.objectives.rewards import Answer
 from soup_xb.core.objectives.settings import Reward

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import disk_errors, free_bytes, json_text, write_bytes, write_text
+from soup_xb.core import disk
+from soup_xb.core.disk import disk_errors, free_bytes, json_text, write_bytes, write_text
 from soup_xb.core.errors import ResourceError
 
 
@@ -65,9 +65,9 @@ def test_free_bytes_of_a_folder_that_is_not_there_yet_are_those_of_its_parent(tm
 def test_a_staged_folder_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     for text in ("one", "two"):
-        staged = staging.start(target)
+        staged = disk.stage(target)
         (staged / "file").write_text(text)
-        staging.publish(staged, target)
+        disk.publish(staged, target)
         assert (target / "file").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -81,19 +81,19 @@ def test_cleaning_puts_a_set_aside_folder_back_and_touches_no_other_name(tmp_pat
         "adapters",
     ):
         (tmp_path / name).mkdir()
-    staging.clean(tmp_path, "adapter")
+    disk.clean_staging(tmp_path, "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".trash-1000", "adapter", "adapters"]
 
 
 def test_discarding_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "precious")
-    staging.discard(tmp_path / "link")
+    disk.discard(tmp_path / "link")
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_a_link_inside_a_staged_folder_is_not_published(tmp_path: Path) -> None:
-    staged = staging.start(tmp_path / "adapter")
+    staged = disk.stage(tmp_path / "adapter")
     (staged / "link").symlink_to("/")
     with pytest.raises(ValueError, match="not a regular file"):
-        staging.publish(staged, tmp_path / "adapter")
+        disk.publish(staged, tmp_path / "adapter")

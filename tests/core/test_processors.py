@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from soup_xb.core import processors
-from soup_xb.core.processors import available_processors, tokenizing_processes
+from soup_xb.core import process
+from soup_xb.core.process import available_processors, tokenizing_processes
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,6 @@ def test_a_container_s_share_of_processors_counts(
 
 
 def test_little_data_is_not_worth_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "available_processors", lambda: 8)
-    sizes = [0, processors.BYTES_A_PROCESS, 3 * processors.BYTES_A_PROCESS, 2**40]
+    monkeypatch.setattr(process, "available_processors", lambda: 8)
+    sizes = [0, process.BYTES_A_PROCESS, 3 * process.BYTES_A_PROCESS, 2**40]
     assert [tokenizing_processes(size) for size in sizes] == [1, 1, 3, 8]

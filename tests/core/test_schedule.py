@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soup_xb.core import suggest
+from soup_xb.core import text
 from soup_xb.core.adapter import peft_file
 from soup_xb.core.base import modules, patterns
 from soup_xb.core.run import plan_summary, schedule
 from soup_xb.core.run.schedule import LearningRates, floor_share, restart_steps, steps_every, warmup_steps
 
 
-@pytest.mark.parametrize("module", [schedule, modules, patterns, suggest, peft_file, plan_summary])
+@pytest.mark.parametrize("module", [schedule, modules, patterns, text, peft_file, plan_summary])
 def test_the_examples_in_docstrings_are_true(module: object) -> None:
     result = doctest.testmod(module, raise_on_error=True)  # type: ignore[arg-type]
     assert result.failed == 0

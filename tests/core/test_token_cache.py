@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soup_xb.core.disk import staging
+from soup_xb.core import disk
 from soup_xb.core.rows import token_cache
 from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import Source, TokenRow
@@ -161,11 +161,11 @@ def test_the_entry_used_longest_ago_goes_first(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_goes_and_what_another_process_makes_stays(tmp_path: Path) -> None:
     for name in ("dead", "alive"):
-        staging.start(tmp_path / name)
+        disk.stage(tmp_path / name)
     with entry_lock(tmp_path / "alive"):
         evict(tmp_path, tmp_path / "none")
     left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert left == [f"{staging.STAGING}alive"]
+    assert left == [f"{disk.STAGING}alive"]
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_with_a_message(tmp_path: Path) -> None:

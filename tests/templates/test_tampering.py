@@ -207,7 +207,7 @@ def test_the_witness_would_notice(folder: Path, opened: Opened) -> None:
 def test_sample_rows_that_name_files_outside_of_their_own_folder_are_refused_unread(
     name: str, folder: Path, opened: Opened
 ) -> None:
-    from soup_xb.core.registry.templates_files import load_sample_files
+    from soup_xb.core.template_copy import load_sample_files
 
     entry = json.loads((folder / "manifest.json").read_text())
     entry["templates"]["vision"] = entry["templates"].pop("chat") | {"task": "vision"}

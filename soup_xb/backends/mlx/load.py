@@ -25,7 +25,7 @@ from soup_xb.backends.mlx.tree import walk
 from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.modules import Module
 from soup_xb.core.base.weight_files import weight_files
-from soup_xb.core.disk.foreign import foreign_errors
+from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.run.session import BaseDescription, SessionSettings
 

@@ -19,7 +19,7 @@ from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type
 from soup_xb.core.base.layer_settings import layer_settings
 from soup_xb.core.base.modules import Module
 from soup_xb.core.base.rope import RopeScaling
-from soup_xb.core.disk.foreign import foreign_errors
+from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import BaseDescription, SessionSettings

@@ -12,8 +12,7 @@ from attrs import asdict, frozen
 
 from soup_xb.core.base.weight_files import read_object
 from soup_xb.core.config.schema import POOLINGS
-from soup_xb.core.disk.durable import write_text
-from soup_xb.core.disk.foreign import foreign_errors
+from soup_xb.core.disk import foreign_errors, write_text
 from soup_xb.core.errors import ModelError
 
 MODULE_FOLDERS = ("1_Pooling", "2_Normalize")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from soup_xb.core.base.weight_files import read_object
 from soup_xb.core.config.schema import MEDIA_TASKS
-from soup_xb.core.disk.durable import write_text
+from soup_xb.core.disk import write_text
 from soup_xb.core.errors import ModelError
 
 OWN = "media.json"

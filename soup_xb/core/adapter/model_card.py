@@ -11,7 +11,7 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.run.report import ModuleRow
-from soup_xb.core.units import count_text
+from soup_xb.core.text import count_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The ranks that vLLM allocates for.

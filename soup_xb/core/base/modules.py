@@ -14,7 +14,7 @@ from soup_xb.core.base.target_checks import check_expert_targets, no_experts, ra
 from soup_xb.core.base.towers import is_in_tower, without_gradient
 from soup_xb.core.config.schema import AUTOMATIC, LoraConfig
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.suggest import close_names
+from soup_xb.core.text import close_names
 
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _ENCODER = re.compile(r"(^|\.)encoder\.(layers|blocks)\.")

@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from soup_xb.core.config.keys import Key
-from soup_xb.core.suggest import did_you_mean
-from soup_xb.core.text import holds_token, masked, printable
+from soup_xb.core.text import did_you_mean, holds_token, masked, printable
 
 MOST_PATTERNS = 256
 LONGEST_PATTERN = 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.config.schema import KEYS
-from soup_xb.core.suggest import close_names
+from soup_xb.core.text import close_names
 
 # What transformers, PEFT, mlx-lm, Axolotl and LLaMA-Factory call our keys.
 FOREIGN_NAMES = {

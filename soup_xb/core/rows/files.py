@@ -11,7 +11,7 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Row
 from soup_xb.core.rows.json_rows import json_lines, json_rows
 from soup_xb.core.rows.table_rows import csv_rows, parquet_rows, tsv_rows
-from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.text import did_you_mean
 
 READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = MappingProxyType(
     {

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import json_text, write_bytes
+from soup_xb.core import disk
+from soup_xb.core.disk import json_text, write_bytes
 from soup_xb.core.rows.file_column import FileColumn
 from soup_xb.core.rows.row_kinds import KINDS
 from soup_xb.core.rows.row_table import COLUMNS, Columns, column_digest
@@ -89,7 +89,7 @@ class EntryWriter:
 
     def __init__(self, folder: Path) -> None:
         """Begin the entry that will be `folder`. Raises OSError where nothing can be written there."""
-        self._target, self._staged = folder, staging.start(folder)
+        self._target, self._staged = folder, disk.stage(folder)
         self._files = {name: (self._staged / name).open("xb") for name in COLUMNS}
         self._digests = {name: hashlib.sha256() for name in COLUMNS}
         self.bytes = 0
@@ -114,7 +114,7 @@ class EntryWriter:
         about = {"layout": LAYOUT, "kind": kind, "key": dict(key), "columns": columns, "told": dict(told)}
         text = json_text({**about, "sha256": _about_digest(about)}, indent=1)
         write_bytes(self._staged / _ABOUT, text.encode())
-        staging.publish(self._staged, self._target)
+        disk.publish(self._staged, self._target)
 
     def discard(self) -> None:
         """Leave nothing behind; after `publish` this does nothing."""
@@ -122,7 +122,7 @@ class EntryWriter:
             with suppress(OSError):
                 file.close()
         with suppress(OSError):
-            staging.discard(self._staged)
+            disk.discard(self._staged)
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def evict(parent: Path, keep: Path, largest: int = LARGEST_BYTES) -> int:
 
     What a kill left of an entry in the making goes too. Raises OSError.
     """
-    for staged in parent.glob(f"{staging.STAGING}*"):
+    for staged in parent.glob(f"{disk.STAGING}*"):
         _discard_dead(staged)
     entries = sorted(_entries(parent), key=lambda entry: entry[1])
     total, gone = sum(size for _, _, size in entries), 0
@@ -166,20 +166,20 @@ def evict(parent: Path, keep: Path, largest: int = LARGEST_BYTES) -> int:
         if folder == keep:
             continue
         # Processes that have it open read on.
-        staging.discard(folder)
+        disk.discard(folder)
         total, gone = total - size, gone + 1
     return gone
 
 
 def _discard_dead(staged: Path) -> None:
     """Delete an entry in the making that nobody makes."""
-    target = staged.with_name(staged.name.removeprefix(staging.STAGING))
+    target = staged.with_name(staged.name.removeprefix(disk.STAGING))
     with _lock_file(target) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return
-        staging.discard(staged)
+        disk.discard(staged)
 
 
 def cache_size(parent: Path) -> tuple[int, int]:
@@ -190,9 +190,9 @@ def cache_size(parent: Path) -> tuple[int, int]:
 
 def clear(parent: Path) -> None:
     """Delete every entry, and what a kill left of one in the making."""
-    staging.clean(parent, "")
+    disk.clean_staging(parent, "")
     for folder, _, _ in _entries(parent):
-        staging.discard(folder)
+        disk.discard(folder)
     for lock in parent.glob("*.lock"):
         lock.unlink(missing_ok=True)
 

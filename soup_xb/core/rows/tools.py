@@ -14,7 +14,7 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Message, Source, ToolCall
 from soup_xb.core.rows.fields import checked_text, mistyped, read_text
 from soup_xb.core.rows.json_rows import strict_json
-from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.text import did_you_mean
 
 _ONE_TOOL = (
     'a tool is {"type": "function", "function": {"name": "…", "description": "…", "parameters": {…}}}.'

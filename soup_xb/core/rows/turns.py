@@ -13,7 +13,7 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Message, Source, ToolCall
 from soup_xb.core.rows.fields import checked_text, mistyped, read_text
 from soup_xb.core.rows.tools import read_calls, read_said_calls
-from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.text import did_you_mean
 
 # The names that datasets give to a role -> the name that chat templates know.
 ROLES: Mapping[str, str] = MappingProxyType(

@@ -10,7 +10,7 @@ from soup_xb.core.config.rules import Rule
 from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
-from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.text import did_you_mean
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<function>[^\W\d]\w*)", re.DOTALL)
 _FORM = "write `exact-match`, `format`, or a function of yours as `./rewards.py:function`."

@@ -9,8 +9,8 @@ from pathlib import Path
 from attrs import frozen
 from safetensors import SafetensorError
 
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import disk_error, disk_errors, disk_full, free_bytes, write_new
+from soup_xb.core import disk
+from soup_xb.core.disk import disk_error, disk_errors, disk_full, free_bytes, write_new
 from soup_xb.core.errors import CheckpointError, Problem, ResourceError
 from soup_xb.core.run.manifest import (
     MANIFEST,
@@ -88,18 +88,18 @@ def write_checkpoint(
         raise disk_full(target, needed, "the disk is too small")
     needed = max(needed, _newest_bytes(root))
     with disk_errors(target, needed):
-        staging.clean(root, PREFIX)
-        staged = staging.start(target)
+        disk.clean_staging(root, PREFIX)
+        staged = disk.stage(target)
     try:
         manifest = _fill(staged, step, write, facts)
-        staging.publish(staged, target)
+        disk.publish(staged, target)
     except (OSError, SafetensorError, RuntimeError) as error:
         refusal = _refusal(error, target, max(needed, _bytes_below(staged)))
         if refusal is None:
             raise
         # What was staged fills the disk that the user now has to free.
         with disk_errors(target):
-            staging.discard(staged)
+            disk.discard(staged)
         raise refusal from error
     return SavedCheckpoint(target, sum(file.bytes for file in manifest.files))
 
@@ -109,7 +109,7 @@ def _fill(staged: Path, step: int, write: Callable[[Path], None], facts: Checkpo
     if (staged / MANIFEST).exists():
         raise ValueError(f"a backend may not write `{MANIFEST}`")
     # The sync comes before the manifest: a manifest on the disk means that its files are there too.
-    staging.sync_tree(staged)
+    disk.sync_tree(staged)
     manifest = describe(staged, step, facts)
     write_new(staged / MANIFEST, manifest_text(manifest).encode())
     return manifest
@@ -132,7 +132,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError("no-checkpoint", "no such checkpoint folder", where=str(path))
     manifest = read_manifest(path)
-    name = path.resolve().name.removeprefix(staging.REPLACED)
+    name = path.resolve().name.removeprefix(disk.REPLACED)
     if NAME.fullmatch(name) and name != checkpoint_name(manifest.step):
         raise damaged(path, f"the folder's name is not that of its step {manifest.step}")
     verify(path, manifest)
@@ -174,7 +174,7 @@ def remove_after(root: Path, step: int) -> None:
 def remove_all(root: Path) -> None:
     """Delete every checkpoint and what unfinished ones left, and the folder where nothing else is in it."""
     with disk_errors(root):
-        staging.clean(root, PREFIX)
+        disk.clean_staging(root, PREFIX)
     _discard_all(_candidates(root))
     with disk_errors(root):
         if not any(root.iterdir()):
@@ -184,7 +184,7 @@ def remove_all(root: Path) -> None:
 def _discard_all(paths: list[Path]) -> None:
     for path in paths:
         with disk_errors(path):
-            staging.discard(path)
+            disk.discard(path)
 
 
 def _candidates(root: Path) -> list[Path]:
@@ -196,9 +196,9 @@ def _candidates(root: Path) -> list[Path]:
     aside = [
         path
         for name, path in names.items()
-        if name.startswith(staging.REPLACED)
-        and NAME.fullmatch(name.removeprefix(staging.REPLACED))
-        and name.removeprefix(staging.REPLACED) not in names
+        if name.startswith(disk.REPLACED)
+        and NAME.fullmatch(name.removeprefix(disk.REPLACED))
+        and name.removeprefix(disk.REPLACED) not in names
     ]
     return sorted(standing + aside, key=_step, reverse=True)
 

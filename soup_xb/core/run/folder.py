@@ -8,8 +8,8 @@ from types import TracebackType
 
 from attrs import define
 
-from soup_xb.core.disk import staging
-from soup_xb.core.disk.durable import disk_errors, disk_full, free_bytes, write_all, write_bytes, write_text
+from soup_xb.core import disk
+from soup_xb.core.disk import disk_errors, disk_full, free_bytes, write_all, write_bytes, write_text
 from soup_xb.core.errors import CheckpointError, ConfigError, ResourceError
 from soup_xb.core.run import checkpoint, metrics, run_lock
 from soup_xb.core.run.events import Event, Notice, SaveEvent, StartEvent
@@ -195,7 +195,7 @@ def _never_stepped(path: Path, left: list[Path]) -> bool:
 
 def _remove_run(path: Path) -> None:
     with disk_errors(path):
-        staging.clean(path, ADAPTER)
+        disk.clean_staging(path, ADAPTER)
         left = _what_a_run_left(path)
         for item in left:
             _refuse_foreign(item)
@@ -205,7 +205,7 @@ def _remove_run(path: Path) -> None:
             if item.name == CHECKPOINTS:
                 checkpoint.remove_all(item)
             else:
-                staging.discard(item)
+                disk.discard(item)
 
 
 def _refuse_in_the_way(path: Path) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from soup_xb.core.disk.durable import json_text
-from soup_xb.core.disk.staging import files_below
+from soup_xb.core.disk import files_below, json_text
 from soup_xb.core.errors import CheckpointError
 
 MANIFEST = "manifest.json"

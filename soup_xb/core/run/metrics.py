@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import asdict, fields
 
-from soup_xb.core.disk.durable import json_text
+from soup_xb.core.disk import json_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.run.events import EvalEvent, Event, Notice, RestartEvent, SaveEvent, StepEvent
 

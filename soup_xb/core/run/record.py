@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import asdict, field, fields, frozen
 
-from soup_xb.core.disk.durable import json_text
+from soup_xb.core.disk import json_text
 from soup_xb.core.errors import CheckpointError
 
 RECORD = "run.json"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.disk.durable import disk_errors, write_bytes
+from soup_xb.core.disk import disk_errors, write_bytes
 
 _PARTS = ("train", "evaluation")
 

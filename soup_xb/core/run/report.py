@@ -12,14 +12,14 @@ from pathlib import Path
 from attrs import frozen
 
 from soup_xb.core.base.coverage_text import CoverageRow
-from soup_xb.core.disk.durable import disk_errors, write_text
+from soup_xb.core.disk import disk_errors, write_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.run.events import ACCURACIES, EvalEvent, Event, Notice, RestartEvent, StepEvent
 from soup_xb.core.run.folder import REPORT, RunFolder
 from soup_xb.core.run.metrics import read_events
 from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report_curves import curves_svg
-from soup_xb.core.units import bytes_text, count_text, duration_text, rate_text
+from soup_xb.core.text import bytes_text, count_text, duration_text, rate_text
 
 __all__ = ["ModuleRow", "ReportFacts", "Sample", "read_events", "write_report"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import define, frozen
 
-from soup_xb.core.disk.durable import json_text, write_all
+from soup_xb.core.disk import json_text, write_all
 from soup_xb.core.errors import Problem, ResourceError
 
 LOCK = ".lock"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soup_xb.core.errors import ConfigError, ResourceError
-from soup_xb.core.suggest import did_you_mean
+from soup_xb.core.text import did_you_mean
 
 MOST_BYTES = 256 * 1024
 LEAST = "a config needs at least `base:` and, below `data:`, `train:`; `soupx schema` lists every key."
