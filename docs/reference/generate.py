@@ -6,7 +6,7 @@ from pathlib import Path
 
 from error_codes import errors_page
 
-from soup_xb.core.keys.reference_pages import config_page, features_page, with_refused_rows
+from soup_xb.core.config.pages import config_page, features_page, with_refused_rows
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parents[1] / "README.md"

@@ -10,7 +10,7 @@ import click
 from attrs import asdict
 
 from soup_xb.cli.options import json_option
-from soup_xb.core.keys.config_values import safe_text
+from soup_xb.core.config.keys import safe_text
 
 if TYPE_CHECKING:
     from soup_xb.migrate import Migration
@@ -34,7 +34,7 @@ def command(file: Path, tool: str, output: Path | None, force: bool, as_json: bo
     Each of its keys is carried over, or listed with the reason why not.
     """
     from soup_xb.cli.init import write_files
-    from soup_xb.core.yaml.yaml_file import read_text
+    from soup_xb.core.config.yaml import read_text
     from soup_xb.migrate import migrate
 
     done = migrate(read_text(file), str(file), tool)

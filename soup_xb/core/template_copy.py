@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from soup_xb.core.config.keys import safe_text
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.core.config.schema import MEDIA_TASKS
+from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.keys.config_values import safe_text
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.formats.detect import detect_format, to_example
 from soup_xb.core.rows.formats.every import formats_of
 from soup_xb.core.rows.json_rows import read_object_line
 from soup_xb.core.templates import Template, describe_template, load_sample
-from soup_xb.core.yaml.yaml_text import write_yaml
 
 # `key: value  # comment`, the value on the same line.
 _LINE = re.compile(r"(?P<start> *[a-z_]+: +)(?P<value>[^#]*?)(?P<space> *)(?P<comment>#.*)?")

@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 from attrs import frozen
 
 import soup_xb
+from soup_xb.core.config.keys import safe_text, shown
 from soup_xb.core.config.schema import TASKS
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ConfigError, ResourceError
-from soup_xb.core.keys.config_values import safe_text, shown
 from soup_xb.core.text import did_you_mean
 
 MOST_BYTES = 256 * 1024

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from attrs import evolve, frozen
 
-from soup_xb.core.config.run_rules import is_local_path
+from soup_xb.core.config.run_rules import STREAMED_FILE, is_local_path
 from soup_xb.core.config.schema import SAMPLED, DataConfig
 from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, DataError, Problem
@@ -26,7 +26,6 @@ from soup_xb.core.rows.judged_rows import rows_for_task
 from soup_xb.core.rows.packing import pack, packing_notice, split_long
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
-from soup_xb.core.rules.streaming_rules import STREAMED_FILE
 from soup_xb.core.run.schedule import floor_share
 from soup_xb.data.hub_dataset import hub_rows
 from soup_xb.data.hub_stream import HubStream

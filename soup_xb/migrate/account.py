@@ -8,9 +8,9 @@ from typing import Any
 
 from attrs import frozen
 
+from soup_xb.core.config.keys import KeyRefused, read_value, safe_text, shown
 from soup_xb.core.config.schema import KEYS, TASKS
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.keys.config_values import KeyRefused, read_value, safe_text, shown
 from soup_xb.migrate.source import Entry
 
 Convert = Callable[[Any], Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from soup_xb.core.config.dependences import PREFERENCES
+from soup_xb.core.config.checks import PREFERENCES
 from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.migrate.account import Account, NotCarriedError
 from soup_xb.migrate.values import always, is_on, share, whole

@@ -9,13 +9,13 @@ from typing import Any
 
 from attrs import frozen
 
+from soup_xb.core.config.keys import safe_text
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import KEYS
 from soup_xb.core.config.support import refusals
 from soup_xb.core.config.support_rows import BACKENDS, ROWS, Row
+from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.keys.config_values import safe_text
-from soup_xb.core.yaml.yaml_text import write_yaml
 from soup_xb.migrate import soup
 from soup_xb.migrate.account import Account, Added, Carried, Left
 from soup_xb.migrate.axolotl import read_axolotl

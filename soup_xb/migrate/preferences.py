@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from soup_xb.core.config.dependences import DEPENDENCES, PREFERENCES
+from soup_xb.core.config.checks import DEPENDENCES, PREFERENCES
 from soup_xb.core.config.schema import KEYS
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.values import number

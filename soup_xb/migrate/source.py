@@ -7,9 +7,9 @@ from typing import Any
 
 from attrs import frozen
 
+from soup_xb.core.config.keys import shown
 from soup_xb.core.config.yaml import MOST_VALUES, Node, read_yaml
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.keys.config_values import shown
 
 _MERGE = "<<"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from soup_xb.core.keys.config_values import shown
+from soup_xb.core.config.keys import shown
 from soup_xb.migrate.account import Convert, NoSuchTaskError, NotCarriedError
 
 _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}

@@ -16,12 +16,12 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.adapter.peft_file import WEIGHTS, adapter_folder
+from soup_xb.core.config.run_rules import file_function
 from soup_xb.core.config.schema import Config
 from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.objectives.rewards import Answer
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.rules.reward_rules import file_function
 from soup_xb.core.text import did_you_mean
 
 _CALL = "a reward is called as `function(completion, row)` and returns a number."

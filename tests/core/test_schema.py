@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from soup_xb.core.config.load import config_dict, parse_config
-from soup_xb.core.config.pages import DIALECT, config_schema
+from soup_xb.core.config.pages import DIALECT, config_page, config_schema
 from soup_xb.core.config.schema import KEYS, Config, DataConfig
+from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.keys.reference_pages import config_page
-from soup_xb.core.yaml.yaml_text import write_yaml
 
 TYPES = {
     "object": dict,

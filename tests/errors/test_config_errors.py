@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from soup_xb.core.config.dependences import DEPENDENCES
+from soup_xb.core.config.checks import DEPENDENCES
 from soup_xb.core.config.schema import KEYS
 from soup_xb.core.config.support_rows import ROWS as FEATURES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from soup_xb.core.keys.reference_pages import config_page, features_page, with_refused_rows
+from soup_xb.core.config.pages import config_page, features_page, with_refused_rows
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 

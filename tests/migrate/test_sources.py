@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.yaml.yaml_text import write_yaml
 from soup_xb.migrate import TOOLS, Migration, migrate
 from soup_xb.migrate.source import entries, read_source
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from soup_xb.core.config.keys import LONGEST_PATTERN
 from soup_xb.core.errors import ModelError
-from soup_xb.core.keys.config_values import LONGEST_PATTERN
 
 LARGEST_FILE = 4 * 2**20
 # A pattern for each module of a large model with experts; matching them is bounded in time as well.

@@ -1,21 +1,200 @@
-"""Contradictions between keys, and what is allowed but deserves a warning."""
+"""Contradictions between keys, keys without effect unless another one is set, and warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from soup_xb.core.config import run_rules
-from soup_xb.core.config.dependences import DEPENDENCES, OVERRULED
+from attrs import frozen
+
 from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.rules import LORA_RULES, SHARDING_RULES
+from soup_xb.core.config.run_rules import REWARD_RULES, RUN_RULES, STREAMING_RULES
+from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED, Config, value_of
 from soup_xb.core.errors import Problem
-from soup_xb.core.rules import lora_rules, reward_rules, sharding_rules, streaming_rules
+
+PREFERENCES = (*PAIRED, *JUDGED)
+
+
+@frozen
+class Dependence:
+    """`key` counts only where the value of `on` is one of `values` (or, with `absent`, none of them)."""
+
+    key: str
+    on: str
+    values: tuple[Any, ...]
+    absent: bool = False
+    help: str = ""
+
+    def met(self, config: Config) -> bool:
+        """Whether the key counts in this config."""
+        return (value_of(config, self.on) in self.values) != self.absent
+
+    def problem(self, loaded: LoadedConfig) -> Problem | None:
+        """What to say about a key that is written and does not count."""
+        if self.key not in loaded.written or self.met(loaded.config):
+            return None
+        return Problem(
+            "key-without-effect", f"has no effect {self._state()}", loaded.where(self.key), self.help
+        )
+
+    def _state(self) -> str:
+        if self.values == (None,):
+            return f"without `{self.on}`" if self.absent else f"beside `{self.on}`"
+        if self.values == (False,):
+            return f"beside `{self.on}`"
+        values = " or ".join(f"`{value}`" for value in self.values)
+        return f"unless `{self.on}` is {values}"
+
+
+def _beside(on: str, *keys: str, help: str) -> tuple[Dependence, ...]:
+    return tuple(Dependence(key, on, (None,), absent=True, help=help) for key in keys)
+
+
+def _only(on: str, value: str, *keys: str, help: str) -> tuple[Dependence, ...]:
+    return tuple(Dependence(key, on, (value,), help=help) for key in keys)
+
+
+DEPENDENCES = (
+    Dependence(
+        "training.rope_scaling.factor",
+        "training.rope_scaling.type",
+        ("linear", "dynamic", "yarn"),
+        help="write `training.rope_scaling.type` too, or remove this key.",
+    ),
+    *_only(
+        "training.rope_scaling.type",
+        "yarn",
+        "training.rope_scaling.original_max_position_embeddings",
+        help="remove this key: only yarn asks for that length.",
+    ),
+    *_beside(
+        "training.relora_steps",
+        "training.relora_warmup_ratio",
+        "training.relora_prune_ratio",
+        "training.relora_reset_optimizer",
+        "training.relora_mode",
+        "training.relora_rewarm_steps",
+        help="write `training.relora_steps` too, or remove this key.",
+    ),
+    *_only(
+        "training.sharding",
+        "fsdp",
+        "training.cpu_offload",
+        help="write `sharding: fsdp` too, or remove this key.",
+    ),
+    *_only(
+        "training.relora_mode",
+        "prune",
+        "training.relora_prune_ratio",
+        help="a merge prunes nothing: remove this key, or write `relora_mode: prune`.",
+    ),
+    *_only(
+        "training.relora_mode",
+        "merge",
+        "training.relora_rewarm_steps",
+        help="a prune keeps the schedule: remove this key, or write `relora_mode: merge`.",
+    ),
+    *_only(
+        "training.optimizer",
+        "adamw",
+        "training.adam_beta1",
+        "training.adam_beta2",
+        "training.adam_epsilon",
+        help="remove this key, or write `optimizer: adamw`.",
+    ),
+    *_beside(
+        "training.save_steps",
+        "training.save_total_limit",
+        help="write `training.save_steps` too, or remove this key.",
+    ),
+    Dependence(
+        "training.beta",
+        "task",
+        (*PREFERENCES, *SAMPLED),
+        help="remove this key: the task has no preference and no reward to weigh.",
+    ),
+    *(
+        Dependence(f"training.{name}", "task", SAMPLED, help="remove this key: the task samples no answers.")
+        for name in (
+            "rewards",
+            "answer_pattern",
+            "group_size",
+            "max_new_tokens",
+            "temperature",
+            "scale_rewards",
+        )
+    ),
+    *_only(
+        "task",
+        "rlhf",
+        "training.reward_model",
+        help="remove this key; `task: rlhf` asks a reward model.",
+    ),
+    Dependence(
+        "training.label_smoothing",
+        "task",
+        ("dpo", "simpo"),
+        help="remove this key: the task's loss has no such term.",
+    ),
+    *_only("task", "simpo", "training.simpo_gamma", help="remove this key: the task's loss has no margin."),
+    *_only(
+        "task",
+        "kto",
+        "training.desirable_weight",
+        "training.undesirable_weight",
+        help="remove this key: the task does not weigh the two kinds of answers.",
+    ),
+    *(
+        Dependence(key, "task", ("embedding",), help="remove this key: the task embeds no texts.")
+        for key in (
+            "training.pooling",
+            "training.embedding_scale",
+            "data.query_prompt",
+            "data.document_prompt",
+        )
+    ),
+    Dependence(
+        "training.router_aux_loss_coef",
+        "task",
+        ("sft", "pretrain", *PREFERENCES),
+        help="remove this key: the task has no such term.",
+    ),
+    Dependence(
+        "training.warmup_ratio",
+        "training.warmup_steps",
+        (None,),
+        help="keep one of the two; both say the same.",
+    ),
+)
+# What does not count here is told as a warning: `max_steps` and `use_vera` are often set for a trial of a whole file.
+OVERRULED = (
+    Dependence(
+        "training.epochs",
+        "training.max_steps",
+        (None,),
+        help="`max_steps` alone decides; remove one of the two.",
+    ),
+    Dependence(
+        "training.lora.alpha",
+        "training.lora.use_vera",
+        (False,),
+        help="VeRA has no alpha: its trained vectors scale. Remove one of the two.",
+    ),
+)
+
+
+def counts(config: Config, key: str) -> bool:
+    """Whether a key means something beside the other values of this config."""
+    return all(dependence.met(config) for dependence in DEPENDENCES + OVERRULED if dependence.key == key)
+
 
 RULES = (
-    *lora_rules.RULES,
-    *run_rules.RULES,
-    *reward_rules.RULES,
-    *sharding_rules.RULES,
-    *streaming_rules.RULES,
+    *LORA_RULES,
+    *RUN_RULES,
+    *REWARD_RULES,
+    *SHARDING_RULES,
+    *STREAMING_RULES,
 )
 
 

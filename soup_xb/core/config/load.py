@@ -1,29 +1,28 @@
-"""YAML text <-> Config: load, check everything at once, lay `--set` over it, write the resolved copy."""
+"""YAML text <-> Config: read strictly, lay `--set` over it, check everything at once, write the resolved copy."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from attrs import evolve
+import attrs
+from attrs import evolve, frozen
+from cattrs import Converter
+from cattrs.errors import AttributeValidationNote, ClassValidationError, ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn, override
 
-from soup_xb.core.config.checks import contradictions, warnings
-from soup_xb.core.config.dependences import counts
-from soup_xb.core.config.loaded import LoadedConfig, place
-from soup_xb.core.config.schema import KEYS, Config, value_of
+from soup_xb.core.config.checks import contradictions, counts, warnings
+from soup_xb.core.config.keys import KeyRefused, key_of, read_value, safe_text, shown
+from soup_xb.core.config.loaded import COMMAND_LINE, LoadedConfig, place
+from soup_xb.core.config.schema import KEYS, Config, suggestion, value_of
 from soup_xb.core.config.support import refusals
 from soup_xb.core.config.support_rows import BACKENDS
-from soup_xb.core.config.yaml import Node, read_yaml
+from soup_xb.core.config.yaml import LEAST, Node, read_text, read_yaml, write_yaml
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.keys.config_reader import Fault, read_config
-from soup_xb.core.keys.config_values import safe_text, shown
-from soup_xb.core.keys.overrides import lay_over, read_overrides
-from soup_xb.core.keys.unknown_keys import suggestion
-from soup_xb.core.yaml.yaml_file import LEAST, read_text
-from soup_xb.core.yaml.yaml_text import write_yaml
 
 DEFAULT_PATH = Path("soup.yaml")
 # A file with more unknown or doubled keys than this is no config; the rest is counted, not listed.
@@ -161,3 +160,192 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value
+
+
+# Stands in for required text that is missing or wrong, so that the rest of the file can still be checked.
+_PLACEHOLDER = "?"
+
+
+@frozen
+class Fault:
+    """What is wrong with the key `name` of a `section` (dotted, "" at the top)."""
+
+    section: str
+    name: str
+    refusal: KeyRefused
+
+    @property
+    def key(self) -> str:
+        """The dotted name of the key."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+
+@frozen
+class Reading:
+    """A config and the faults on the way. Where `faults` is not empty, those keys hold their defaults."""
+
+    config: Config
+    faults: tuple[Fault, ...]
+
+
+def read_config(tree: Mapping[str, Any]) -> Reading:
+    """Read the whole config; every unknown, missing, mistyped or out-of-range key is a Fault."""
+    tree = {"data": {}, **tree}
+    try:
+        return Reading(_read_section(tree, Config), ())
+    except ClassValidationError as error:
+        faults = tuple(_faults(error, ""))
+    sound = _without(tree, {fault.key for fault in faults}, "")
+    sound.setdefault("base", _PLACEHOLDER)
+    sound.setdefault("data", {}).setdefault("train", _PLACEHOLDER)
+    return Reading(_read_section(sound, Config), faults)
+
+
+@cache
+def _section_reader(cls: type) -> Any:
+    """The cattrs reader of a config class, each attribute read by its declaration."""
+    hooks = {attribute.name: override(struct_hook=_hook(attribute)) for attribute in attrs.fields(cls)}
+    return make_dict_structure_fn(cls, Converter(), _cattrs_forbid_extra_keys=True, **hooks)  # type: ignore[arg-type]
+
+
+def _hook(attribute: attrs.Attribute[Any]) -> Any:
+    key = key_of(attribute)
+    if key.section is not None:
+        return lambda raw, _: _read_section(raw, key.section)
+    return lambda raw, _: read_value(key, raw)
+
+
+def _read_section(raw: Any, cls: Any) -> Any:
+    # A section whose keys are all commented out is a null in YAML.
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise KeyRefused(
+            "wrong-type", f"must be a mapping of keys, got {shown(raw)}", "write its keys below it, indented."
+        )
+    return _section_reader(cls)(raw, cls)
+
+
+def _faults(error: ClassValidationError, section: str) -> Iterator[Fault]:
+    for exception in error.exceptions:
+        if isinstance(exception, ForbiddenExtraKeysError):
+            for unknown in exception.extra_fields:
+                yield Fault(section, unknown, KeyRefused("unknown-key", "no such key"))
+            continue
+        notes = getattr(exception, "__notes__", ())
+        name = next(note.name for note in notes if isinstance(note, AttributeValidationNote))
+        key = f"{section}.{name}" if section else name
+        if isinstance(exception, ClassValidationError):
+            yield from _faults(exception, key)
+        elif isinstance(exception, KeyRefused):
+            yield Fault(section, name, exception)
+        elif isinstance(exception, KeyError):
+            yield Fault(section, name, KeyRefused("missing-key", "is missing", _how_to_write(key)))
+        else:
+            raise exception
+
+
+def _how_to_write(key: str) -> str:
+    return f"write `{key.rpartition('.')[2]}:`. {KEYS[key].meaning}"
+
+
+def _without(tree: Any, faulty: set[str], prefix: str) -> dict[str, Any]:
+    kept = {}
+    for name, value in (tree or {}).items():
+        key = prefix + name
+        if key in faulty:
+            continue
+        section = key in KEYS and KEYS[key].section is not None
+        kept[name] = _without(value, faulty, f"{key}.") if section else value
+    return kept
+
+
+_OVERRIDE_FORM = "write it as `--set training.lr=1e-4`; the value `null` is the default."
+
+
+@frozen
+class Override:
+    """One `--set`: a dotted key of the config and its value; the value None is the default."""
+
+    key: str
+    node: Node
+
+
+def read_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """The overrides in their order, and a problem for each that cannot be read."""
+    overrides: list[Override] = []
+    problems: list[Problem] = []
+    for text in texts:
+        try:
+            overrides.append(_read_override(text))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    return overrides, problems
+
+
+def lay_over(root: Node, overrides: Sequence[Override]) -> Node:
+    """The tree with every override in it; where the file has no section for a key, one is made."""
+    for given in overrides:
+        root = _with_value(root, given.key.split("."), given.node)
+    return root
+
+
+def _read_override(text: str) -> Override:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key or not value.strip():
+        raise ConfigError(
+            "override", f"`--set {safe_text(text)}` is not key=value", where=COMMAND_LINE, help=_OVERRIDE_FORM
+        )
+    where = f"{COMMAND_LINE}: {safe_text(key)}"
+    if key not in KEYS:
+        section, _, name = key.rpartition(".")
+        raise ConfigError(
+            "unknown-key", "no such key", where=where, help=suggestion(name, section, dotted=True)
+        )
+    if KEYS[key].section is not None:
+        raise ConfigError(
+            "override", "is a section", where=where, help=f"set its keys, such as `{key}.{_first(key)}`."
+        )
+    try:
+        node, problems = read_yaml(value, COMMAND_LINE)
+    except ConfigError as error:
+        problems = list(error.problems)
+        node = None
+    if problems:
+        raise ConfigError.of(evolve(problem, where=where) for problem in problems)
+    return Override(key, _without_lines(node) if node else Node(None, 0))
+
+
+def _first(section: str) -> str:
+    return next(key for key in KEYS if key.startswith(f"{section}.")).removeprefix(f"{section}.")
+
+
+def _without_lines(node: Node) -> Node:
+    if isinstance(node.value, dict):
+        entries = {key: _without_lines(entry) for key, entry in node.value.items()}
+        return Node(entries, 0, dict.fromkeys(entries, 0))
+    if isinstance(node.value, list):
+        return Node([_without_lines(entry) for entry in node.value], 0)
+    return Node(node.value, 0)
+
+
+def _with_value(node: Node, path: Sequence[str], value: Node) -> Node:
+    """A copy of the mapping with `value` at `path`; a null takes the key out, which leaves its default."""
+    name, rest = path[0], path[1:]
+    values, lines = dict(node.value), dict(node.lines)
+    below = values.get(name)
+    if rest:
+        if below is not None and below.value is not None and not isinstance(below.value, dict):
+            # The file says something else than a section here, and that is reported.
+            return node
+        if below is None or below.value is None:
+            below = Node({}, 0)
+            lines.setdefault(name, 0)
+        values[name] = _with_value(below, rest, value)
+    elif value.value is None:
+        values.pop(name, None)
+        lines.pop(name, None)
+    else:
+        values[name], lines[name] = value, 0
+    return Node(values, node.line, lines)

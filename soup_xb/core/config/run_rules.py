@@ -1,4 +1,4 @@
-"""What cannot be combined in the rows, the schedule and the folders of a run."""
+"""What cannot be combined in the rows, schedule, folders and rewards of a run, and with a streamed dataset."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from collections.abc import Iterator
 
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import Rule, excluded
-from soup_xb.core.config.schema import MEDIA_TASKS, PREFERENCE_TASKS, SAMPLED, TASKS, task_formats
-from soup_xb.core.errors import Problem
+from soup_xb.core.config.schema import (
+    JUDGED,
+    MEDIA_TASKS,
+    PAIRED,
+    PREFERENCE_TASKS,
+    SAMPLED,
+    TASKS,
+    task_formats,
+)
+from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
+from soup_xb.core.text import did_you_mean
 
 _LOCAL_PATH = re.compile(
     r"[./~\\]|[A-Za-z]:\\|.*\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst)$", re.IGNORECASE | re.DOTALL
@@ -181,7 +191,7 @@ def _template_is_used(loaded: LoadedConfig) -> Iterator[Problem]:
         )
 
 
-RULES = (
+RUN_RULES = (
     Rule(_pretraining_reads_text, ("task", "data.format")),
     Rule(_rewarm_fits, ("training.relora_steps", "training.relora_rewarm_steps", "training.relora_mode")),
     Rule(
@@ -206,4 +216,157 @@ RULES = (
     Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
     Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),
     Rule(_template_is_used, ("task", "data.format", "data.chat_template"), warning=True),
+)
+
+
+_STREAMING = "data.streaming"
+STREAMED_FILE = (
+    "is a local file, and there is nothing to stream: local files are read where they are and tokenized into the cache",
+    "remove `data.streaming`, or name a dataset on the hub.",
+)
+
+
+def _steps_are_known(loaded: LoadedConfig) -> Iterator[Problem]:
+    if loaded.config.data.streaming and loaded.config.training.max_steps is None:
+        yield Problem(
+            "streaming-without-steps",
+            "needs `training.max_steps`: how many rows are read follows from the steps, and epochs count the whole",
+            loaded.where(_STREAMING),
+            "write `training.max_steps`, or remove `data.streaming`.",
+        )
+
+
+def _data_is_on_the_hub(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    if not data.streaming:
+        return
+    local = [path for path in data.train if is_local_path(path)]
+    if local:
+        text, help = STREAMED_FILE
+        yield Problem("streaming-local-data", f"`{local[0]}` {text}", loaded.where("data.train"), help)
+    elif len(data.train) > 1:
+        yield Problem(
+            "streaming-several",
+            f"names {len(data.train)} datasets, and steps are filled from one: no key says how many rows each gives",
+            loaded.where("data.train"),
+            "name one of them, or remove `data.streaming`.",
+        )
+
+
+def _held_out_rows_are_at_hand(loaded: LoadedConfig) -> Iterator[Problem]:
+    data = loaded.config.data
+    remote = [path for path in data.eval if "/" in path and not is_local_path(path)]
+    if data.streaming and remote:
+        yield Problem(
+            "streaming-eval",
+            f"`{remote[0]}` would be downloaded whole: an evaluation takes all of its rows",
+            loaded.where("data.eval"),
+            "name a local file, or hold streamed rows out by `data.val_split`.",
+        )
+
+
+def _rows_are_whole(loaded: LoadedConfig) -> Iterator[Problem]:
+    kind = MEDIA_TASKS.get(loaded.config.task)
+    if loaded.config.data.streaming and kind is not None:
+        reason = f"its rows name {kind} files, which are read from a local folder when their step comes"
+        yield excluded(loaded, (_STREAMING, "`true`"), "task", reason)
+
+
+STREAMING_RULES = (
+    Rule(_steps_are_known, (_STREAMING, "training.max_steps")),
+    Rule(_data_is_on_the_hub, (_STREAMING, "data.train")),
+    Rule(_held_out_rows_are_at_hand, (_STREAMING, "data.eval")),
+    Rule(_rows_are_whole, (_STREAMING, "task")),
+)
+
+
+_REWARD_FILE = re.compile(r"(?P<path>.+\.py):(?P<function>[^\W\d]\w*)", re.DOTALL)
+_REWARD_FORM = "write `exact-match`, `format`, or a function of yours as `./rewards.py:function`."
+
+
+def file_function(reward: str) -> tuple[str, str] | None:
+    """Path and function of a reward that is a person's own, None for any other text.
+
+    >>> file_function("./rewards.py:short"), file_function("format")
+    (('./rewards.py', 'short'), None)
+    """
+    match = _REWARD_FILE.fullmatch(reward)
+    return (match["path"], match["function"]) if match else None
+
+
+def _something_is_earned(loaded: LoadedConfig) -> Iterator[Problem]:
+    config = loaded.config
+    if config.task == "grpo" and not config.training.rewards:
+        yield Problem(
+            "missing-key",
+            "`task: grpo` learns from what answers earn, and no reward is named",
+            loaded.where("training.rewards"),
+            _REWARD_FORM,
+        )
+    if config.task == "rlhf" and config.training.reward_model is None:
+        yield Problem(
+            "missing-key",
+            "`task: rlhf` learns from what a reward model thinks, and none is named",
+            loaded.where("training.reward_model"),
+            "train one with `task: reward`, and write its output folder here.",
+        )
+
+
+def _rewards_are_known(loaded: LoadedConfig) -> Iterator[Problem]:
+    rewards = loaded.config.training.rewards
+    for reward in rewards:
+        if reward not in BUILT_IN and file_function(reward) is None:
+            yield Problem(
+                "unknown-reward",
+                f"`{reward}` is no reward",
+                loaded.where("training.rewards"),
+                did_you_mean(reward[:60], BUILT_IN) or _REWARD_FORM,
+            )
+    if len(set(rewards)) < len(rewards):
+        yield Problem(
+            "contradiction",
+            "names a reward twice",
+            loaded.where("training.rewards"),
+            "remove one of the two.",
+        )
+
+
+def _pattern_is_one(loaded: LoadedConfig) -> Iterator[Problem]:
+    where = loaded.where("training.answer_pattern")
+    if "training.answer_pattern" not in loaded.written:
+        return
+    try:
+        compiled_pattern(loaded.config.training.answer_pattern, where)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _pattern_is_read(loaded: LoadedConfig) -> Iterator[Problem]:
+    training = loaded.config.training
+    if "training.answer_pattern" not in loaded.written or loaded.config.task not in SAMPLED:
+        return
+    if not set(training.rewards) & set(BUILT_IN):
+        yield Problem(
+            "key-without-effect",
+            "has no effect without the reward `exact-match` or `format`",
+            loaded.where("training.answer_pattern"),
+            "remove it, or name one of the two in `training.rewards`.",
+        )
+
+
+def _only_rollouts_go_without_a_base(loaded: LoadedConfig) -> Iterator[Problem]:
+    if loaded.config.training.beta == 0 and loaded.config.task in (*PAIRED, *JUDGED):
+        yield Problem(
+            "contradiction",
+            f"must be above 0 for `task: {loaded.config.task}`, got 0",
+            loaded.where("training.beta"),
+        )
+
+
+REWARD_RULES = (
+    Rule(_something_is_earned, ("task", "training.rewards", "training.reward_model")),
+    Rule(_rewards_are_known, ("training.rewards",)),
+    Rule(_pattern_is_one, ("training.answer_pattern",)),
+    Rule(_pattern_is_read, ("task", "training.rewards", "training.answer_pattern")),
+    Rule(_only_rollouts_go_without_a_base, ("task", "training.beta")),
 )

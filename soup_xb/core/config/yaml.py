@@ -1,13 +1,15 @@
-"""YAML text -> a tree of plain values with line numbers, with nothing in it that could surprise.
+"""YAML text <-> plain values: read with line numbers and without surprises, written so that it reads back the same.
 
 One document; no tags, anchors, aliases, directives or duplicate keys; scalars by YAML 1.2 (`no` is text,
-`012` is 12, `2e-4` and `1_000` are numbers). Aliases are allowed where another tool's file is read.
+`012` is 12, `2e-4` and `1_000` are numbers). Aliases are allowed if another tool's file is read.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
@@ -16,8 +18,8 @@ from ruamel.yaml import events as yaml_events
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import ScalarNode
 
-from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.yaml.yaml_errors import syntax_problem
+from soup_xb.core.errors import ConfigError, Problem, ResourceError
+from soup_xb.core.text import did_you_mean
 
 DEEPEST = 32
 # More values than any config holds; it bounds the time that a file of 256 KiB can take.
@@ -207,3 +209,147 @@ class _TreeReader:
 
 def _short(name: str) -> str:
     return (name if len(name) <= 40 else name[:39] + "…").encode("unicode_escape").decode("ascii")
+
+
+_BRACKETS = {"a flow sequence": "[", "a flow mapping": "{"}
+
+
+def syntax_problem(error: MarkedYAMLError, source: str) -> Problem:
+    """The problem behind ruamel.yaml's error, with line and column counted from 1."""
+    cause = error.problem or error.context or "this is not YAML"
+    context = error.context or ""
+    mark = error.problem_mark or error.context_mark
+    opened = error.context_mark
+    message, help = _generic(cause), "a text with special characters goes in quotes."
+    if r"'\t'" in cause or "\t" in cause:
+        message, help = "a tab is used for indentation", "YAML indents with spaces; replace the tab."
+    elif "quoted scalar" in context and "end of" in cause:
+        mark, message, help = opened, "a quote is opened and never closed", "close the quote."
+    elif context.removeprefix("while parsing ") in _BRACKETS:
+        bracket = _BRACKETS[context.removeprefix("while parsing ")]
+        mark, message = opened, f"a `{bracket}` is opened and not closed as it should be"
+        help = f"separate the entries by commas and close with `{']' if bracket == '[' else '}'}`."
+    elif "mapping values are not allowed" in cause:
+        message = "a `:` where no key can stand"
+        help = "check the indentation of this line and the one above; quote a text that holds `: `."
+    elif "could not find expected ':'" in cause:
+        mark, message, help = (
+            opened,
+            "a key without a `:`",
+            "write `key: value`, with a space after the colon.",
+        )
+    elif "cannot start any token" in cause:
+        help = "put the value in quotes."
+    elif "<document start>" in cause:
+        message, help = (
+            "something follows the end of the config",
+            "one mapping of keys is all that a config holds.",
+        )
+    elif "<stream end>" in cause:
+        message, help = "the text ends where a value is expected", "close every bracket and quote."
+    elif cause.startswith("expected the node content"):
+        message = f"{cause.rpartition(' ')[2].replace(chr(39), chr(96))} where a value is expected"
+        help = "delete it, or put the value in quotes."
+    elif "<block end>" in cause:
+        message = "a list entry, key or bracket where it does not fit"
+        help = "indent the keys of one section alike; a list entry begins with `- `."
+    line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
+    return Problem("yaml-syntax", f"line {line}, column {column}: {message}", f"{source}:{line}", help)
+
+
+def _generic(cause: str) -> str:
+    cause = cause.replace("found character", "the character").replace("that cannot", "cannot")
+    return cause.splitlines()[0][:120]
+
+
+MOST_BYTES = 256 * 1024
+LEAST = "a config needs at least `base:` and, below `data:`, `train:`; `soupx schema` lists every key."
+
+
+def read_text(path: Path) -> str:
+    """The file as text, a byte order mark left out.
+
+    No more than 256 KiB are read. Raises ConfigError for a file that is missing, a folder, too large or not
+    UTF-8, and ResourceError where it may not be read.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError("config-not-found", "no such file", where=where, help=_close_files(path)) from error
+    except IsADirectoryError as error:
+        help = f"name the file in it, such as `{path / 'soup.yaml'}`."
+        raise ConfigError("config-is-folder", "is a folder, not a file", where=where, help=help) from error
+    except PermissionError as error:
+        help = "check its permissions."
+        raise ResourceError("config-forbidden", "may not be read", where=where, help=help) from error
+    except OSError as error:
+        message = f"cannot be read: {error.strerror or error}"
+        raise ConfigError("config-unreadable", message, where=where, help="name a regular file.") from error
+    if len(content) > MOST_BYTES:
+        message = f"larger than {MOST_BYTES // 1024} KiB"
+        raise ConfigError("config-too-large", message, where=where, help="a config holds settings, not data.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"{where}:{content.count(bytes([10]), 0, error.start) + 1}"
+        raise ConfigError(
+            "config-not-utf8", "not UTF-8 text", where=where, help="save it as UTF-8."
+        ) from error
+
+
+def _close_files(path: Path) -> str:
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    except OSError:
+        names = []
+    return did_you_mean(path.name[:100], names[:100]) or f"create it, or name another file; {LEAST}"
+
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+-]*")
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", ".inf", ".nan", "..."}
+# YAML reads a key of more than 1,024 characters only in its long form.
+_LONGEST_SHORT_KEY = 128
+
+
+def write_yaml(values: Mapping[str, Any], indent: str = "") -> str:
+    r"""Nested mappings as indented blocks, everything else on one line.
+
+    >>> print(write_yaml({"base": "tiny", "data": {"train": ["a.jsonl"], "eval": []}}), end="")
+    base: tiny
+    data:
+      train: [a.jsonl]
+      eval: []
+    """
+    lines = []
+    for name, value in values.items():
+        key = _scalar(name)
+        start = f"{indent}{key}:" if len(key) <= _LONGEST_SHORT_KEY else f"{indent}? {key}\n{indent}:"
+        if isinstance(value, Mapping) and value:
+            lines.append(f"{start}\n{write_yaml(value, indent + '  ')}")
+        else:
+            lines.append(f"{start} {_inline(value)}\n")
+    return "".join(lines)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_scalar(entry) for entry in value)}]"
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not value.startswith("..."):
+        return value
+    return "".join(
+        char if char.isprintable() else _escape(char) for char in json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _escape(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
