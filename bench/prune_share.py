@@ -20,8 +20,7 @@ import numpy as np
 from quality_rows import LONGEST, write_rows
 
 from soup_xb.core.adapter.peft_file import read_adapter
-from soup_xb.core.adapter.pieces import difference
-from soup_xb.core.adapter.prune import prune
+from soup_xb.core.adapter.pieces import difference, prune
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.config.load import parse_config
 from soup_xb.demo.base import prepare_base

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from attrs import evolve, field, fields, frozen
 
-from soup_xb.core.adapter.media_file import write_media_kind
+from soup_xb.core.adapter.extras import write_media_kind
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import ChatExample, Example, Message, TokenRow

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from soup_xb.core.base.weight_files import read_object
+from soup_xb.core.base.folder import read_object
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ModelError
 

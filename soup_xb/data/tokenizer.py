@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.base.weight_files import read_object
+from soup_xb.core.base.folder import read_object
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.rows.examples import ChatExample, Example, Message, Source, TokenRow

@@ -10,9 +10,7 @@ from typing import Any
 from attrs import evolve, frozen
 
 from soup_xb.backends import available_backend, is_installed, open_session
-from soup_xb.core.adapter.embedding_files import EmbeddingFacts
-from soup_xb.core.adapter.extras import is_reward_model
-from soup_xb.core.adapter.media_file import read_media_task
+from soup_xb.core.adapter.extras import EmbeddingFacts, is_reward_model, read_media_task
 from soup_xb.core.adapter.peft_file import SavedAdapter, adapter_folder, adapter_modules, read_adapter
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.folder import BaseFolder, inspect_base

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from soup_xb.core.adapter.embedding_files import (
-    OWN,
+from soup_xb.core.adapter.extras import (
+    EMBEDDING_FILE,
     EmbeddingFacts,
     read_embedding_facts,
     write_embedding_files,
@@ -43,7 +43,7 @@ def embeds(saved: SavedAdapter, folder: Path, base: BaseFolder | None = None) ->
     told = saved.settings.get("task_type")
     if told is not None or saved.head is not None:
         return bool(told == TASK_TYPE)
-    return (folder / OWN).is_file() or (base is not None and base.is_encoder)
+    return (folder / EMBEDDING_FILE).is_file() or (base is not None and base.is_encoder)
 
 
 def saved_facts(

@@ -11,11 +11,16 @@ from typing import cast
 from attrs import evolve
 
 from soup_xb.core import disk
-from soup_xb.core.adapter.embedding_files import MODULE_FOLDERS
-from soup_xb.core.adapter.extras import is_reward_model, write_head
+from soup_xb.core.adapter.extras import MODULE_FOLDERS, is_reward_model, write_head
 from soup_xb.core.adapter.foreign_settings import read_settings
-from soup_xb.core.adapter.mlx_lm_file import is_mlx_lm_adapter, read_mlx_lm, to_mlx_lm, write_mlx_lm
-from soup_xb.core.adapter.mlx_lm_rope import StretchedBase, check_exportable
+from soup_xb.core.adapter.mlx_lm_file import (
+    StretchedBase,
+    check_exportable,
+    is_mlx_lm_adapter,
+    read_mlx_lm,
+    to_mlx_lm,
+    write_mlx_lm,
+)
 from soup_xb.core.adapter.peft_file import SETTINGS, SavedAdapter, adapter_folder, read_adapter, write_adapter
 from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.rope import RopeScaling, note_scaling, noted_scaling

@@ -11,9 +11,9 @@ from attrs import evolve, frozen
 from soup_xb.backends import open_session
 from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.folder import BaseFolder, inspect_base
-from soup_xb.core.base.gemma4 import check_towers
 from soup_xb.core.base.modules import Resolution, resolve_adapters
 from soup_xb.core.base.rope import asked_scaling
+from soup_xb.core.base.towers import check_towers
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.schema import MEDIA_TASKS, Config
 from soup_xb.core.errors import ConfigError, Problem

@@ -14,7 +14,7 @@ from attrs import evolve
 
 from soup_xb import __version__
 from soup_xb.core.adapter.vera import shared_entries
-from soup_xb.core.base.base_fingerprint import base_fingerprint
+from soup_xb.core.base.folder import base_fingerprint
 from soup_xb.core.config.load import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
 from soup_xb.core.rows.rows import combined

@@ -10,7 +10,6 @@ import pytest
 from attrs import evolve
 from safetensors.numpy import load_file
 
-from soup_xb.core.adapter.adapter_settings import adapter_settings
 from soup_xb.core.adapter.peft_file import (
     adapter_folder,
     adapter_modules,
@@ -18,7 +17,7 @@ from soup_xb.core.adapter.peft_file import (
     read_adapter,
     write_adapter,
 )
-from soup_xb.core.adapter.plan import AdapterPlan
+from soup_xb.core.adapter.plan import AdapterPlan, adapter_settings
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
 

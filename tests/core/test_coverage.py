@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from soup_xb.core.base.coverage import Coverage, cover
 from soup_xb.core.base.coverage_text import coverage_json, coverage_notices, coverage_rows
-from soup_xb.core.base.layer_settings import layer_reason, layer_rules, layer_settings
-from soup_xb.core.base.layers import layers_text, place_of, short_names
+from soup_xb.core.base.layers import (
+    layer_reason,
+    layer_rules,
+    layer_settings,
+    layers_text,
+    place_of,
+    short_names,
+)
 from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.run.session import BaseDescription

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soup_xb.core.adapter.embedding_files import (
+from soup_xb.core.adapter.extras import (
     EmbeddingFacts,
     base_pooling,
     read_embedding_facts,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.adapter.starts import random_factor
 from soup_xb.core.base.modules import (
     AdapterModule,
     Module,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from soup_xb.core.adapter.prune import prune, smallest_entries
+from soup_xb.core.adapter.pieces import prune, smallest_entries
 from soup_xb.core.run.restart_watch import RestartWatch
 
 RATIOS = st.floats(0.01, 0.99)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from soup_xb.core.base.folder import inspect_base
-from soup_xb.core.base.gemma4 import check_towers, is_gemma4
 from soup_xb.core.base.modules import Module, group_adapters, resolve_adapters
+from soup_xb.core.base.towers import check_towers, is_gemma4
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ConfigError

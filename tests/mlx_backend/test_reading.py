@@ -14,7 +14,7 @@ import transformers
 
 from soup_xb.backends.mlx.families import FAMILIES
 from soup_xb.backends.mlx.session import MlxSession, open_session
-from soup_xb.core.base.layer_settings import layer_settings
+from soup_xb.core.base.layers import layer_settings
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.run.session import OptimizerSettings, SessionSettings
 

@@ -15,11 +15,10 @@ from mlx_lm.tuner.lora import LoRALinear
 from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
 from soup_xb.backends.mlx.names import ATTRIBUTES, factor_from_numpy, factor_to_numpy
 from soup_xb.backends.mlx.tree import replace_module, submodule
-from soup_xb.core.adapter.factors import random_factor
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference
 from soup_xb.core.adapter.plan import AdapterPlan
-from soup_xb.core.adapter.starts import Start
+from soup_xb.core.adapter.starts import Start, random_factor
 from soup_xb.core.base.modules import AdapterModule
 
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]

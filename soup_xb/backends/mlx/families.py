@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 
 from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
 from soup_xb.core.base.folder import BaseFolder, unknown_type
-from soup_xb.core.base.layer_settings import layer_settings
+from soup_xb.core.base.layers import layer_settings
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.disk import foreign_errors

@@ -22,9 +22,8 @@ from soup_xb.backends.mlx.quantization import (
 )
 from soup_xb.backends.mlx.rope import check_rope
 from soup_xb.backends.mlx.tree import walk
-from soup_xb.core.base.folder import BaseFolder, inspect_base
+from soup_xb.core.base.folder import BaseFolder, inspect_base, weight_files
 from soup_xb.core.base.modules import Module
-from soup_xb.core.base.weight_files import weight_files
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.run.session import BaseDescription, SessionSettings

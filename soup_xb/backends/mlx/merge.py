@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.load import Opened, read_arrays
-from soup_xb.core.adapter.merged_weight import beyond_format
-from soup_xb.core.base.weight_files import weight_files
+from soup_xb.core.adapter.pieces import beyond_format
+from soup_xb.core.base.folder import weight_files
 from soup_xb.core.errors import ModelError
 
 # What belongs to a model besides its weights; code is left behind.

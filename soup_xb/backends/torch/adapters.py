@@ -15,11 +15,10 @@ from soup_xb.backends.torch.experts import add_piece, base_weight, is_stored_tra
 from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
 from soup_xb.backends.torch.injection import inject
 from soup_xb.backends.torch.sharding import compute_device, own_part
-from soup_xb.core.adapter.factors import random_factor
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference, joined
 from soup_xb.core.adapter.plan import AdapterPlan
-from soup_xb.core.adapter.starts import Start
+from soup_xb.core.adapter.starts import Start, random_factor
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
 

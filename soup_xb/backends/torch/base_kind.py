@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from soup_xb.core.adapter.embedding_files import base_pooling
+from soup_xb.core.adapter.extras import base_pooling
 from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.towers import is_in_tower
 from soup_xb.core.errors import ModelError, Problem

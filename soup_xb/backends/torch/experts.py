@@ -1,7 +1,7 @@
 """Experts as 3-D weights: which parameters they are, and LoRA on a stack of them.
 
 The sum is made for the whole stack before each forward, as PEFT does it: that is right whatever the module does with
-its weight. PEFT keeps A and B flat; here they are stacks (see core.adapter.expert_file).
+its weight. PEFT keeps A and B flat; here they are stacks (see core.adapter.peft_file).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from soup_xb.backends.torch.device import Device, memory_guard
 from soup_xb.backends.torch.experts import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts
 from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type
-from soup_xb.core.base.layer_settings import layer_settings
+from soup_xb.core.base.layers import layer_settings
 from soup_xb.core.base.modules import Module
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.disk import foreign_errors

@@ -15,7 +15,7 @@ import torch
 from soup_xb.backends.torch.adapters import ADAPTER, Adapters
 from soup_xb.backends.torch.experts import add_piece, base_weight
 from soup_xb.backends.torch.vera import VeraAdapters
-from soup_xb.core.adapter.merged_weight import beyond_format
+from soup_xb.core.adapter.pieces import beyond_format
 from soup_xb.core.errors import ModelError
 
 

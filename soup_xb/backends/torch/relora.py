@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from soup_xb.backends.torch.adapters import Adapters
-from soup_xb.core.adapter.factors import random_factor
+from soup_xb.core.adapter.pieces import prune
 from soup_xb.core.adapter.plan import AdapterPlan
-from soup_xb.core.adapter.prune import prune
+from soup_xb.core.adapter.starts import random_factor
 from soup_xb.core.errors import ModelError
 from soup_xb.core.run.session import RestartResult, RestartSettings
 

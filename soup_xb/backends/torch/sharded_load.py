@@ -17,8 +17,7 @@ from soup_xb.backends.torch.load import check_loading, outline_base, unreadable
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import mesh_of, shard_blocks
 from soup_xb.backends.torch.vocabulary import shard_vocabulary
-from soup_xb.core.base.folder import BaseFolder, inspect_base
-from soup_xb.core.base.weight_files import weight_files
+from soup_xb.core.base.folder import BaseFolder, inspect_base, weight_files
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.run.session import SessionSettings

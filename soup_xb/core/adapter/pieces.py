@@ -1,4 +1,4 @@
-"""The adapter as a plain LoRA on the untouched base, whatever start and restarts it had.
+"""The adapter as a plain LoRA on the untouched base, whatever start and restarts it had, and what a prune takes away.
 
 A piece is a pair of factors that adds scale * B A. What training added to a pissa or olora start is a piece of
 twice the rank; each merge of a ReLoRA run leaves a piece behind; all of them side by side are one plain LoRA.
@@ -14,6 +14,8 @@ from attrs import evolve, frozen
 
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start
+from soup_xb.core.errors import ModelError
+from soup_xb.core.run.schedule import floor_share
 
 Array = np.ndarray[Any, Any]
 
@@ -63,3 +65,46 @@ def saved_plan(plan: AdapterPlan, factors: Mapping[str, Mapping[str, Array]]) ->
 
 def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
+
+
+def beyond_format(module: str, dtype: str) -> ModelError:
+    """The error of a merged weight that its number format cannot hold.
+
+    >>> beyond_format("model.layers.0.mlp.up_proj", "float16").problems[0].code
+    'merge-not-finite'
+    """
+    return ModelError(
+        "merge-not-finite",
+        f"the merged weight of `{module}` has entries that {dtype} cannot hold",
+        help="the adapter adds more than this number format holds: use it beside the base, or train at a lower rate.",
+    )
+
+
+def smallest_entries(values: Array, ratio: float) -> Array:
+    """A bool mask, in the shape of `values`, of exactly floor(size * ratio) entries of smallest magnitude.
+
+    Among equals the lowest index, in row-major order, goes first.
+
+    >>> smallest_entries(np.array([[1.0, -1.0], [0.5, -1.0]]), 0.5)
+    array([[ True, False],
+           [ True, False]])
+    """
+    sizes = np.abs(values).reshape(-1)
+    count = floor_share(sizes.size, ratio)
+    mask = np.zeros(sizes.size, dtype=np.bool_)
+    if count:
+        limit = np.partition(sizes, count - 1)[count - 1]
+        mask = sizes < limit
+        mask[np.flatnonzero(sizes == limit)[: count - int(mask.sum())]] = True
+    return mask.reshape(values.shape)
+
+
+def prune(values: Array, ratio: float, start: Array | None = None) -> tuple[Array, int]:
+    """The factor with its smallest entries at zero, and their number.
+
+    Under pissa and olora `start` is the factor's initial value, which holds base weight: what is small there is
+    the entry's distance from it, and a pruned entry goes back to it.
+    """
+    mask = smallest_entries(values if start is None else values - start, ratio)
+    back = np.zeros((), values.dtype) if start is None else start
+    return np.where(mask, back, values), int(mask.sum())

@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.adapter.adapter_settings import pattern_values, target_name
 from soup_xb.core.adapter.peft_file import Factors, adapter_modules, read_adapter
-from soup_xb.core.adapter.plan import AdapterPlan
+from soup_xb.core.adapter.plan import AdapterPlan, pattern_values, target_name
 from soup_xb.core.adapter.probe import Deviation, deviation
 from soup_xb.core.base.modules import AdapterModule, reachable_names
 from soup_xb.core.errors import ConfigError, ModelError, Problem

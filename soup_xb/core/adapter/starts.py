@@ -1,10 +1,11 @@
-"""Starts of the factors that are taken from the base's weights: PiSSA and OLoRA, the same on every backend.
+"""What the factors start from, the same on every backend: random values, or the base's weights (PiSSA and OLoRA).
 
 The steps are written once, over the few operations of `Algebra`, so that backends differ in rounding alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -169,3 +170,17 @@ def _last(columns: Any, count: int) -> Any:
 def _random_block(side: int, width: int) -> Array:
     values: Array = uniform(side * width, "start-block", side, width) - 0.5
     return values.astype(np.float32).reshape(side, width)
+
+
+def random_factor(adapter: AdapterModule, seed: int, restart: int = 0) -> np.ndarray[Any, Any]:
+    """The start of A, float32 in `adapter.a_shape`; B starts at zero, so that the output is the base's.
+
+    `restart` is the step of the merge after which the factor begins, 0 for the first one.
+
+    Uniform in +-1/sqrt(in_features), which is the Kaiming rule (arXiv:1502.01852) with a = sqrt(5) that LoRA's
+    reference code and PEFT use. The values depend on seed and module name, not on the order of modules.
+    """
+    key = ("lora_A", seed, adapter.name, *([restart] if restart else []))
+    values = uniform(math.prod(adapter.a_shape), *key)
+    bound = 1.0 / math.sqrt(adapter.in_features)
+    return ((2.0 * values - 1.0) * bound).astype(np.float32).reshape(adapter.a_shape)

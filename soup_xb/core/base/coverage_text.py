@@ -7,10 +7,8 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.base.base_parts import EXPERTS, ROUTERS, Part
-from soup_xb.core.base.coverage import Coverage, PatternReach, names_layers
-from soup_xb.core.base.layers import layers_text
-from soup_xb.core.base.layout import Reach
+from soup_xb.core.base.coverage import EXPERTS, ROUTERS, Coverage, Part, PatternReach, names_layers
+from soup_xb.core.base.layers import Reach, layers_text
 from soup_xb.core.errors import Problem
 
 

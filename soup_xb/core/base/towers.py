@@ -1,11 +1,17 @@
-"""The parts of a multimodal base that see pictures or sound alone: no row of text runs through them."""
+"""The vision and audio encoders of a multimodal base, which rows of text never run through, and Gemma 4's names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from soup_xb.core.errors import Problem
+from soup_xb.core.base.folder import BaseFolder
+from soup_xb.core.base.patterns import matching_names
+from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.schema import AUTOMATIC
+from soup_xb.core.config.support import feature_refusal
+from soup_xb.core.errors import ConfigError, Problem
 
 _TOWER = re.compile(r"(^|[._])(vision|visual|audio|image|speech|multi_modal|multimodal|mm)([._]|$)")
 _SIGHT = re.compile(r"(^|[._])(vision|visual|image)([._]|$)")
@@ -55,3 +61,67 @@ def without_gradient(names: Sequence[str], where: str, media: str = "") -> list[
     )
     cure = "leave them out with `target_modules: auto`, the text decoder alone, or with a narrower pattern."
     return [Problem("no-gradient", message, where, cure)]
+
+
+_NAME = re.compile(r"(?<![a-z0-9])gemma[-_ ]?4(?![a-z0-9])", re.IGNORECASE)
+# More than any of its towers has; a pattern may name a layer by its number.
+_MOST_LAYERS = 64
+_VISION_LAYER = (
+    *(f"self_attn.{side}_proj" for side in "qkvo"),
+    *(f"mlp.{side}_proj" for side in ("gate", "up", "down")),
+)
+_AUDIO_LAYER = (
+    *(f"self_attn.{side}_proj" for side in "qkv"),
+    *("self_attn.post", "self_attn.relative_k_proj", "lconv1d.linear_start", "lconv1d.linear_end"),
+    *(f"feed_forward{half}.ffw_layer_{layer}" for half in (1, 2) for layer in (1, 2)),
+)
+# The key of the config, the layers with their linears, and the linears outside of layers.
+_TOWERS = (
+    (
+        "vision_config",
+        ("model.vision_tower.encoder.layers", _VISION_LAYER),
+        ("model.vision_tower.patch_embedder.input_proj", "model.embed_vision.embedding_projection"),
+    ),
+    (
+        "audio_config",
+        ("model.audio_tower.layers", _AUDIO_LAYER),
+        (
+            "model.audio_tower.subsample_conv_projection.input_proj_linear",
+            "model.audio_tower.output_proj",
+            "model.embed_audio.embedding_projection",
+        ),
+    ),
+)
+
+
+def is_gemma4(*names: str) -> bool:
+    """Whether one of the names (a base id, a path, a model type) is Gemma 4's.
+
+    >>> is_gemma4("google/gemma-4-E2B-it"), is_gemma4("./renamed", "gemma4_text"), is_gemma4("mygemma4ish")
+    (True, True, False)
+    """
+    return any(_NAME.search(name) for name in names)
+
+
+def check_towers(loaded: LoadedConfig, base: BaseFolder, backend: str) -> None:
+    """Raise ConfigError where `target_modules` reaches towers of Gemma 4 that the backend does not open."""
+    targets = loaded.config.training.lora.target_modules
+    where = loaded.where("training.lora.target_modules")
+    refusal = feature_refusal("training.lora.target_modules=Gemma 4 towers", backend, where)
+    if refusal is None or targets in AUTOMATIC or not is_gemma4(loaded.config.base, base.model_type):
+        return
+    names = list(_tower_names(base.config))
+    patterns = (targets,) if isinstance(targets, str) else targets
+    if any(matching_names(pattern, names, where) for pattern in patterns):
+        raise ConfigError.of([refusal])
+
+
+def _tower_names(config: dict[str, Any]) -> Iterator[str]:
+    """The linear layers of the towers that a config has, under both names of those that are wrapped."""
+    for key, (layers, names), others in _TOWERS:
+        if not config.get(key):
+            continue
+        yield from others
+        for layer in range(_MOST_LAYERS):
+            for name in names:
+                yield from (f"{layers}.{layer}.{name}", f"{layers}.{layer}.{name}.linear")

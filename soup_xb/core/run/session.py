@@ -175,7 +175,7 @@ class TrainingSession(Protocol):
     def restart(self, settings: RestartSettings) -> RestartResult:
         """Restart the adapters (ReLoRA).
 
-        See core.adapter.prune for what a prune takes, core.adapter.pieces for what a merge leaves.
+        See core.adapter.pieces for what a prune takes, core.adapter.pieces for what a merge leaves.
         """
 
     def agree(self, value: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from soup_xb.core.base.gemma4 import is_gemma4
+from soup_xb.core.base.towers import is_gemma4
 from soup_xb.core.errors import Problem
 
 WRAPPER = "Gemma4ClippableLinear"
