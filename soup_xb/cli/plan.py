@@ -37,9 +37,8 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.backends import choose_backend
     from soup_xb.core.base.coverage_text import coverage_rows
     from soup_xb.core.config.support import refusals
-    from soup_xb.core.run.largest_batch import LargestBatch
-    from soup_xb.core.run.memory import estimate_memory
-    from soup_xb.core.run.plan_summary import plan_summary
+    from soup_xb.core.run.memory import LargestBatch, estimate_memory
+    from soup_xb.core.run.plan import plan_summary
     from soup_xb.runs.open import check_processes, open_run
 
     check_processes(loaded, processes)
@@ -74,7 +73,7 @@ def command(  # noqa: PLR0913 - one parameter an option
 
 
 def _show(summary: dict[str, Any], covered: Sequence[CoverageRow]) -> None:
-    from soup_xb.core.run.plan_summary import step_list
+    from soup_xb.core.run.plan import step_list
     from soup_xb.core.text import bytes_text
 
     rates, batch, memory = summary["learning_rate"], summary["batch"], summary["memory_bytes"]

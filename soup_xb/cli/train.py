@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from soup_xb.cli.options import config_options, json_option, load
-from soup_xb.core.run.launch import is_first_process
+from soup_xb.core.run.stop import is_first_process
 
 if TYPE_CHECKING:
     from soup_xb.runs.finish import Outcome

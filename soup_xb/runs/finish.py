@@ -21,12 +21,11 @@ from soup_xb.core.config.load import dump_config
 from soup_xb.core.disk import disk_errors, write_text
 from soup_xb.core.errors import Problem
 from soup_xb.core.rows.examples import Message
-from soup_xb.core.run.events import EvalEvent, Event, Notice, StepEvent
+from soup_xb.core.run.events import EvalEvent, Event, Notice, StepEvent, read_events
 from soup_xb.core.run.folder import RunFolder
-from soup_xb.core.run.metrics import read_events
+from soup_xb.core.run.loop import check_rewards
 from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
-from soup_xb.core.run.reward_watch import check_rewards
 from soup_xb.core.run.session import GenerationSettings, JudgingSession
 from soup_xb.runs.adapters import LoadedAdapter, continue_chat
 from soup_xb.runs.embedding_model import save_embedding_model, trained_facts

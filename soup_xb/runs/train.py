@@ -16,10 +16,9 @@ from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
 from soup_xb.core.rows.packing import check_apart
 from soup_xb.core.run.events import Listener, Notice, StartEvent
 from soup_xb.core.run.folder import RunFolder
-from soup_xb.core.run.launch import launched_processes
 from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.run.session import JudgingSession, Session
-from soup_xb.core.run.stop import heard_early, stop_on_signals
+from soup_xb.core.run.stop import heard_early, launched_processes, stop_on_signals
 from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.runs.open import OpenRun, check_processes, open_run
 from soup_xb.runs.reference import plan_with_reference

@@ -19,14 +19,12 @@ from soup_xb.core.config.load import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
 from soup_xb.core.rows.rows import combined
 from soup_xb.core.run.checkpoint import CheckpointFacts, remove_after, rotate, write_checkpoint
-from soup_xb.core.run.events import Event, Listener, Notice, SaveEvent
+from soup_xb.core.run.events import Event, Listener, Notice, SaveEvent, losses_until
 from soup_xb.core.run.folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder
-from soup_xb.core.run.launch import is_first_process
-from soup_xb.core.run.loop import LoopResult
-from soup_xb.core.run.metrics import losses_until
+from soup_xb.core.run.loop import WINDOW, LoopResult
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.record import RunRecord, read_record
-from soup_xb.core.run.restart_watch import WINDOW
+from soup_xb.core.run.stop import is_first_process
 from soup_xb.core.text import legible
 from soup_xb.runs.open import OpenRun
 from soup_xb.runs.resume import (

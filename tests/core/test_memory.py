@@ -13,8 +13,7 @@ from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.preferences import JudgedRow, PairRow
 from soup_xb.core.rows.prompts import PromptRow
 from soup_xb.core.rows.row_facts import facts_of
-from soup_xb.core.run.largest_batch import LargestBatch
-from soup_xb.core.run.memory import MemoryEstimate, estimate_memory
+from soup_xb.core.run.memory import LargestBatch, MemoryEstimate, estimate_memory
 from soup_xb.core.run.session import BaseDescription
 
 

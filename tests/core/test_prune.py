@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from soup_xb.core.adapter.pieces import prune, smallest_entries
-from soup_xb.core.run.restart_watch import RestartWatch
+from soup_xb.core.run.loop import RestartWatch
 
 RATIOS = st.floats(0.01, 0.99)
 # Few different values, so that ties are the rule.

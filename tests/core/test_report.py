@@ -13,8 +13,18 @@ from soup_xb.core.base.coverage_text import CoverageRow
 from soup_xb.core.errors import Problem
 from soup_xb.core.run.events import EvalEvent, Event, Notice, RestartEvent, StepEvent
 from soup_xb.core.run.folder import RunRecord, open_run_folder
-from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, figures, report_html, write_report
-from soup_xb.core.run.report_curves import MAX_POINTS, curves_svg, smoothed, thinned
+from soup_xb.core.run.report import (
+    MAX_POINTS,
+    ModuleRow,
+    ReportFacts,
+    Sample,
+    curves_svg,
+    figures,
+    report_html,
+    smoothed,
+    thinned,
+    write_report,
+)
 
 EVIL = '</pre><script>alert("1")</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'
 VOID = {"meta", "use", "path", "rect"}

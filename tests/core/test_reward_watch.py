@@ -6,7 +6,7 @@ import pytest
 
 from soup_xb.core.errors import ModelError
 from soup_xb.core.run.events import StepEvent
-from soup_xb.core.run.reward_watch import RewardWatch, check_rewards
+from soup_xb.core.run.loop import RewardWatch, check_rewards
 
 
 def warnings(shares: list[float], total_steps: int = 1000) -> list[int]:

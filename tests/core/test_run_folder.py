@@ -14,9 +14,17 @@ from attrs import evolve
 
 from soup_xb.core.errors import CheckpointError, ConfigError, Problem, ResourceError
 from soup_xb.core.run.checkpoint import CheckpointFacts, read_checkpoint, write_checkpoint
-from soup_xb.core.run.events import EvalEvent, Notice, RestartEvent, SaveEvent, StepEvent
+from soup_xb.core.run.events import (
+    EvalEvent,
+    Notice,
+    RestartEvent,
+    SaveEvent,
+    StepEvent,
+    last_step,
+    losses_until,
+    read_events,
+)
 from soup_xb.core.run.folder import RunFolder, RunRecord, open_run_folder, read_record
-from soup_xb.core.run.metrics import last_step, losses_until, read_events
 
 RECORD = RunRecord(
     status="running",

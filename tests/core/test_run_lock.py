@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from soup_xb.core.errors import ResourceError
-from soup_xb.core.run.folder import open_run_folder
-from soup_xb.core.run.run_lock import acquire, live_owner
+from soup_xb.core.run.folder import acquire, live_owner, open_run_folder
 
 OWNER = """
 import sys, time

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from soup_xb.core import text
 from soup_xb.core.adapter import peft_file
 from soup_xb.core.base import modules, patterns
-from soup_xb.core.run import plan_summary, schedule
+from soup_xb.core.run import plan, schedule
 from soup_xb.core.run.schedule import LearningRates, floor_share, restart_steps, steps_every, warmup_steps
 
 
-@pytest.mark.parametrize("module", [schedule, modules, patterns, text, peft_file, plan_summary])
+@pytest.mark.parametrize("module", [schedule, modules, patterns, text, peft_file, plan])
 def test_the_examples_in_docstrings_are_true(module: object) -> None:
     result = doctest.testmod(module, raise_on_error=True)  # type: ignore[arg-type]
     assert result.failed == 0

@@ -19,7 +19,7 @@ from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter
 from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.patterns import matching_names
 from soup_xb.core.run.checkpoint import read_checkpoint
-from soup_xb.core.run.metrics import kept_lines, last_step, read_events
+from soup_xb.core.run.events import kept_lines, last_step, read_events
 from soup_xb.core.run.record import read_record
 
 MODULE = "model.layers.0.self_attn.q_proj"

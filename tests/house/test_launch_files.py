@@ -49,7 +49,7 @@ def test_the_job_of_kubernetes_has_as_many_replicas_as_its_policy_says() -> None
 
 
 def test_the_hosts_of_the_ring_are_a_list_that_a_launch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from soup_xb.core.run.launch import launched_processes
+    from soup_xb.core.run.stop import launched_processes
 
     hosts = json.loads((LAUNCH / "hosts.json").read_text("utf-8"))
     assert all({"ssh", "ips"} == set(host) for host in hosts)

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.errors import CheckpointError
-from soup_xb.core.run.state_file import check_pairs, grouped, read_tensors
+from soup_xb.core.run.checkpoint import check_pairs, grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 

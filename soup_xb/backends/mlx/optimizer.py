@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from soup_xb.backends.mlx.names import factor_from_numpy, factor_to_numpy
 from soup_xb.core.errors import CheckpointError
+from soup_xb.core.run.checkpoint import read_tensors
 from soup_xb.core.run.session import OptimizerSettings
-from soup_xb.core.run.state_file import read_tensors
 
 STATE_FILE = "optimizer.safetensors"
 _STATES = ("exp_avg", "exp_avg_sq")

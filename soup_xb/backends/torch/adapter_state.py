@@ -14,7 +14,7 @@ from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.pieces import Piece
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.errors import CheckpointError
-from soup_xb.core.run.state_file import check_pairs, grouped, read_tensors
+from soup_xb.core.run.checkpoint import check_pairs, grouped, read_tensors
 
 FACTORS_FILE = "factors.safetensors"
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from soup_xb.core.base.towers import is_unseen
 from soup_xb.core.errors import CheckpointError
+from soup_xb.core.run.checkpoint import grouped, read_tensors
 from soup_xb.core.run.session import OptimizerSettings
-from soup_xb.core.run.state_file import grouped, read_tensors
 
 STATE_FILE = "optimizer.safetensors"
 

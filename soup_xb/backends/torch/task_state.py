@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from soup_xb.core.errors import CheckpointError
-from soup_xb.core.run.state_file import read_tensors
+from soup_xb.core.run.checkpoint import read_tensors
 
 STATE_FILE = "task.json"
 PARAMETERS_FILE = "task.safetensors"

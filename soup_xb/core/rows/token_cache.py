@@ -23,7 +23,7 @@ from soup_xb.core.disk import json_text, write_bytes
 from soup_xb.core.rows.file_column import FileColumn
 from soup_xb.core.rows.row_kinds import KINDS
 from soup_xb.core.rows.row_table import COLUMNS, Columns, column_digest
-from soup_xb.core.run.run_lock import UNSUPPORTED
+from soup_xb.core.run.folder import UNSUPPORTED
 
 Array = np.ndarray[Any, Any]
 

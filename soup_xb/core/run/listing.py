@@ -10,10 +10,9 @@ from typing import Any
 from attrs import asdict, frozen
 
 from soup_xb.core.errors import CheckpointError
-from soup_xb.core.run.folder import METRICS
-from soup_xb.core.run.metrics import last_step
+from soup_xb.core.run.events import last_step
+from soup_xb.core.run.folder import METRICS, live_owner
 from soup_xb.core.run.record import RECORD, read_record
-from soup_xb.core.run.run_lock import live_owner
 from soup_xb.core.text import legible
 
 MAX_DEPTH = 5

@@ -1,4 +1,4 @@
-"""How much memory a run will take, from sizes alone: an estimate to choose settings by."""
+"""How much memory a run will take, from sizes alone: an estimate by the largest micro-batch, to choose settings by."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from attrs import frozen
 
 from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.config.schema import TrainingConfig
-from soup_xb.core.run.largest_batch import LargestBatch
+from soup_xb.core.config.schema import PAIRED, SAMPLED, Config, TrainingConfig
+from soup_xb.core.objectives.head_chunks import positions_at_once
+from soup_xb.core.rows.row_facts import RowFacts
 from soup_xb.core.run.session import BaseDescription
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
@@ -66,3 +67,33 @@ def estimate_memory(
     logits = 2 * 4 * batch.through_head * description.vocabulary_size
     activations = batch.tokens * (kept + live) * width + logits
     return MemoryEstimate(int(base), adapter, int(activations))
+
+
+@frozen
+class LargestBatch:
+    """Of one of `processes`: its `tokens` with their padding, and how many of them go `through_head` together."""
+
+    tokens: int
+    through_head: int
+    processes: int = 1
+
+    @classmethod
+    def of(
+        cls, config: Config, facts: RowFacts, vocabulary: int, backend: str, processes: int
+    ) -> LargestBatch:
+        """A run's, from its rows: both answers of a pair, all answers to a prompt, all texts of a row that embeds."""
+        task, training = config.task, config.training
+        rows = training.batch_size // processes
+        longest = int(facts.lengths.max())
+        if task == "embedding":
+            return cls(rows * int(facts.tokens.max()), 0, processes)
+        if task in SAMPLED:
+            answers = rows * training.group_size
+            # The tokens of all answers are weighed together.
+            new = training.max_new_tokens
+            return cls(answers * (longest + new), answers * new, processes)
+        if task == "reward":
+            return cls(2 * rows * longest, 2 * rows, processes)
+        tokens = rows * longest * (2 if task in PAIRED else 1)
+        together = tokens if backend == "mlx" else positions_at_once(tokens, vocabulary)
+        return cls(tokens, together, processes)
