@@ -75,7 +75,7 @@ def _formats(task: str | None) -> Formats:
 
 def _rows(file: Path, data_format: str, task: str | None) -> tuple[dict[str, Any], tuple[Problem, ...]]:
     from soup_xb.core.rows.files import read_rows
-    from soup_xb.core.rows.formats.example_file import ExampleReader
+    from soup_xb.core.rows.formats.detect import ExampleReader
 
     reader = ExampleReader(read_rows(file), data_format, str(file), _formats(task))
     for _ in reader:

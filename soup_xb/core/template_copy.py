@@ -14,9 +14,9 @@ from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.files import read_object_line
 from soup_xb.core.rows.formats.detect import detect_format, to_example
 from soup_xb.core.rows.formats.every import formats_of
-from soup_xb.core.rows.json_rows import read_object_line
 from soup_xb.core.templates import Template, describe_template, load_sample
 
 # `key: value  # comment`, the value on the same line.

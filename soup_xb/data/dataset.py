@@ -19,8 +19,7 @@ from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.rows.files import read_rows
 from soup_xb.core.rows.formats.detect import FORMATS, Formats
-from soup_xb.core.rows.formats.embedding import embedding_formats
-from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_of
+from soup_xb.core.rows.formats.every import EVERY_FORMAT, embedding_formats, formats_of
 from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.judged_rows import rows_for_task
 from soup_xb.core.rows.packing import pack, packing_notice, split_long

@@ -6,7 +6,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
-from soup_xb.core.rows.media import MediaFile
+from soup_xb.core.rows.examples import MediaFile
 from soup_xb.data.media_files import read_file, unusable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from attrs import frozen
 
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.rows.media import Array, Inputs, MediaFile, RowMedia
+from soup_xb.core.rows.examples import Array, Inputs, MediaFile, RowMedia
 from soup_xb.data.images import read_image
 from soup_xb.data.media_files import unusable
 from soup_xb.data.sounds import read_sound

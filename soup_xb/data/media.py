@@ -13,8 +13,7 @@ from attrs import evolve, field, fields, frozen
 from soup_xb.core.adapter.extras import write_media_kind
 from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.examples import ChatExample, Example, Message, TokenRow
-from soup_xb.core.rows.media import RowMedia
+from soup_xb.core.rows.examples import ChatExample, Example, Message, RowMedia, TokenRow
 from soup_xb.core.text import mask_file
 from soup_xb.data.encoding import Array
 from soup_xb.data.inputs import InputMaker

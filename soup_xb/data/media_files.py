@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.examples import Attachment, Source
-from soup_xb.core.rows.media import MediaFile
+from soup_xb.core.rows.examples import Attachment, MediaFile, Source
 from soup_xb.core.text import bytes_text, did_you_mean
 
 # A picture or half a minute of sound is a hundredth of it.

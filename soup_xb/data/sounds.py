@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.rows.media import Array, MediaFile
+from soup_xb.core.rows.examples import Array, MediaFile
 from soup_xb.data.media_files import read_file, unusable
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE

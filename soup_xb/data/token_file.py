@@ -16,7 +16,7 @@ from soup_xb.core.disk import FULL, free_bytes, user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
 from soup_xb.core.process import tokenizing_processes
 from soup_xb.core.rows.examples import AnyExample
-from soup_xb.core.rows.formats.example_file import ExampleReader
+from soup_xb.core.rows.formats.detect import ExampleReader
 from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.row_kinds import KINDS
 from soup_xb.core.rows.row_table import COLUMNS, Columns, RowTable

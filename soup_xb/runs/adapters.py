@@ -21,7 +21,7 @@ from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.rows.formats.detect import FORMATS, Formats
-from soup_xb.core.rows.formats.embedding import embedding_formats
+from soup_xb.core.rows.formats.every import embedding_formats
 from soup_xb.core.rows.formats.media import media_formats
 from soup_xb.core.run.session import GenerationSettings, OptimizerSettings, Session, SessionSettings
 from soup_xb.data.hub import resolve_base

@@ -23,7 +23,7 @@ from soup_xb.core.rows.contrast_batches import contrast_batch
 from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.formats.detect import detect_format, extra_columns, to_example
-from soup_xb.core.rows.formats.embedding import embedding_formats
+from soup_xb.core.rows.formats.every import embedding_formats
 from soup_xb.core.run.plan import make_plan
 
 SOURCE = Source("rows.jsonl", 3)

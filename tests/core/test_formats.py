@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from soup_xb.core.config import schema
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import ChatExample, CompletionExample, Message, Source
-from soup_xb.core.rows.formats.detect import FORMATS, detect_format, extra_columns, to_example
+from soup_xb.core.rows.formats.detect import FORMATS, ExampleReader, detect_format, extra_columns, to_example
 from soup_xb.core.rows.formats.every import EVERY_FORMAT
-from soup_xb.core.rows.formats.example_file import ExampleReader
 from soup_xb.core.rows.formats.media import media_formats
 
 SOURCE = Source("rows.jsonl", 7)

@@ -10,8 +10,8 @@ import pytest
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.rows.examples import Message, Source, TokenRow
+from soup_xb.core.rows.formats.detect import ExampleReader
 from soup_xb.core.rows.formats.every import formats_of
-from soup_xb.core.rows.formats.example_file import ExampleReader
 from soup_xb.core.rows.judged_rows import rows_for_task
 from soup_xb.core.rows.preference_batches import collate_rows, sequence_batches
 from soup_xb.core.rows.preferences import JudgedRow, PairRow, prompt_tokens

@@ -11,8 +11,8 @@ from media_bases import save_picture, save_tone
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Attachment, Source
+from soup_xb.core.rows.formats.detect import ExampleReader
 from soup_xb.core.rows.formats.every import formats_of
-from soup_xb.core.rows.formats.example_file import ExampleReader
 
 CAT, DOG = Attachment("image", "cat.png"), Attachment("image", "dog.png")
 

@@ -9,9 +9,8 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.random_numbers import permutation
-from soup_xb.core.rows.examples import TokenRow
+from soup_xb.core.rows.examples import Inputs, RowMedia, TokenRow, media_inputs
 from soup_xb.core.rows.made import LazySequence
-from soup_xb.core.rows.media import Inputs, RowMedia, media_inputs
 from soup_xb.core.rows.prompts import PromptRow, Rollout
 
 # Rows are sorted by length inside a window of so many micro-batches: wide enough for rows of nearly equal length

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.json_rows import kind
+from soup_xb.core.rows.files import kind
 
 
 def read_text(row: Mapping[str, Any], key: str, where: str) -> str:

@@ -1,17 +1,336 @@
-"""Rows out of data files, each with its place; the format of the file is its ending."""
+"""Rows out of data files (JSON lines, JSON, CSV, TSV, Parquet), each with its place; the ending names the format."""
 
 from __future__ import annotations
 
+import csv
+import json
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, BinaryIO, NoReturn
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.examples import Row
-from soup_xb.core.rows.json_rows import json_lines, json_rows
-from soup_xb.core.rows.table_rows import csv_rows, parquet_rows, tsv_rows
+from soup_xb.core.rows.examples import Row, Source
 from soup_xb.core.text import did_you_mean
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SPACE = " \t\r\n"
+# Python refuses to convert longer ones (a guard against quadratic time), in words about its own settings.
+_MOST_DIGITS = 4300
+_ONE_OBJECT = 'each line holds one JSON object, such as `{"text": "…"}`.'
+
+
+class _RefusedError(ValueError):
+    """JSON that Python would read and that has no one meaning."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _RefusedError(f"{name} is not JSON; write null, or leave the key out")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _RefusedError(f"an integer of {len(digits):,} digits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RefusedError(f"the key `{twice}` is given twice in one object")
+    return row
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_constant=_refuse_constant, strict=True
+)
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """The rows of a .jsonl file, streamed; a JSON array is accepted. Raises DataError with the line."""
+    first = True
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+            if not line.strip():
+                continue
+            source = Source(str(path), number)
+            if first and line.lstrip().startswith(b"["):
+                yield from _array_rows(decoded(line + file.read(), source), source)
+                return
+            first = False
+            text = decoded(line.strip(), source)
+            yield source, _row(_parsed(text, source, last=not raw.endswith(b"\n")), source)
+
+
+def read_object_line(line: str, source: Source) -> dict[str, Any]:
+    """One line as a row. Raises DataError with the line."""
+    return _row(_parsed(line, source, last=True), source)
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .json file: an array of objects, or objects one after the other."""
+    raw = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+    first = Source(str(path), 1)
+    text = decoded(raw, first)
+    if text.lstrip(_SPACE).startswith("["):
+        yield from _array_rows(text, first)
+        return
+    cursor = _Cursor(text, first)
+    while cursor.more():
+        yield cursor.value()
+
+
+def decoded(raw: bytes, source: Source) -> str:
+    """Bytes that begin at `source` as text. Raises DataError with the line of the first byte that is not UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = source.line + raw.count(b"\n", 0, error.start)
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise DataError(
+            "not-utf8",
+            "is UTF-16, not UTF-8" if wide else f"is not UTF-8: byte 0x{raw[error.start]:02x}",
+            where=f"{source.file}:{line}",
+            help="save the file as UTF-8.",
+        ) from error
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError (or RecursionError) for what no row may hold either."""
+    return _DECODER.decode(text)
+
+
+class _Cursor:
+    """A walk over the values in a text, counting lines."""
+
+    def __init__(self, text: str, first: Source) -> None:
+        self.text = text
+        self.position = 0
+        self._file, self._line, self._counted = first.file, first.line, 0
+
+    @property
+    def source(self) -> Source:
+        self._line += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return Source(self._file, self._line)
+
+    def more(self) -> bool:
+        """Skip white space; whether anything is left."""
+        while self.text[self.position : self.position + 1] in _SPACE and self.position < len(self.text):
+            self.position += 1
+        return self.position < len(self.text)
+
+    def take(self, mark: str) -> bool:
+        """Skip white space and `mark`, if it stands here."""
+        found = self.more() and self.text.startswith(mark, self.position)
+        self.position += found
+        return found
+
+    def value(self) -> Row:
+        """The object that stands here."""
+        self.more()
+        source = self.source
+        value, self.position = _decode(self.text, self.position, source)
+        return source, _row(value, source)
+
+
+def _array_rows(text: str, first: Source) -> Iterator[Row]:
+    cursor = _Cursor(text, first)
+    cursor.take("[")
+    if not cursor.take("]"):
+        yield cursor.value()
+        while not cursor.take("]"):
+            if not cursor.take(","):
+                _fail_between(cursor)
+            yield cursor.value()
+    if cursor.more():
+        raise DataError(
+            "bad-json",
+            "text after the end of the array",
+            where=str(cursor.source),
+            help="a file holds either one array of objects, or one object a line.",
+        )
+
+
+def _fail_between(cursor: _Cursor) -> NoReturn:
+    if cursor.more():
+        raise DataError("bad-json", "a `,` or `]` is missing here", where=str(cursor.source))
+    raise _cut_off(cursor.source)
+
+
+def _row(value: Any, source: Source) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            "row-not-object", f"must be an object, got {kind(value)}", where=str(source), help=_ONE_OBJECT
+        )
+    return value
+
+
+def _parsed(text: str, source: Source, last: bool) -> Any:
+    value, end = _decode(text, 0, source, last)
+    if text[end:].strip(_SPACE):
+        raise DataError(
+            "bad-json", f"text after the object, at column {end + 1}", where=str(source), help=_ONE_OBJECT
+        )
+    return value
+
+
+def _decode(text: str, position: int, source: Source, last: bool = True) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        if last and _reaches_the_end(text, error):
+            raise _cut_off(source) from error
+        line = source.line + error.doc.count("\n", position, error.pos)
+        raise DataError(
+            "bad-json",
+            f"is not JSON: {error.msg}, at column {error.colno}",
+            where=f"{source.file}:{line}",
+            help=_ONE_OBJECT,
+        ) from error
+    except RecursionError as error:
+        raise DataError("bad-json", "is nested too deep", where=str(source)) from error
+    except _RefusedError as error:
+        raise DataError("bad-json", str(error), where=str(source)) from error
+
+
+def _reaches_the_end(text: str, error: json.JSONDecodeError) -> bool:
+    unclosed = error.msg.startswith(("Unterminated string", "Invalid \\"))
+    return error.pos >= len(text.rstrip(_SPACE)) or (unclosed and '"' not in text[error.pos + 1 :])
+
+
+def _cut_off(source: Source) -> DataError:
+    return DataError(
+        "cut-off",
+        "is cut off: the file ends in the middle of a row",
+        where=str(source),
+        help="write the file again, or remove the row.",
+    )
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words.
+
+    >>> kind(None), kind(True), kind([1]), kind("a")
+    ('null', 'a boolean', 'a list', 'text')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    names: tuple[tuple[type, str], ...] = (
+        (int, "a number"),
+        (float, "a number"),
+        (str, "text"),
+        (list, "a list"),
+        (dict, "an object"),
+    )
+    return next((name for type_, name in names if isinstance(value, type_)), f"a {type(value).__name__}")
+
+
+# The csv module's own limit is 131,072 characters, less than a long document.
+_LONGEST_FIELD = 2**26
+_BATCH = 1024
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .csv file; the first line names the columns."""
+    return _delimited(path, ",")
+
+
+def tsv_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .tsv file; the first line names the columns."""
+    return _delimited(path, "\t")
+
+
+def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
+    columns: list[str] = []
+    for source, cells in _records(path, delimiter):
+        if not columns:
+            columns = _checked_columns(cells, source)
+            continue
+        if len(cells) != len(columns):
+            raise DataError(
+                "ragged-row",
+                f"has {len(cells)} field{'s' * (len(cells) != 1)}, and the first line names {len(columns)} columns",
+                where=str(source),
+                help="a field that holds the separator or a line break goes in double quotes.",
+            )
+        yield source, dict(zip(columns, cells, strict=True))
+
+
+def _records(path: Path, delimiter: str) -> Iterator[tuple[Source, list[str]]]:
+    with path.open("rb") as file:
+        lines = csv.reader(_text_lines(file, path), delimiter=delimiter, strict=True)
+        first_line = 1
+        while True:
+            # The limit belongs to the whole process, so it is ours for the time of one record alone.
+            before = csv.field_size_limit(_LONGEST_FIELD)
+            try:
+                cells = next(lines, None)
+            except csv.Error as error:
+                raise DataError("bad-csv", f"is not CSV: {error}", where=f"{path}:{first_line}") from error
+            finally:
+                csv.field_size_limit(before)
+            if cells is None:
+                return
+            if cells:
+                yield Source(str(path), first_line), cells
+            first_line = lines.line_num + 1
+
+
+def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
+    for number, raw in enumerate(file, start=1):
+        line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+        yield decoded(line, Source(str(path), number))
+
+
+def _checked_columns(names: list[str], source: Source) -> list[str]:
+    names = [name.strip() for name in names]
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise DataError(
+                "bad-columns",
+                f"the column `{name}` is named twice" if name else "a column has no name",
+                where=str(source),
+                help="the first line names the columns.",
+            )
+    return names
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file, read in batches; a source's line is the row's number."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "pyarrow-missing",
+            "reading Parquet needs pyarrow, which is not installed",
+            where=str(path),
+            help="`pip install pyarrow`, or save the rows as JSON lines.",
+        ) from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(str(path)) as table:
+            _checked_columns(list(table.schema_arrow.names), Source(str(path), 1))
+            for batch in table.iter_batches(batch_size=_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Source(str(path), number), row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        what = "is not a whole Parquet file" if number == 0 else f"is damaged after row {number}"
+        raise DataError(
+            "bad-parquet",
+            f"{what}: {(str(error).splitlines() or [''])[0]}",
+            where=str(path),
+            help="download or write the file again.",
+        ) from error
+
 
 READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = MappingProxyType(
     {

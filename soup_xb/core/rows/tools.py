@@ -13,7 +13,7 @@ from typing import Any
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Message, Source, ToolCall
 from soup_xb.core.rows.fields import checked_text, mistyped, read_text
-from soup_xb.core.rows.json_rows import strict_json
+from soup_xb.core.rows.files import strict_json
 from soup_xb.core.text import did_you_mean
 
 _ONE_TOOL = (

@@ -1,14 +1,16 @@
-"""How rows are written: which format a row has, and what it means."""
+"""Which format a row has, what it means, and what is wrong with rows whose columns are not those of their format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.errors import DataError
+from soup_xb.core.errors import DataError, Problem
 from soup_xb.core.rows.examples import (
     AnyExample,
     ChatExample,
@@ -19,7 +21,6 @@ from soup_xb.core.rows.examples import (
     Source,
 )
 from soup_xb.core.rows.fields import checked_text, mistyped, read_text
-from soup_xb.core.rows.formats.errors import known_formats, other_format, unknown_columns
 from soup_xb.core.rows.tools import check_declared, read_tools
 from soup_xb.core.rows.turns import extra_turn_keys, read_turns
 
@@ -228,3 +229,103 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "text": Format(("text",), _read_plain_text),
     }
 )
+
+
+def unknown_columns(row: Mapping[str, Any], source: Source, formats: Formats) -> DataError:
+    """The error of a first row that no format fits."""
+    for told in (_pairs_for_another_task, _verdicts_for_another_task):
+        if problem := told(row, source, formats):
+            return problem
+    return DataError(
+        "unknown-columns",
+        f"no known format has the columns {_listed(row)}",
+        where=str(source),
+        help=f"rename them: {known_formats(formats)}.",
+    )
+
+
+def _pairs_for_another_task(row: Mapping[str, Any], source: Source, formats: Formats) -> DataError | None:
+    if not {"chosen", "rejected"} <= row.keys() or "preference" in formats:
+        return None
+    return DataError(
+        "preference-rows",
+        "preference rows (`chosen`, `rejected`) are for `task: dpo` and the other preference tasks",
+        where=str(source),
+        help="set `task`, or keep the chosen answer as a `completion` or an assistant turn.",
+    )
+
+
+def _verdicts_for_another_task(row: Mapping[str, Any], source: Source, formats: Formats) -> DataError | None:
+    if not {"prompt", "completion", "label"} <= row.keys() or formats.keys() != {"preference"}:
+        return None
+    return DataError(
+        "unpaired-rows",
+        "is an answer with a verdict (`label`), and this task compares two answers (`chosen`, `rejected`)",
+        where=str(source),
+        help="use `task: kto` or `task: bco`, which learn from such rows.",
+    )
+
+
+def other_format(
+    row: Mapping[str, Any], source: Source, format: str, missing: list[str], formats: Formats
+) -> DataError:
+    """The error of a row that lacks a column of its file's format."""
+    if problem := _verdicts_for_another_task(row, source, formats):
+        return problem
+    fitting = [name for name, other in formats.items() if other.fits(row)]
+    if fitting:
+        return DataError(
+            "mixed-formats",
+            f"is a row of the format {fitting[0]} among rows of the format {format}",
+            where=str(source),
+            help="keep one format a file; `data.train` takes a list of files.",
+        )
+    return DataError(
+        "missing-field",
+        f"is missing; found {_listed(row)}",
+        where=f"{source}: {missing[0]}",
+        help=f"a row of the format {format} has {', '.join(f'`{name}`' for name in formats[format].required)}.",
+    )
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    names = [f"`{str(name)[:40]}`" for name in row]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none)"
+
+
+def known_formats(formats: Formats) -> str:
+    """Each format with the columns that it needs."""
+    return "; ".join(f"{name} ({', '.join(format_.required)})" for name, format_ in formats.items())
+
+
+class ExampleReader:
+    """An iterator over the examples in rows; `count` and `dropped` (column -> rows) grow while it runs.
+
+    `format` is a name of `formats` or `auto`. Raises DataError, when made for columns that no format has, and while
+    iterating for a row that is not of the format.
+    """
+
+    def __init__(self, rows: Iterator[Row], format: str, name: str, formats: Formats = FORMATS) -> None:
+        self.name = name
+        self.count = 0
+        self.dropped: Counter[str] = Counter()
+        self.detection = Detection(format, "`data.format` says so")
+        self._rows, self._formats = rows, formats
+        if format == "auto":
+            head = next(rows)
+            self.detection = detect_format([head], formats)
+            self._rows = chain([head], rows)
+
+    def __iter__(self) -> Iterator[AnyExample]:
+        for source, row in self._rows:
+            example = to_example(row, source, self.detection.name, self._formats)
+            self.count += 1
+            self.dropped.update(set(extra_columns(row, self.detection.name, self._formats)))
+            yield example
+
+    def notices(self) -> Iterator[Problem]:
+        """The format with its reason, and the columns that nothing was made of."""
+        yield Problem("data-format", f"{self.detection.name}: {self.detection.reason}", where=self.name)
+        if self.dropped:
+            listed = ", ".join(f"`{column}` (in {rows:,})" for column, rows in sorted(self.dropped.items()))
+            yield Problem("extra-columns", f"not used: {listed}", where=self.name)

@@ -1,4 +1,4 @@
-"""How preferences are written: two answers to a prompt, or one answer with a verdict."""
+"""The formats of preferences, of prompts that the model itself answers, and of pairs of texts for embedding models."""
 
 from __future__ import annotations
 
@@ -6,24 +6,82 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from soup_xb.core.config.schema import MEDIA_TASKS, task_formats
+from soup_xb.core.config.schema import EMBEDDING_FORMAT, MEDIA_TASKS, task_formats
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import (
     ChatExample,
     CompletionExample,
+    EmbeddingExample,
     Example,
     JudgedExample,
     Message,
     PreferenceExample,
+    PromptExample,
     Source,
 )
 from soup_xb.core.rows.fields import mistyped, read_text
 from soup_xb.core.rows.formats.detect import FORMATS, Format, read_prompt_completion
-from soup_xb.core.rows.formats.embedding import embedding_formats
 from soup_xb.core.rows.formats.media import media_formats
-from soup_xb.core.rows.formats.prompts import PROMPTS
 from soup_xb.core.rows.tools import read_tools
 from soup_xb.core.rows.turns import read_turns
+
+
+def _read_prompt(row: Mapping[str, Any], source: Source) -> PromptExample:
+    if not isinstance(row["prompt"], list):
+        return PromptExample((), read_text(row, "prompt", f"{source}: "), row, source)
+    turns = read_turns(row, "prompt", source)
+    if not turns:
+        raise DataError(
+            "empty-prompt",
+            "there is no turn in it",
+            where=f"{source}: prompt",
+            help="write the user's turn, which the model is to answer, or delete the row.",
+        )
+    if turns[-1].role == "assistant":
+        raise DataError(
+            "answered-prompt",
+            "the last turn is the assistant's, and the model is to write it",
+            where=f"{source}: prompt",
+            help="end the prompt with the user's turn.",
+        )
+    return PromptExample(turns, "", row, source)
+
+
+PROMPTS: Mapping[str, Format] = MappingProxyType(
+    {"prompt": Format(("prompt",), _read_prompt, turns=("prompt",), keeps_all=True)}
+)
+
+
+_ALIASES = MappingProxyType(
+    {
+        **dict.fromkeys(("query", "question", "sentence1"), "anchor"),
+        **dict.fromkeys(("pos", "answer", "passage", "document", "sentence2"), "positive"),
+        **dict.fromkeys(("neg", "hard_negative"), "negative"),
+    }
+)
+
+
+def embedding_formats(query_prompt: str = "", document_prompt: str = "") -> Mapping[str, Format]:
+    """The one format of embedding rows, with these prompts before its texts."""
+
+    def read(row: Mapping[str, Any], source: Source) -> EmbeddingExample:
+        where = f"{source}: "
+        negative = None if row.get("negative") is None else read_text(row, "negative", where)
+        return EmbeddingExample(
+            anchor=_prompted(query_prompt, read_text(row, "anchor", where)),
+            positive=_prompted(document_prompt, read_text(row, "positive", where)),
+            negative=None if negative is None else _prompted(document_prompt, negative),
+            source=source,
+        )
+
+    known = Format(("anchor", "positive"), read, ("negative",), aliases=_ALIASES)
+    return MappingProxyType({EMBEDDING_FORMAT: known})
+
+
+def _prompted(prompt: str, text: str) -> str:
+    # A prompt does not make a text of nothing.
+    return prompt + text if text.strip() else ""
+
 
 _SIDES = ("chosen", "rejected")
 
