@@ -26,12 +26,11 @@ from soup_xb.core.rows.packing import pack, packing_notice, split_long
 from soup_xb.core.rows.preferences import LearnedRow
 from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.run.schedule import floor_share
-from soup_xb.data.hub_dataset import hub_rows
-from soup_xb.data.hub_stream import HubStream
-from soup_xb.data.source import DataSource, Reading
-from soup_xb.data.token_file import TokenFile, token_file
-from soup_xb.data.tokenize_process import Tokenizing
+from soup_xb.core.run.session import Session
+from soup_xb.data.hub import HubStream, hub_rows
+from soup_xb.data.token_file import DataSource, Reading, TokenFile, token_file
 from soup_xb.data.tokenizer import ChatTokenizer
+from soup_xb.data.workers import Tokenizing
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
@@ -182,3 +181,24 @@ def _local(name: str, path: Path) -> DataSource:
     # A file that cannot be read at all is an error before anybody asks for its size.
     read_rows(path)
     return DataSource(name, str(path), partial(read_rows, path), (path,))
+
+
+# Bits of a fingerprint that fit a whole number of every engine.
+_DIGITS = 7
+
+
+def check_same_rows(session: Session, rows: Rows) -> None:
+    """Raise DataError, on every process, where one has other rows than another; it waits for all of them.
+
+    A dataset may move on while processes start: each asks the hub for the commit that it is at.
+    """
+    if session.processes == 1:
+        return
+    mine = int(rows.fingerprint[:_DIGITS], 16)
+    if session.agree(mine) != -session.agree(-mine):
+        raise DataError(
+            "rows-differ",
+            "the processes read different rows: the dataset changed on the hub while they started",
+            where="data.train",
+            help="start again.",
+        )

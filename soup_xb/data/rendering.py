@@ -1,4 +1,9 @@
-"""Asking the process that renders chat templates, and ending it where a template runs away."""
+"""Chat templates are rendered in a process of their own: transformers' sandbox, with the kernel's limits around it.
+
+A template is a foreign program. Jinja's sandbox keeps it from files and processes, not from running on or
+from filling the memory, and no watch inside an interpreter can interrupt `9 ** 9 ** 9`. A process of its own
+can be ended whatever it does: `Renderer` asks it, `serve` is what it runs.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,12 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from soup_xb.core.process import python_command
-from soup_xb.data.render_process import MEMORY_BYTES
 
 # Of processor time, for one conversation; a template of today takes a thousandth of it.
 SECONDS = 2.0
@@ -21,7 +27,7 @@ _WALL_SECONDS = 120.0
 # Neither tokens nor anything else of the user's environment is passed on to foreign code.
 _PASSED_ON = ("PATH", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH", "PYTHONHOME")
 _SET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"}
-_SERVE = "from soup_xb.data.render_process import serve; serve()"
+_SERVE = "from soup_xb.data.rendering import serve; serve()"
 
 
 class RunawayError(Exception):
@@ -41,7 +47,7 @@ class Renderer:
         self._template = ""
 
     def render(self, template: str, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request, as `render_process.serve` describes both. Raises RunawayError."""
+        """The answer to a request, as `serve` describes both. Raises RunawayError."""
         process = self._started()
         request = {**request, "seconds": self.seconds}
         if template != self._template:
@@ -108,3 +114,89 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] |
         return None
     answer: dict[str, Any] = json.loads(answered)
     return answer
+
+
+MEMORY_BYTES = 2 * 2**30
+# What the code in a template can raise, besides Jinja's own errors. Python's compiler refuses deep loops.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def serve() -> None:
+    """Answer requests, one JSON object a line, until stdin ends.
+
+    A request holds `turns`, `tools` (JSON schemas of functions), `generation_prompt`, `room` (the longest
+    rendering, in characters), `seconds`, `tokens` (special tokens by name) and, where it is another one than
+    before, `template`. An answer holds `text`, or `error` with `kind` and `line`. `kind` is the name of the
+    exception, or `size` for a rendering beyond `room`.
+    """
+    # Ctrl-C reaches every process of the terminal; this one ends with its parent, when stdin does.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    import transformers.utils.chat_template_utils  # noqa: F401 - its size belongs to the limit
+
+    _limit_memory()
+    template = ""
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        template = request.get("template", template)
+        answer = json.dumps(_answer(template, request)).encode() + b"\n"
+        # The parent may be gone; stdin ends then too.
+        with suppress(BrokenPipeError):
+            sys.stdout.buffer.write(answer)
+            sys.stdout.buffer.flush()
+
+
+def _answer(template: str, request: dict[str, Any]) -> dict[str, Any]:
+    import jinja2
+
+    # Processor time, so that a busy machine changes nothing; the signal's default action ends the process.
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+    try:
+        text = _rendered(template, request)
+    except (*_FAILURES, jinja2.TemplateError, MemoryError) as error:
+        message = getattr(error, "message", None) or str(error)
+        return {"error": message, "kind": type(error).__name__, "line": getattr(error, "lineno", None)}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+    if len(text) > request["room"]:
+        message = f"the rendering of {len(text):,} characters is far longer than the turns in it"
+        return {"error": message, "kind": "size", "line": None}
+    return {"text": text}
+
+
+def _rendered(template: str, request: dict[str, Any]) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, _ = render_jinja_template(
+        conversations=[request["turns"]],
+        tools=request["tools"] or None,
+        chat_template=template,
+        add_generation_prompt=request["generation_prompt"],
+        continue_final_message=False,
+        **request["tokens"],
+    )
+    text: str = rendered[0]
+    return text
+
+
+def _limit_memory() -> None:
+    """Linux holds a process to its address space; macOS does not, and there the time limit stands alone."""
+    import resource
+
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return
+    limit = int(statm.read_text("ascii").split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -1,9 +1,13 @@
-"""A data file or hub dataset as token rows: tokenized once and kept on the disk where it is large."""
+"""A data file or hub dataset as token rows: tokenized once, and kept on the disk under everything they depend on."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,13 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
+import soup_xb
 from soup_xb.core import disk
 from soup_xb.core.disk import FULL, free_bytes, user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
 from soup_xb.core.process import tokenizing_processes
-from soup_xb.core.rows.examples import AnyExample
-from soup_xb.core.rows.formats.detect import ExampleReader
+from soup_xb.core.rows.examples import AnyExample, Row
+from soup_xb.core.rows.formats.detect import ExampleReader, Formats
 from soup_xb.core.rows.goal import Goal
 from soup_xb.core.rows.row_kinds import KINDS
 from soup_xb.core.rows.row_table import COLUMNS, Columns, RowTable
@@ -30,12 +35,92 @@ from soup_xb.core.rows.token_cache import (
     evict,
     open_entry,
 )
+from soup_xb.core.run.manifest import file_sha256
 from soup_xb.core.text import bytes_text
-from soup_xb.data.row_tally import RowTally
-from soup_xb.data.source import DataSource, Reading
-from soup_xb.data.token_key import token_key
-from soup_xb.data.tokenize_process import Batch, Tokenizing, UnkeptRowsError
-from soup_xb.data.workers import tokenized
+from soup_xb.data.tokenize import RowTally
+from soup_xb.data.workers import Batch, Tokenizing, UnkeptRowsError, tokenized
+
+
+def _nothing() -> tuple[Problem, ...]:
+    return ()
+
+
+@frozen(eq=False)
+class DataSource:
+    """Where rows come from: a reader that starts anew with each call.
+
+    `name` is as the config writes it, `place` what rows name as theirs. `files` are what the rows are read from,
+    `extra` what else decides which rows there are. Rows with a `goal` come over the network, and no more of them are
+    taken than it asks for. `told` is what a user should know of the reading, once it is done.
+    """
+
+    name: str
+    place: str
+    rows: Callable[[], Iterator[Row]]
+    files: tuple[Path, ...] = ()
+    extra: tuple[str, ...] = ()
+    goal: Goal | None = None
+    told: Callable[[], tuple[Problem, ...]] = _nothing
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+@frozen
+class Reading:
+    """How rows are read: the format asked for, those that the task knows, and what else their meaning depends on.
+
+    `has_columns` says whether a table can keep what becomes of them.
+    """
+
+    format: str
+    formats: Formats
+    extra: tuple[str, ...] = ()
+    has_columns: bool = True
+
+
+_LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
+# The package's own folder, and the folders below it with everything in them, whose modules make rows.
+_WHOLE_FOLDERS = ("core", "data")
+
+
+def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str, Any]:
+    """The key of a source's rows, as JSON holds it."""
+    template = how.tokenizer.template
+    return {
+        "name": [source.name, source.place],
+        "files": [file_sha256(file.resolve()) for file in source.files],
+        "readers": [file.suffix.lower() for file in source.files],
+        "extra": [list(source.extra), list(reading.extra)],
+        "goal": source.goal.words if source.goal is not None else "",
+        "format": reading.format,
+        "formats": list(reading.formats),
+        "max_length": how.max_length,
+        "tokenizer": how.tokenizer.fingerprint,
+        "day": date.today().isoformat() if template is not None and template.is_dated else "",
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "code": _code(),
+    }
+
+
+def row_modules() -> list[Path]:
+    """The files of the modules that make rows, and of some more: a new one is never left out."""
+    package = Path(soup_xb.__file__).parent
+    below = (file for folder in _WHOLE_FOLDERS for file in (package / folder).rglob("*.py"))
+    return sorted([*package.glob("*.py"), *below])
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of those modules: none of them can change and leave old rows in use."""
+    package, digest = Path(soup_xb.__file__).parent, hashlib.sha256()
+    for file in row_modules():
+        digest.update(f"{file.relative_to(package).as_posix()}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
 
 # Smaller data is tokenized in about the time that checking a kept copy takes.
 KEPT_FROM_BYTES = 2**20

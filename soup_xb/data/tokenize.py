@@ -1,11 +1,22 @@
-"""Examples -> token rows for every task: the sides of a preference are tokenized together and kept together."""
+"""Examples -> token rows for every task, and a count of what became of them.
+
+The sides of a preference are tokenized together and kept together; texts to embed get the special tokens that
+sentence-transformers gives them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from attrs import evolve
+import numpy as np
+from attrs import evolve, frozen
 
+from soup_xb.core.base.folder import BaseFolder
+from soup_xb.core.config.schema import Config, DataConfig
+from soup_xb.core.errors import DataError, Problem
+from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import (
     AnyExample,
     ChatExample,
@@ -18,7 +29,6 @@ from soup_xb.core.rows.examples import (
 )
 from soup_xb.core.rows.preferences import JudgedRow, PairRow
 from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.data.embedding_texts import embedding_rows
 from soup_xb.data.tokenizer import ChatTokenizer, Tokenized
 
 EQUAL_ANSWERS = "both answers are the same tokens"
@@ -98,3 +108,205 @@ def _paired(chosen: Tokenized, rejected: Tokenized) -> Tokenized:
     assert isinstance(rejected.row, TokenRow)
     row = PairRow(chosen.row, rejected.row)
     return evolve(told, reason=EQUAL_ANSWERS) if row.is_equal else evolve(told, row=row)
+
+
+# Types whose first position is the one behind the padding token's id.
+_POSITIONS_BEHIND_PADDING = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
+    "data2vec-text", "ibert", "xmod",
+)  # fmt: skip
+
+
+def longest_text(
+    asked: int, config: Mapping[str, Any], tokenizer: ChatTokenizer
+) -> tuple[int, tuple[Problem, ...]]:
+    """Tokens at which texts are cut: `asked`, or fewer where the base has no positions for them; said in a notice."""
+    known = [asked, int(min(tokenizer.hf.model_max_length, asked))]
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions > 0:
+        behind = tokenizer.pad_id + 1 if config.get("model_type") in _POSITIONS_BEHIND_PADDING else 0
+        known.append(positions - behind)
+    longest = min(known)
+    if longest == asked:
+        return asked, ()
+    message = f"texts are cut at {longest} tokens, the longest that the base takes, not at {asked}"
+    return longest, (Problem("longest-text", message, where="data.max_length"),)
+
+
+def fitted_data(
+    config: Config, base: BaseFolder, tokenizer: ChatTokenizer
+) -> tuple[DataConfig, tuple[Problem, ...]]:
+    """The data section with the length at which texts are really cut, for `task: embedding`; else as it is."""
+    if config.task != "embedding":
+        return config.data, ()
+    longest, notices = longest_text(config.data.max_length, base.config, tokenizer)
+    return evolve(config.data, max_length=longest), notices
+
+
+def embedding_rows(
+    examples: Sequence[AnyExample], tokenizer: ChatTokenizer, max_length: int
+) -> list[Tokenized]:
+    """One result an example, in order; a row with an empty text has nothing to learn."""
+    found = [example for example in examples if isinstance(example, EmbeddingExample)]
+    texts = [text for example in found for text in _texts(example)]
+    encoded = iter(encode_texts(texts, tokenizer, max_length))
+    return [_row(example, encoded) for example in found]
+
+
+@frozen(eq=False)
+class EncodedText:
+    """The ids of a text, cut at the length that was asked for."""
+
+    tokens: np.ndarray[Any, Any]
+    truncated: bool
+
+
+def encode_texts(texts: Sequence[str], tokenizer: ChatTokenizer, max_length: int) -> list[EncodedText]:
+    """Each text with the tokenizer's special tokens; what is cut away stands before the last of those."""
+    if not texts:
+        return []
+    # A long text is looked at twice; the tokenizer warns of a first look that is beyond its own limit.
+    whole = tokenizer.hf(list(texts), add_special_tokens=True, verbose=False).input_ids
+    cut = {index for index, ids in enumerate(whole) if len(ids) > max_length}
+    if cut:
+        again = tokenizer.hf(
+            [texts[index] for index in sorted(cut)],
+            add_special_tokens=True,
+            truncation=True,
+            max_length=max_length,
+        ).input_ids
+        for index, ids in zip(sorted(cut), again, strict=True):
+            whole[index] = ids
+    return [EncodedText(np.array(ids, dtype=np.int32), index in cut) for index, ids in enumerate(whole)]
+
+
+def _texts(example: EmbeddingExample) -> tuple[str, ...]:
+    pair = (example.anchor, example.positive)
+    return pair if example.negative is None else (*pair, example.negative)
+
+
+def _row(example: EmbeddingExample, encoded: Iterator[EncodedText]) -> Tokenized:
+    names = ("anchor", "positive", "negative")
+    texts = _texts(example)
+    sides = [next(encoded) for _ in texts]
+    truncated = any(side.truncated for side in sides)
+    for name, text, side in zip(names, texts, sides, strict=False):
+        if not text.strip() or not side.tokens.size:
+            return Tokenized(example.source, None, f"`{name}` is empty", truncated)
+    rows = [TokenRow(side.tokens, np.zeros(side.tokens.size, np.bool_), example.source) for side in sides]
+    return Tokenized(example.source, EmbeddingRow(*rows), "", truncated)
+
+
+# Places named in a notice; the count says how many more there are.
+_NAMED = 3
+
+
+class _Places:
+    """A count with the first few places."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, place: object) -> None:
+        self.count += 1
+        if len(self.first) < _NAMED:
+            self.first.append(str(place))
+
+    def merge(self, count: int, first: Sequence[str]) -> None:
+        self.count += count
+        self.first = [*self.first, *first][:_NAMED]
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return ", ".join(self.first) + (f" and {more:,} more" if more else "")
+
+
+class RowTally:
+    """What happened to the rows of a file."""
+
+    def __init__(self, name: str, max_length: int) -> None:
+        """Count for the file `name`, whose rows are cut at `max_length`."""
+        self.chats = False
+        self.truncated = _Places()
+        self._name, self._max_length = name, max_length
+        self._reasons: Counter[str] = Counter()
+        self._unlearnable, self._rewritten, self._hidden = _Places(), _Places(), _Places()
+        self._equal, self._other_prompts = _Places(), _Places()
+
+    def state(self) -> dict[str, Any]:
+        """The counts as JSON holds them, for `merge`."""
+        places = {name: [one.count, one.first] for name, one in self._places().items()}
+        return {"chats": self.chats, "reasons": dict(self._reasons), "places": places}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Count what another tally of the same file counted in the rows that follow."""
+        self.chats |= state["chats"]
+        self._reasons.update(state["reasons"])
+        for name, one in self._places().items():
+            one.merge(*state["places"][name])
+
+    def _places(self) -> dict[str, _Places]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, _Places)}
+
+    def add(self, results: Iterable[Tokenized]) -> None:
+        """Count what became of some rows."""
+        for result in results:
+            if result.row is None:
+                self._reasons[result.reason] += 1
+                if result.reason == EQUAL_ANSWERS:
+                    self._equal.add(result.source)
+                else:
+                    self._unlearnable.add(f"{result.source} ({result.reason})")
+            elif isinstance(result.row, PairRow) and not result.row.shares_prompt:
+                self._other_prompts.add(result.source)
+            for happened, places in (
+                (result.truncated and result.row is not None, self.truncated),
+                (result.rewritten and result.row is not None, self._rewritten),
+                (result.hidden, self._hidden),
+            ):
+                if happened:
+                    places.add(result.source)
+
+    def nothing_to_learn(self, count: int) -> DataError:
+        """The error of a file of `count` rows without one to train on."""
+        reasons = "; ".join(f"{reason} ({rows:,})" for reason, rows in self._reasons.most_common())
+        return DataError(
+            "nothing-to-learn",
+            f"there is nothing to learn in any of the {count:,} rows: {reasons}",
+            where=self._name,
+            help="an assistant turn, a completion, a text, two different answers or two texts that belong together "
+            "is what a model learns from; "
+            "`soupx data FILE --base BASE` shows the trained tokens.",
+        )
+
+    def notices(self) -> Iterator[Problem]:
+        """What should be known, worst first; a count of zero says nothing."""
+        told = (
+            ("rows-without-targets", "left out, with nothing to learn", self._unlearnable),
+            ("truncated", f"cut at {self._max_length:,} tokens (`data.max_length`)", self.truncated),
+            (
+                "rewritten-turns",
+                "with an assistant turn that the chat template changes, which is not trained on",
+                self._rewritten,
+            ),
+            ("hidden-turns", "with a turn that the chat template changes or leaves out", self._hidden),
+            (
+                "prompts-differ",
+                "whose prompt is not the same tokens before both answers",
+                self._other_prompts,
+            ),
+        )
+        return self._told(told)
+
+    def warnings(self) -> Iterator[Problem]:
+        """What may be a mistake in the file."""
+        return self._told(
+            (("equal-answers", "left out, whose `chosen` and `rejected` are the same tokens", self._equal),)
+        )
+
+    def _told(self, told: Iterable[tuple[str, str, _Places]]) -> Iterator[Problem]:
+        for code, what, places in told:
+            if places.count:
+                rows = "1 row" if places.count == 1 else f"{places.count:,} rows"
+                yield Problem(code, f"{rows} {what}: {places}", where=self._name)

@@ -26,8 +26,7 @@ from soup_xb.data.chat_template import (
     own_template,
     read_template,
 )
-from soup_xb.data.encoding import Array, Encoder
-from soup_xb.data.spans import EndTokens, Markup, mark_assistant_turns, turn_end
+from soup_xb.data.spans import Array, Encoder, EndTokens, Markup, mark_assistant_turns, turn_end
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -26,7 +26,7 @@ from soup_xb.core.rows.formats.media import media_formats
 from soup_xb.core.run.session import GenerationSettings, OptimizerSettings, Session, SessionSettings
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media import open_tokenizer_for
-from soup_xb.data.processor import is_processor_folder, task_of_processor
+from soup_xb.data.media_inputs import is_processor_folder, task_of_processor
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.runs.embedding_model import saved_facts
 

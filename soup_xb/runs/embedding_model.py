@@ -16,7 +16,7 @@ from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.errors import ModelError
 from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import EmbeddingSession, Session
-from soup_xb.data.embedding_texts import fitted_data
+from soup_xb.data.tokenize import fitted_data
 from soup_xb.data.tokenizer import ChatTokenizer
 from soup_xb.runs.open import OpenRun
 

@@ -21,12 +21,11 @@ from soup_xb.core.objectives.of_config import objective_of
 from soup_xb.core.rows.goal import streaming_goal
 from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.run.session import Session, SessionSettings
-from soup_xb.data.dataset import check_files, load_dataset
-from soup_xb.data.embedding_texts import fitted_data
+from soup_xb.data.dataset import check_files, check_same_rows, load_dataset
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media import open_tokenizer_for
 from soup_xb.data.rendering import RENDERER
-from soup_xb.data.same_rows import check_same_rows
+from soup_xb.data.tokenize import fitted_data
 from soup_xb.data.tokenizer import ChatTokenizer
 
 

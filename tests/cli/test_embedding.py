@@ -179,7 +179,7 @@ def vectors_of_sentence_transformers(folder: Path, texts: list[str]) -> np.ndarr
 def live_vectors(out: Path, texts: list[str]) -> np.ndarray:
     from soup_xb.core.rows.batches import collate
     from soup_xb.core.rows.examples import Source, TokenRow
-    from soup_xb.data.embedding_texts import encode_texts
+    from soup_xb.data.tokenize import encode_texts
     from soup_xb.runs.adapters import TrainedOptions, open_trained
 
     with open_trained(TrainedOptions("torch", out)) as trained:

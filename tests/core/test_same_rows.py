@@ -11,7 +11,7 @@ import pytest
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.rows import ListedRows
-from soup_xb.data.same_rows import check_same_rows
+from soup_xb.data.dataset import check_same_rows
 
 
 class Meeting:

@@ -405,7 +405,7 @@ def test_a_dataset_whose_archives_may_hold_pickles_is_refused(
     import datasets
 
     from soup_xb.core.errors import DataError
-    from soup_xb.data.hub_dataset import hub_rows
+    from soup_xb.data.hub import hub_rows
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()

@@ -216,7 +216,7 @@ def test_a_run_reads_no_pickle_calls_nobody_and_imports_nothing_from_the_base(
     seen = json.loads(done.stdout.splitlines()[-1])
     # A command starts one process, which renders chat templates; on Linux a compiler gives MLX's BLAS its names.
     compiled = [started for _, started in seen if "soupx-blas-" in started[1]]
-    rendered = [started for _, started in seen if "soup_xb.data.render_process" in started[1]]
+    rendered = [started for _, started in seen if "soup_xb.data.rendering" in started[1]]
     assert [event for event, _ in seen] == ["subprocess.Popen"] * len(seen), seen
     assert len(rendered) == len(commands), seen
     assert len(compiled) == (backend == "mlx" and sys.platform == "linux"), seen

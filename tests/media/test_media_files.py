@@ -13,9 +13,7 @@ from media_bases import save_picture, save_tone
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Attachment, Source
-from soup_xb.data.images import read_image
-from soup_xb.data.media_files import find_files
-from soup_xb.data.sounds import Sound, read_sound
+from soup_xb.data.media_inputs import Sound, find_files, read_image, read_sound
 
 
 def found(folder: Path, name: str, kind: str = "image") -> Any:

@@ -17,7 +17,7 @@ from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.data.dataset import load_dataset, load_file, split_rows, tokenize_file
-from soup_xb.data.hub_dataset import hub_rows
+from soup_xb.data.hub import hub_rows
 from soup_xb.data.tokenizer import open_tokenizer
 
 
@@ -189,7 +189,7 @@ def test_a_split_or_subset_that_a_dataset_does_not_have_is_named(local_copy, sub
 
 def test_without_a_network_a_hub_dataset_is_an_error_that_says_how_to_fetch_it(tmp_path):
     code = (
-        "from soup_xb.data.hub_dataset import hub_rows; from soup_xb.core.errors import DataError\n"
+        "from soup_xb.data.hub import hub_rows; from soup_xb.core.errors import DataError\n"
         "try: hub_rows('owner/name', None, 'train')\n"
         "except DataError as error: print(error)"
     )

@@ -20,8 +20,7 @@ from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.goal import Goal
 from soup_xb.data.dataset import Dataset, load_dataset
-from soup_xb.data.hub_dataset import hub_rows
-from soup_xb.data.hub_stream import HubStream, check_places
+from soup_xb.data.hub import HubStream, check_places, hub_rows
 
 NAME = "owner/name"
 FILES, ROWS = 20, 50

@@ -17,10 +17,10 @@ from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.data import token_file
 from soup_xb.data.dataset import load_dataset, tokenize_file
-from soup_xb.data.encoding import BATCH
-from soup_xb.data.row_tally import RowTally
-from soup_xb.data.token_key import row_modules
-from soup_xb.data.tokenize_process import Batch
+from soup_xb.data.spans import BATCH
+from soup_xb.data.token_file import row_modules
+from soup_xb.data.tokenize import RowTally
+from soup_xb.data.workers import Batch
 
 COUNT = 3 * BATCH + 17
 
@@ -115,7 +115,7 @@ def test_no_module_that_makes_rows_can_change_unnoticed(tmp_path):
     code = (
         "import json, sys\n"
         "import soup_xb.data.dataset, soup_xb.data.workers\n"
-        "import soup_xb.data.tokenize_process, soup_xb.data.render_process\n"
+        "import soup_xb.data.workers, soup_xb.data.rendering\n"
         "import soup_xb.data.media\n"
         "print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.startswith('soup_xb')]))"
     )
