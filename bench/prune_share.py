@@ -24,8 +24,8 @@ from soup_xb.core.adapter.pieces import difference, prune
 from soup_xb.core.adapter.starts import Start
 from soup_xb.core.config.load import parse_config
 from soup_xb.demo.base import prepare_base
+from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train
-from soup_xb.runs.train_options import TrainOptions
 
 # The best rates that quality.py found.
 RATES = {"random": 1.8e-3, "pissa": 2e-4, "olora": 6.7e-5}

@@ -37,8 +37,8 @@ from soup_xb.core.run.record import read_record
 from soup_xb.data.dataset import load_file
 from soup_xb.demo.base import prepare_base
 from soup_xb.runs.adapters import TrainedOptions, open_trained
+from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train
-from soup_xb.runs.train_options import TrainOptions
 
 STRATEGIES = ("random", "pissa", "olora")
 MODES = ("prune", "merge")

@@ -19,8 +19,8 @@ from rows import docstring_rows
 from soup_xb.core.config.load import load_config
 from soup_xb.core.run.events import Event, SaveEvent, StepEvent
 from soup_xb.demo.base import prepare_base
+from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train
-from soup_xb.runs.train_options import TrainOptions
 
 CONFIG = """
 base: {base}

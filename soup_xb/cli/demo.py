@@ -44,8 +44,8 @@ def command(
     from soup_xb.core.disk import write_text
     from soup_xb.demo.base import prepare_base
     from soup_xb.demo.trial import demo_config, hold_trials
+    from soup_xb.runs.resume import TrainOptions
     from soup_xb.runs.train import train
-    from soup_xb.runs.train_options import TrainOptions
 
     chosen = (f"backend={backend}",) if backend else ()
     _say("preparing the base model (once on this machine)")

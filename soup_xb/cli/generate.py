@@ -48,8 +48,13 @@ def command(  # noqa: PLR0913 - one parameter an option
     from soup_xb.backends import available_backend
     from soup_xb.core.rows.examples import Message
     from soup_xb.core.run.session import GenerationSettings
-    from soup_xb.runs.adapters import TrainedOptions, continue_chat, open_trained, refuse_files
-    from soup_xb.runs.embedding_model import refuse_to_answer
+    from soup_xb.runs.adapters import (
+        TrainedOptions,
+        continue_chat,
+        open_trained,
+        refuse_files,
+        refuse_to_answer,
+    )
 
     refuse_to_answer(adapter)
     with open_trained(TrainedOptions(available_backend(backend), adapter, base)) as trained:

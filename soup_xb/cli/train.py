@@ -55,9 +55,8 @@ def command(  # noqa: PLR0913 - one parameter an option
         overrides = (*overrides, f"output={json.dumps(str(output))}")
     loaded = load(file, named, backend, overrides)
     from soup_xb.cli.progress import ProgressListener
-    from soup_xb.runs.resume import ResumeRequest
+    from soup_xb.runs.resume import ResumeRequest, TrainOptions
     from soup_xb.runs.train import train
-    from soup_xb.runs.train_options import TrainOptions
 
     request = ResumeRequest(resume, resume_from, overrides_resume, resume_weights_only)
     options = TrainOptions(resume=request, overwrite=overwrite, prompts=prompts)

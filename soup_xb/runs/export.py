@@ -31,8 +31,17 @@ from soup_xb.core.run.session import EmbeddingSession
 from soup_xb.core.text import mask_file
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media_inputs import is_processor_folder
-from soup_xb.runs.adapters import TrainedOptions, base_modules, base_of, media_task, open_trained, plan_of
-from soup_xb.runs.embedding_model import refuse_embeddings, save_embedding_model, saved_facts
+from soup_xb.runs.adapters import (
+    TrainedOptions,
+    base_modules,
+    base_of,
+    media_task,
+    open_trained,
+    plan_of,
+    refuse_embeddings,
+    save_embedding_model,
+    saved_facts,
+)
 
 
 def export_adapter(source: Path, target: Path, form: str, base: str | None = None) -> tuple[Problem, ...]:

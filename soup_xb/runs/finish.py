@@ -27,8 +27,7 @@ from soup_xb.core.run.loop import check_rewards
 from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run.session import GenerationSettings, JudgingSession
-from soup_xb.runs.adapters import LoadedAdapter, continue_chat
-from soup_xb.runs.embedding_model import save_embedding_model, trained_facts
+from soup_xb.runs.adapters import LoadedAdapter, continue_chat, save_embedding_model, trained_facts
 from soup_xb.runs.open import OpenRun
 from soup_xb.runs.writer import checkpoint_bytes
 

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, and whether it belongs to this run."""
+"""Going on from a checkpoint: which one, whether it belongs to this run, and what the command line decides about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from soup_xb.core.config.load import config_dict
 from soup_xb.core.config.schema import KEYS, Config
@@ -15,7 +15,7 @@ from soup_xb.core.errors import CheckpointError, ConfigError, Problem
 from soup_xb.core.run.checkpoint import Checkpoint, CheckpointFacts, newest_whole, read_checkpoint
 from soup_xb.core.run.manifest import fingerprint
 from soup_xb.core.text import did_you_mean
-from soup_xb.runs.reward_file import reward_marks
+from soup_xb.runs.rewards import reward_marks
 
 SETTINGS_FILE = "settings.json"
 _PRECISION = "training.precision"
@@ -242,3 +242,15 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if not isinstance(value, dict) or prefix.endswith("_pattern"):
         return [(prefix, value)]
     return [pair for key, item in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else key, item)]
+
+
+@frozen
+class TrainOptions:
+    """What the command line decides besides the file.
+
+    `prompts` are answered by the base and the tuned model at the end, for the report.
+    """
+
+    resume: ResumeRequest = field(factory=ResumeRequest)
+    overwrite: bool = False
+    prompts: tuple[str, ...] = ()

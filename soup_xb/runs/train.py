@@ -22,8 +22,8 @@ from soup_xb.core.run.stop import heard_early, launched_processes, stop_on_signa
 from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.runs.open import OpenRun, check_processes, open_run
 from soup_xb.runs.reference import plan_with_reference
+from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.rewards import open_rewards, session_for
-from soup_xb.runs.train_options import TrainOptions
 from soup_xb.runs.writer import RunWriter, failure_noted, output_folder
 
 

@@ -30,12 +30,12 @@ from soup_xb.runs.open import OpenRun
 from soup_xb.runs.resume import (
     SETTINGS_FILE,
     ResumePoint,
+    TrainOptions,
     check_request,
     find_resume_point,
     run_settings,
     settings_fingerprint,
 )
-from soup_xb.runs.train_options import TrainOptions
 
 _PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers")
 

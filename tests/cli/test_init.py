@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from attrs import evolve
 
-from soup_xb.cli.questions import bases_for
+from soup_xb.cli.init import bases_for
 from soup_xb.core.config.load import load_config, parse_config
 from soup_xb.core.templates import list_templates, load_sample, load_template, shipped_folder
 

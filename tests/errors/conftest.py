@@ -78,8 +78,8 @@ def trained(
 ) -> Callable[[str], Path]:
     """The output folder of a finished run of a backend, made once; copy it before you touch it."""
     from soup_xb.core.config.load import parse_config
+    from soup_xb.runs.resume import TrainOptions
     from soup_xb.runs.train import train
-    from soup_xb.runs.train_options import TrainOptions
 
     made: dict[str, Path] = {}
 

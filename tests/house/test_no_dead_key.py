@@ -205,8 +205,8 @@ def values_of(key: str) -> dict[str, Any]:
 def run(place: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Everything about a run but times, speeds and places: what it refused, left behind, or said."""
     from soup_xb.core.config.load import parse_config
+    from soup_xb.runs.resume import TrainOptions
     from soup_xb.runs.train import train
-    from soup_xb.runs.train_options import TrainOptions
 
     content: dict[str, Any] = {
         "base": "base",

@@ -20,8 +20,8 @@ from soup_xb.core.objectives import head_chunks
 from soup_xb.core.rows.batches import collate
 from soup_xb.core.rows.examples import Source, TokenRow
 from soup_xb.core.rows.packing import pack
+from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train as run_file
-from soup_xb.runs.train_options import TrainOptions
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -61,7 +61,7 @@ def test_stock_libraries_load_the_head_and_give_the_live_scores(
     from peft import PeftModel
 
     from soup_xb.core.config.load import load_config
-    from soup_xb.runs.reward_model import open_reward_model
+    from soup_xb.runs.rewards import open_reward_model
 
     # VeRA's alpha has no meaning, and its vectors want a higher rate.
     lora = {"r": 4, **WAYS[way]}

@@ -24,8 +24,8 @@ from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.runs.adapters import TrainedOptions, open_trained
 from soup_xb.runs.export import export_adapter, merge_adapter
+from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train as run_file
-from soup_xb.runs.train_options import TrainOptions
 
 Attached = Callable[..., Any]
 Soupx = Callable[..., Any]

@@ -34,8 +34,8 @@ def slope(points: list[tuple[int, int]]) -> float:
 def main() -> None:
     from soup_xb.core.config.load import load_config
     from soup_xb.core.run.events import Event, SaveEvent, StepEvent
+    from soup_xb.runs.resume import TrainOptions
     from soup_xb.runs.train import train
-    from soup_xb.runs.train_options import TrainOptions
 
     points: list[tuple[int, int]] = []
     open_files: list[int] = []
