@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
-from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
+from soup_xb.backends.mlx.adapters import KeyedDropout, StartedLinear
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.backends.mlx.starts import MlxAlgebra, weight_starts

@@ -1,9 +1,13 @@
-"""LoRA layers on an mlx-lm model: mlx-lm's layers, core's decisions."""
+"""LoRA layers on an mlx-lm model, and in a checkpoint: mlx-lm's layers, core's decisions.
+
+A factor is named `module.lora_A`; mlx-lm keeps it in the layer as `lora_a`, transposed: A (in, rank), B (rank, out).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,15 +15,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
+from safetensors.numpy import save_file
 
-from soup_xb.backends.mlx.layers import KeyedDropout, StartedLinear
-from soup_xb.backends.mlx.names import ATTRIBUTES, factor_from_numpy, factor_to_numpy
-from soup_xb.backends.mlx.tree import replace_module, submodule
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, random_factor
 from soup_xb.core.base.modules import AdapterModule
+from soup_xb.core.errors import CheckpointError
+from soup_xb.core.run.checkpoint import check_pairs, grouped, read_tensors
 
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 Arrays = dict[str, mx.array]
@@ -147,3 +151,151 @@ class Adapters:
 
 def _flat(factors: Factors) -> dict[str, np.ndarray[Any, Any]]:
     return {f"{name}.{factor}": array for name, arrays in factors.items() for factor, array in arrays.items()}
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of a key, so that recomputing a block for its gradient repeats it."""
+
+    def __init__(self, rate: float) -> None:
+        """Off until it has a key."""
+        super().__init__()
+        self.rate = rate
+        self.set_key(None)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it drops anything."""
+        return self._key is not None and self.rate > 0.0
+
+    def set_key(self, key: mx.array | None) -> None:
+        """Switch dropout on with a key, off with None."""
+        # MLX counts an array among a module's parameters unless its name begins with an underscore.
+        self._key = key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Zero entries at the rate and scale the others up, if there is a key."""
+        if not self.is_on:
+            return x
+        keep = 1.0 - self.rate
+        return mx.random.bernoulli(keep, x.shape, key=self._key) * (1.0 / keep) * x
+
+
+class StartedLinear(LoRALinear):
+    """mlx-lm's LoRA layer for factors that start with base weight in them.
+
+    PiSSA and OLoRA freeze W - scale B0 A0 and train B A beside it. Here W itself stays, in whatever format, and the
+    layer adds scale ((B - B0) A + B0 (A - A0)): the same function and the same gradients, exactly zero at the start.
+    """
+
+    def __init__(self, linear: Any, adapter: AdapterModule, start: Start) -> None:
+        """Wrap `linear`; the factors, `lora_a` (in, rank) and `lora_b` (rank, out), are set later."""
+        super().__init__(adapter.in_features, adapter.out_features, adapter.rank, 0.0, adapter.scale)
+        self.linear = linear
+        # Underscores keep them out of the parameters: they are constants, as the base's weights are.
+        self._start_a, self._start_b = factor_from_numpy(start.a), factor_from_numpy(start.b)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(…, in_features) -> (…, out_features).
+
+        Dropout is in front of B A alone; B0 A0 sees all of the input, as the residual would.
+        """
+        if self.dropout.is_on:
+            down = self.dropout(x) @ self.lora_a
+            down = mx.concatenate([down, down - x @ self._start_a], axis=-1)
+        else:
+            down = x @ mx.concatenate([self.lora_a, self.lora_a - self._start_a], axis=1)
+        up = mx.concatenate([self.lora_b - self._start_b, self._start_b])
+        return self.linear(x) + (self.scale * (down @ up)).astype(x.dtype)
+
+
+ATTRIBUTES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+
+
+def factor_to_numpy(array: mx.array) -> np.ndarray[Any, Any]:
+    """A factor (or a moment of it) as float32 in PEFT's shape: A (rank, in), B (out, rank)."""
+    plain = np.array(array.astype(mx.float32), copy=True)
+    return np.ascontiguousarray(plain.T)
+
+
+def factor_from_numpy(array: np.ndarray[Any, Any]) -> mx.array:
+    """A factor in PEFT's shape as mlx-lm keeps it."""
+    return mx.array(np.ascontiguousarray(np.asarray(array, dtype=np.float32).T))
+
+
+def walk(module: Any, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its dotted name, in the order in which the model declares them."""
+    if isinstance(module, nn.Module):
+        if name:
+            yield name, module
+        children: Any = module.children().items()
+    elif isinstance(module, dict):
+        children = module.items()
+    elif isinstance(module, list | tuple):
+        children = enumerate(module)
+    else:
+        return
+    for key, child in children:
+        yield from walk(child, f"{name}.{key}" if name else str(key))
+
+
+def submodule(model: nn.Module, name: str) -> Any:
+    """The module of that name."""
+    module: Any = model
+    for part in name.split("."):
+        module = module[int(part)] if isinstance(module, list | tuple) else module[part]
+    return module
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module of that name."""
+    parent, _, last = name.rpartition(".")
+    owner = submodule(model, parent) if parent else model
+    if isinstance(owner, list):
+        owner[int(last)] = new
+    else:
+        setattr(owner, last, new)
+
+
+FACTORS_FILE = "factors.safetensors"
+
+
+def save_adapters(adapters: Adapters, folder: Path) -> None:
+    """Write `module.factor` tensors: `lora_A`, `start_A` (pissa, olora), and B likewise."""
+    flat: dict[str, np.ndarray[Any, Any]] = {}
+    for name, arrays in adapters.trained().items():
+        flat |= {f"{name}.{factor}": array for factor, array in arrays.items()}
+        if start := adapters.starts.get(name):
+            flat |= {f"{name}.start_A": start.a, f"{name}.start_B": start.b}
+    save_file(flat, folder / FACTORS_FILE)
+
+
+def load_adapters(adapters: Adapters, folder: Path) -> None:
+    """Bring attached adapters to the state that was saved; starts are read, not computed again.
+
+    Raises CheckpointError for a file that lacks a start, or holds merges that are part of the base since, and
+    ModelError for factors that do not fit.
+    """
+    modules = grouped(read_tensors(folder / FACTORS_FILE), ".")
+    trained = {
+        name: {factor: array for factor, array in arrays.items() if factor.startswith("lora_")}
+        for name, arrays in modules.items()
+    }
+    adapters.check(trained)
+    for name, arrays in modules.items():
+        check_pairs(arrays, folder / FACTORS_FILE)
+        if "piece0_A" in arrays:
+            raise _foreign(folder, f"`{name}` holds merges of restarts", "go on with --backend torch.")
+        if name in adapters.starts and "start_A" not in arrays:
+            raise _foreign(folder, f"`{name}` has no start")
+    starts = {
+        name: Start(arrays["start_A"], arrays["start_B"])
+        for name, arrays in modules.items()
+        if "start_A" in arrays
+    }
+    if starts:
+        adapters.begin(starts)
+    adapters.load(trained)
+
+
+def _foreign(folder: Path, message: str, help: str = "") -> CheckpointError:
+    return CheckpointError("foreign-checkpoint", message, where=str(folder / FACTORS_FILE), help=help)

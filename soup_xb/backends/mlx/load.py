@@ -1,4 +1,7 @@
-"""Opening a base with mlx-lm's models: weights into the model that the config means, nothing filled in at random."""
+"""Opening a base with mlx-lm's models: weights into the model that the config means, nothing filled in at random.
+
+With gradient checkpointing a block keeps its input and computes the rest again on the way back.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import mlx.nn as nn
 from attrs import frozen
 from mlx.utils import tree_flatten
 
+from soup_xb.backends.mlx.adapters import walk
 from soup_xb.backends.mlx.device import Device, memory_guard
-from soup_xb.backends.mlx.embedding import scale_exactly
-from soup_xb.backends.mlx.families import Reading, read_base, unreadable_config
+from soup_xb.backends.mlx.families import Reading, read_base, scale_exactly, unreadable_config
 from soup_xb.backends.mlx.quantization import (
     check_quantization,
     quantize_as_stored,
@@ -21,7 +24,6 @@ from soup_xb.backends.mlx.quantization import (
     stored_quantization,
 )
 from soup_xb.backends.mlx.rope import check_rope
-from soup_xb.backends.mlx.tree import walk
 from soup_xb.core.base.folder import BaseFolder, inspect_base, weight_files
 from soup_xb.core.base.modules import Module
 from soup_xb.core.disk import foreign_errors
@@ -173,3 +175,31 @@ def _check_ropes(model: Any, reading: Reading) -> Problem:
     return Problem(
         "base-read", f"every field of the config is accounted for; rope checked in {checked} blocks"
     )
+
+
+class CheckpointedBlocks:
+    """Blocks that run checkpointed until `undo`: their objects get a class of their own, mlx-lm's stays as it is."""
+
+    def __init__(self, blocks: list[Any]) -> None:
+        """Change the blocks."""
+        self._blocks = [(block, type(block)) for block in blocks]
+        classes = {cls: _checkpointed(cls) for _, cls in self._blocks}
+        for block, cls in self._blocks:
+            block.__class__ = classes[cls]
+
+    def undo(self) -> None:
+        """Give the blocks their class back."""
+        for block, cls in self._blocks:
+            block.__class__ = cls
+
+
+def _checkpointed(cls: type[Any]) -> type[Any]:
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        # What a gradient is wanted of has to be an argument; everything else is a constant to MLX.
+        def inner(values: Any, *arguments: Any) -> Any:
+            self.update(values)
+            return cls.__call__(self, *arguments, **named)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *arguments)
+
+    return type(f"Checkpointed{cls.__name__}", (cls,), {"__call__": call})

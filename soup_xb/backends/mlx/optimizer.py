@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save_file
 
-from soup_xb.backends.mlx.names import factor_from_numpy, factor_to_numpy
+from soup_xb.backends.mlx.adapters import factor_from_numpy, factor_to_numpy
 from soup_xb.core.errors import CheckpointError
 from soup_xb.core.run.checkpoint import read_tensors
 from soup_xb.core.run.session import OptimizerSettings

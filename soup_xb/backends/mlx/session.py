@@ -11,14 +11,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from soup_xb.backends.mlx.adapter_state import load_adapters, save_adapters
-from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors
-from soup_xb.backends.mlx.checkpointing import CheckpointedBlocks
+from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors, load_adapters, save_adapters
 from soup_xb.backends.mlx.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.mlx.generation import generate_tokens
 from soup_xb.backends.mlx.grid import exact_grid
 from soup_xb.backends.mlx.head import summed_loss
-from soup_xb.backends.mlx.load import Opened, load_base, outline_base
+from soup_xb.backends.mlx.load import CheckpointedBlocks, Opened, load_base, outline_base
 from soup_xb.backends.mlx.merge import write_merged
 from soup_xb.backends.mlx.optimizer import Optimizer
 from soup_xb.backends.mlx.probe import live_addition

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from soup_xb.backends.mlx.adapters import submodule
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
-from soup_xb.backends.mlx.tree import submodule
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, weight_start
 from soup_xb.core.base.modules import AdapterModule

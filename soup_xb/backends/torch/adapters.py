@@ -1,29 +1,36 @@
-"""LoRA layers on a transformers model: PEFT's layers, core's decisions."""
+"""LoRA layers on a transformers model, and in a checkpoint: PEFT's layers, core's decisions.
+
+PiSSA and OLoRA freeze W - scale B0 A0 and train B A beside it. Here W itself stays, and the layer adds
+scale (B A - B0 A0): the same function and the same gradients, and the base is untouched to the bit, in any
+format, quantized ones too. Written as (B - B0) A + B0 (A - A0) it is exactly zero at the start.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
+from safetensors.numpy import save_file
 from transformers.pytorch_utils import Conv1D
 
 from soup_xb.backends.torch.experts import add_piece, base_weight, is_stored_transposed
-from soup_xb.backends.torch.factor_layers import DownFactor, DropoutBeside, UpFactor
-from soup_xb.backends.torch.injection import inject
+from soup_xb.backends.torch.injection import ADAPTER, Factors, bypassed, check_reach, inject
 from soup_xb.backends.torch.sharding import compute_device, own_part
+from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece, difference, joined
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, random_factor
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.errors import ModelError
-
-ADAPTER = "default"
-Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
+from soup_xb.core.errors import CheckpointError
+from soup_xb.core.run.checkpoint import check_pairs, grouped, read_tensors
 
 
 class Adapters:
@@ -165,33 +172,6 @@ class Adapters:
         self.begin(adapter.name, first.a, first.b, start)
 
 
-@contextmanager
-def bypassed(layers: Mapping[str, Any], parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, PEFT's layers pass their input to the base alone; `parameters`, which PEFT freezes then, train again."""
-    for layer in layers.values():
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.enable_adapters(True)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-
-
-def check_reach(model: Any, plan: AdapterPlan, layers: Mapping[str, Any]) -> None:
-    """Raise ModelError where PEFT wrapped other modules than the planned ones."""
-    planned = {adapter.name for adapter in plan.modules}
-    if planned != set(layers):
-        odd = sorted(planned.symmetric_difference(layers))
-        raise ModelError(
-            "adapters-astray",
-            f"PEFT put adapters elsewhere than planned on `{model.config.model_type}`, first at `{odd[0]}`",
-            where="training.lora.target_modules",
-            help="name the modules with a pattern that leaves these out, and report this model.",
-        )
-
-
 def _pair(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A[ADAPTER].trained, layer.lora_B[ADAPTER].trained
 
@@ -201,3 +181,130 @@ def _factors(layer: Any) -> dict[str, torch.nn.Parameter]:
     if ADAPTER in layer.lora_magnitude_vector:
         factors["lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER].weight
     return factors
+
+
+class _Factor(torch.nn.Linear):
+    """A trained factor, what it started from where that is base weight, and what replaces both for a while."""
+
+    start: torch.Tensor | None
+    instead: torch.Tensor | None
+
+    def __init__(self, shape: tuple[int, ...], place: torch.device) -> None:
+        """Make room for a weight of that shape, float32, which is set later."""
+        super().__init__(shape[1], shape[0], bias=False, device="meta", dtype=torch.float32)
+        self.to_empty(device=place)
+        self.register_buffer("start", None, persistent=False)
+        self.register_buffer("instead", None, persistent=False)
+
+    @property
+    def trained(self) -> torch.nn.Parameter:
+        """The factor itself."""
+        return self.weight
+
+
+class DownFactor(_Factor):
+    """A (rank, in_features), stacked under a start A0 with A - A0."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(…, in_features) -> (…, rank), or twice the rank with a start.
+
+        In training with dropout the input is `DropoutBeside`'s: then B0 A0 sees all of it, as the residual would.
+        """
+        if self.instead is not None:
+            return functional.linear(input, self.instead)
+        dropped = input[..., : self.in_features]
+        if self.start is None:
+            return functional.linear(dropped, self.weight)
+        if input.shape[-1] == self.in_features:
+            return functional.linear(input, torch.cat([self.weight, self.weight - self.start]))
+        down = functional.linear(dropped, self.weight)
+        whole = functional.linear(input[..., self.in_features :], self.start)
+        return torch.cat([down, down - whole], dim=-1)
+
+
+class UpFactor(_Factor):
+    """B (out_features, rank); beside a start B0, [B - B0, B0]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """What `DownFactor` gave -> (…, out_features)."""
+        if self.instead is not None:
+            return functional.linear(input, self.instead)
+        if self.start is None:
+            return functional.linear(input, self.weight)
+        return functional.linear(input, torch.cat([self.weight - self.start, self.start], dim=1))
+
+
+class DropoutBeside(torch.nn.Dropout):
+    """Dropout that keeps the undropped input beside the dropped one, (…, n) -> (…, 2 n) in training."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The input as it is outside training."""
+        return torch.cat([super().forward(input), input], dim=-1) if self.training else input
+
+
+FACTORS_FILE = "factors.safetensors"
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def save_adapters(adapters: Adapters | VeraAdapters, folder: Path) -> None:
+    """Write `module.factor` tensors: `lora_A`, `start_A` (pissa, olora), `piece0_A` (merges), and B likewise.
+
+    Of VeRA the vectors and, without a module's name, the projections.
+    """
+    modules = adapters.factors() if isinstance(adapters, VeraAdapters) else _lora_modules(adapters)
+    flat = {f"{name}.{part}": array for name, arrays in modules.items() for part, array in arrays.items()}
+    save_file(flat, folder / FACTORS_FILE)
+
+
+def load_adapters(adapters: Adapters | VeraAdapters, folder: Path) -> None:
+    """Bring freshly attached adapters, and the base under them, to the state that was saved.
+
+    Starts are read, not computed again, and pieces are folded in one after the other, as they were: the weights
+    come out with the same bytes. Raises CheckpointError for a file that does not fit.
+    """
+    if isinstance(adapters, VeraAdapters):
+        adapters.load(grouped(read_tensors(folder / FACTORS_FILE), "."))
+        return
+    if any(adapters.pieces.values()):
+        raise RuntimeError("a checkpoint is loaded onto a base without merges; open it anew")
+    modules = grouped(read_tensors(folder / FACTORS_FILE), ".")
+    trained = {
+        name: {factor: array for factor, array in arrays.items() if re.match("lora_", factor)}
+        for name, arrays in modules.items()
+    }
+    adapters.load(trained)
+    for name in trained:
+        check_pairs(modules[name], folder / FACTORS_FILE)
+        pieces = _pieces(modules[name])
+        start = _start(modules[name])
+        if start is None and not pieces and name in adapters.starts:
+            raise _foreign(folder, f"`{name}` has no start")
+        for piece in pieces:
+            adapters.fold(name, piece)
+        adapters.begin(name, trained[name]["lora_A"], trained[name]["lora_B"], start)
+
+
+def _lora_modules(adapters: Adapters) -> dict[str, Arrays]:
+    modules = adapters.trained()
+    for name, arrays in modules.items():
+        if start := adapters.starts.get(name):
+            arrays |= {"start_A": start.a, "start_B": start.b}
+        for index, piece in enumerate(adapters.pieces[name]):
+            arrays |= {f"piece{index}_A": piece.a, f"piece{index}_B": piece.b}
+    return modules
+
+
+def _start(arrays: Arrays) -> Start | None:
+    return Start(arrays["start_A"], arrays["start_B"]) if "start_A" in arrays else None
+
+
+def _pieces(arrays: Arrays) -> list[Piece]:
+    pieces: list[Piece] = []
+    while f"piece{len(pieces)}_A" in arrays:
+        index = len(pieces)
+        pieces.append(Piece(arrays[f"piece{index}_A"], arrays[f"piece{index}_B"]))
+    return pieces
+
+
+def _foreign(folder: Path, message: str) -> CheckpointError:
+    return CheckpointError("foreign-checkpoint", message, where=str(folder / FACTORS_FILE))

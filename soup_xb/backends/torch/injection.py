@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers put around exactly the planned modules and expert weights."""
+"""PEFT's LoRA layers put around exactly the planned modules and expert weights, and switched off for a while."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -18,6 +19,9 @@ from soup_xb.backends.torch.experts import ExpertLayer, layer_name
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
+
+ADAPTER = "default"
+Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 
 
 def inject(model: Any, plan: AdapterPlan, name: str) -> dict[str, Any]:
@@ -85,6 +89,33 @@ def names_of_experts(model: Any, names: Iterable[str]) -> set[str]:
         if name not in config.target_modules:
             taken.add(name)
     return taken
+
+
+@contextmanager
+def bypassed(layers: Mapping[str, Any], parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, PEFT's layers pass their input to the base alone; `parameters`, which PEFT freezes then, train again."""
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.enable_adapters(True)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+
+def check_reach(model: Any, plan: AdapterPlan, layers: Mapping[str, Any]) -> None:
+    """Raise ModelError where PEFT wrapped other modules than the planned ones."""
+    planned = {adapter.name for adapter in plan.modules}
+    if planned != set(layers):
+        odd = sorted(planned.symmetric_difference(layers))
+        raise ModelError(
+            "adapters-astray",
+            f"PEFT put adapters elsewhere than planned on `{model.config.model_type}`, first at `{odd[0]}`",
+            where="training.lora.target_modules",
+            help="name the modules with a pattern that leaves these out, and report this model.",
+        )
 
 
 @contextmanager

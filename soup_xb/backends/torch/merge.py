@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from soup_xb.backends.torch.adapters import ADAPTER, Adapters
+from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.backends.torch.experts import add_piece, base_weight
+from soup_xb.backends.torch.injection import ADAPTER
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.pieces import beyond_format
 from soup_xb.core.errors import ModelError

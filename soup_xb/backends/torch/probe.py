@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.adapters import ADAPTER, Adapters
+from soup_xb.backends.torch.adapters import Adapters
 from soup_xb.backends.torch.experts import base_weight, is_stored_transposed
+from soup_xb.backends.torch.injection import ADAPTER
 from soup_xb.backends.torch.sharding import compute_device, whole
 from soup_xb.backends.torch.starts import weight_matrix
 from soup_xb.backends.torch.vera import VeraAdapters

@@ -14,13 +14,19 @@ import transformers
 from attrs import evolve
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from soup_xb.backends.torch.adapter_state import load_adapters, save_adapters
-from soup_xb.backends.torch.adapters import Adapters, Factors
+from soup_xb.backends.torch.adapters import Adapters, load_adapters, save_adapters
 from soup_xb.backends.torch.base_kind import pooling_for, text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.embedding_task import embed
 from soup_xb.backends.torch.generation import continue_prompt, sample
-from soup_xb.backends.torch.load import describe_model, load_base, outline_base
+from soup_xb.backends.torch.injection import Factors
+from soup_xb.backends.torch.load import (
+    describe_model,
+    load_base,
+    load_sharded,
+    outline_base,
+    sharding_notices,
+)
 from soup_xb.backends.torch.merge import write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
 from soup_xb.backends.torch.patches.expert_dropout import expert_dropout
@@ -31,7 +37,6 @@ from soup_xb.backends.torch.processes import Processes, join_processes
 from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
 from soup_xb.backends.torch.reward_task import RewardTask, check_scorable
 from soup_xb.backends.torch.router_balance import RouterBalance, check_router
-from soup_xb.backends.torch.sharded_load import load_sharded, sharding_notices
 from soup_xb.backends.torch.sharding import is_sharded
 from soup_xb.backends.torch.starts import weight_starts
 from soup_xb.backends.torch.task_loss import TaskLoss

@@ -13,7 +13,7 @@ from peft import VeraConfig, VeraModel
 from peft.tuners.vera.layer import VeraLayer
 from transformers.pytorch_utils import Conv1D
 
-from soup_xb.backends.torch.adapters import ADAPTER, Factors, bypassed, check_reach
+from soup_xb.backends.torch.injection import ADAPTER, Factors, bypassed, check_reach
 from soup_xb.backends.torch.sharding import compute_device
 from soup_xb.core.adapter.peft_file import check_factors
 from soup_xb.core.adapter.pieces import Piece
