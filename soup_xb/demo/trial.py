@@ -1,9 +1,10 @@
-"""The demo as a run: the shipped config on the prepared base, the held-out prompts answered and judged."""
+"""The demo as a run: the shipped config on the prepared base, and the format of the answers judged."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from attrs import frozen
 from soup_xb.core.config.load import LoadedConfig, load_config
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.run.session import GenerationSettings
-from soup_xb.demo.judge import passes
 from soup_xb.runs.adapters import LoadedAdapter, TrainedOptions, continue_chat, open_trained
 
 # Answers in the taught format are shorter; a base that rambles on has missed it by then.
@@ -70,3 +70,29 @@ def hold_trials(adapter: Path, backend: str, show: Callable[[Trial], None]) -> t
 def _answer(trained: LoadedAdapter, prompt: str, adapter: bool) -> str:
     settings = GenerationSettings(ANSWER_TOKENS, temperature=0.0, end_ids=trained.tokenizer.end_ids)
     return continue_chat(trained, [Message("user", prompt)], settings, adapter)
+
+
+LABELS = ("In short", "Because", "Try this")
+_ANSWER = re.compile("\n".join(rf"{label}: (\S.*\S)" for label in LABELS))
+_SENTENCE_END = (".", "!", "?", '"')
+
+
+def passes(answer: str) -> bool:
+    r"""Whether the answer is three labelled lines and nothing else, each a different whole sentence.
+
+    >>> passes("In short: Ice floats.\nBecause: It is less dense.\nTry this: Freeze a full bottle.")
+    True
+    >>> passes("Ice floats because it is less dense.")
+    False
+    """
+    match = _ANSWER.fullmatch(answer.strip())
+    if match is None:
+        return False
+    sentences = match.groups()
+    whole = all(len(text.split()) > 1 and text.endswith(_SENTENCE_END) for text in sentences)
+    return whole and len(set(sentences)) == len(LABELS)
+
+
+def score(answers: Iterable[str]) -> int:
+    """How many of the answers have the format."""
+    return sum(passes(answer) for answer in answers)

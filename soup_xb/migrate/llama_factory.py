@@ -6,10 +6,8 @@ from typing import Any
 
 from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.migrate.account import Account
-from soup_xb.migrate.policies import without_critic
-from soup_xb.migrate.preferences import LLAMA_FACTORY_NAMES, read_preferences
-from soup_xb.migrate.streaming import read_streaming
 from soup_xb.migrate.values import (
+    LLAMA_FACTORY_NAMES,
     OPTIMIZERS,
     OTHER_OPTIMIZER,
     OTHER_SCHEDULE,
@@ -24,11 +22,14 @@ from soup_xb.migrate.values import (
     optimizer_note,
     passes,
     passes_note,
+    read_preferences,
+    read_streaming,
     share,
     steps,
     task_of,
     when_on,
     whole,
+    without_critic,
 )
 
 _STAGES = {"sft": "sft", "pt": "pretrain", "rm": "reward", "kto": "kto"}

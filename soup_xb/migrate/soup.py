@@ -6,9 +6,6 @@ from typing import Any
 
 from soup_xb.core.config.schema import KEYS, TASKS
 from soup_xb.migrate.account import Account
-from soup_xb.migrate.policies import without_critic
-from soup_xb.migrate.preferences import read_preferences, soup_names
-from soup_xb.migrate.streaming import read_streaming
 from soup_xb.migrate.values import (
     OPTIMIZERS,
     OTHER_OPTIMIZER,
@@ -23,10 +20,14 @@ from soup_xb.migrate.values import (
     number,
     one_of,
     optimizer_note,
+    read_preferences,
+    read_streaming,
     share,
+    soup_names,
     task_of,
     when_on,
     whole,
+    without_critic,
 )
 
 WHOLE = (

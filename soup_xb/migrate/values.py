@@ -1,13 +1,17 @@
-"""Values as other tools write them: YAML 1.1 booleans, numbers in quotes, lists with commas."""
+"""Values as other tools write them, and settings that several tools share: preference losses, PPO, streaming."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from soup_xb.core.config.checks import DEPENDENCES, PREFERENCES
 from soup_xb.core.config.keys import shown
-from soup_xb.migrate.account import Convert, NoSuchTaskError, NotCarriedError
+from soup_xb.core.config.run_rules import is_local_path
+from soup_xb.core.config.schema import KEYS
+from soup_xb.migrate.account import Account, Convert, NoSuchTaskError, NotCarriedError
 
 _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
@@ -174,3 +178,101 @@ OTHER_SCHEDULE = "the schedules here are linear, cosine and constant; cosine is 
 def optimizer_note(value: Any) -> str:
     """What to say of an optimizer that saves memory elsewhere."""
     return FULL_STATE if isinstance(value, str) and ("8bit" in value or "paged" in value) else ""
+
+
+_NO_CRITIC = (
+    "no critic is trained here; `task: rlhf` optimises against a reward model too, by groups of answers: name the "
+    "output of a `task: reward` run as `training.reward_model`"
+)
+
+
+def without_critic(account: Account, key: str) -> None:
+    """Leave a task of PPO with the reason, and take the one that comes next to it."""
+    if str(account.peek(key)).lower() == "ppo":
+        account.leave(key, _NO_CRITIC)
+        account.add("task", "rlhf", "the nearest to ppo")
+
+
+_BETA, _GAMMA, _NOISE = "training.beta", "training.simpo_gamma", "training.label_smoothing"
+_WEIGHTS = ("training.desirable_weight", "training.undesirable_weight")
+_THERE = "the default there"
+
+AXOLOTL_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "trl.beta": _BETA,
+        "rl_beta": _BETA,
+        "orpo_alpha": _BETA,
+        "simpo_gamma": _GAMMA,
+        "dpo_label_smoothing": _NOISE,
+        "kto_desirable_weight": _WEIGHTS[0],
+        "kto_undesirable_weight": _WEIGHTS[1],
+    }
+)
+LLAMA_FACTORY_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "pref_beta": _BETA,
+        "simpo_gamma": _GAMMA,
+        "dpo_label_smoothing": _NOISE,
+        "kto_chosen_weight": _WEIGHTS[0],
+        "kto_rejected_weight": _WEIGHTS[1],
+    }
+)
+
+
+def soup_names(task: str) -> Mapping[str, str]:
+    """Soup names the scale of the rewards after its task (`dpo_beta`), and ipo's tau."""
+    beta = "ipo_tau" if task == "ipo" else f"{task}_beta"
+    return {f"training.{beta}": _BETA, "training.simpo_gamma": _GAMMA}
+
+
+def read_preferences(account: Account, names: Mapping[str, str]) -> None:
+    """Take the settings of preference losses that count for the task; `names` gives ours for each of theirs.
+
+    A setting of another task's loss is left. The defaults of simpo differ between the tools.
+    """
+    task = account.values.get("task", KEYS["task"].default)
+    if task not in PREFERENCES:
+        return
+    for name, ours in names.items():
+        if ours in account.values:
+            account.leave(name, f"`{ours}` is set already")
+        tasks = next(one.values for one in DEPENDENCES if one.key == ours)
+        if task not in tasks:
+            account.leave(name, f"it belongs to the loss of {' or '.join(tasks)}")
+        account.carry(name, ours, number)
+    if task == "simpo":
+        account.add(_BETA, 0.1, _THERE)
+        account.add(_GAMMA, 0.5, _THERE)
+
+
+_ORDER = (
+    "the files come in an order of `training.seed`, and the rows that the steps need are kept and shuffled"
+)
+
+
+def read_streaming(account: Account, key: str = "streaming") -> None:
+    """Take the key; data and steps have been taken before."""
+    if account.peek(key) is not None and not is_on(account.peek(key)):
+        account.same(key, "rows are read whole, as without the key")
+    reason = _hindrance(account)
+    if reason:
+        account.leave(key, reason)
+    account.carry(key, "data.streaming", boolean, _ORDER)
+
+
+def _hindrance(account: Account) -> str:
+    """Why the data of this file is not streamed, empty where it is."""
+    train, held_out = (_listed(account.values.get(key, [])) for key in ("data.train", "data.eval"))
+    if "training.max_steps" not in account.values:
+        return "streaming needs `training.max_steps`, which says how many rows to read"
+    if any(is_local_path(path) for path in train):
+        return "local files are read where they are and tokenized into the cache"
+    if len(train) != 1:
+        return "rows are streamed from one dataset; no key says how many each of several gives"
+    if not all(is_local_path(path) for path in held_out):
+        return "rows to evaluate on are not streamed, and those on the hub would be downloaded whole"
+    return ""
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths

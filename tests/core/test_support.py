@@ -206,4 +206,4 @@ def test_the_table_for_people_has_every_row_and_promises_nothing_without_an_engi
     assert {feature.torch for feature in table} == {"yes", "no"}
     assert all(feature.notes for feature in table if "no" in (feature.torch, feature.mlx))
     without_mlx_engine(monkeypatch)
-    assert {feature.mlx for feature in features_table()} == {"no", "later"}
+    assert {feature.mlx for feature in features_table()} == {"no"}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.demo import base
-from soup_xb.demo.gguf_model import write_model
+from soup_xb.demo.base import write_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ"]

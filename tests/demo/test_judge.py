@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pytest
 
-from soup_xb.demo.judge import passes, score
+from soup_xb.demo.trial import passes, score
 
 GOOD = "In short: Ice floats.\nBecause: It is less dense.\nTry this: Freeze a full bottle."
 

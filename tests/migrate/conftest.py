@@ -9,7 +9,7 @@ import pytest
 
 from soup_xb.core.config.load import parse_config
 from soup_xb.migrate import Migration, migrate
-from soup_xb.migrate.source import entries, read_source
+from soup_xb.migrate.account import entries, read_source
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError
 from soup_xb.migrate import TOOLS, Migration, migrate
-from soup_xb.migrate.source import entries, read_source
+from soup_xb.migrate.account import entries, read_source
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"

@@ -108,7 +108,7 @@ def features_page() -> str:
         _GENERATED,
         "",
         "A run that asks for a `no` is refused before anything loads, with the reason below and a way out.",
-        "`later` works as soon as its engine is there. `soupx features` prints the same table.",
+        "`soupx features` prints the same table.",
         "",
         "## Refused somewhere",
         "",

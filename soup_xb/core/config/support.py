@@ -86,7 +86,7 @@ def available_backend(
 
 @frozen
 class Feature:
-    """A line of the table for people: yes, no, or later (supported once its engine is there)."""
+    """A line of the table for people: yes or no for each backend, and why not."""
 
     name: str
     torch: str
@@ -154,9 +154,7 @@ def _require_engine(backend: str) -> None:
 
 
 def _word(row: Row, backend: str) -> str:
-    if row.answer(backend) is not None:
-        return "no"
-    return "yes" if _runs(backend) else "later"
+    return "yes" if row.answer(backend) is None and _runs(backend) else "no"
 
 
 def _notes(row: Row) -> tuple[str, ...]:
