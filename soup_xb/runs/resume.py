@@ -145,9 +145,6 @@ def _compare(
 ) -> tuple[Problem, ...]:
     """What the user should know of the differences. Raises CheckpointError for those that nobody allowed."""
     theirs = _read_settings(checkpoint.path)
-    if theirs.get(_PRECISION) == "auto":
-        # So an older soupx wrote it; what it came to there is not known.
-        theirs[_PRECISION] = settings[_PRECISION]
     changed = [key for key in sorted({*theirs, *settings}) if _value(theirs, key) != _value(settings, key)]
     where = str(checkpoint.path)
     told, deciding = [], _other_surroundings(checkpoint, facts)
@@ -162,7 +159,7 @@ def _compare(
         message = "the data or its tokens are not those of the checkpoint"
         cure = "bring the old data back, start anew with --overwrite, or go on with `--override-resume data`."
         deciding.append(_Difference("data", Problem("changed-data", message, where, cure)))
-    if _is_other(checkpoint.facts.base, facts.base) and not any(one.key == "base" for one in deciding):
+    if checkpoint.facts.base != facts.base and not any(one.key == "base" for one in deciding):
         message = f"the base at `{settings.get('base')}` is not the one that the checkpoint was trained on"
         cure = "bring the old base back, start anew with --overwrite, or go on with `--override-resume base`."
         deciding.append(_Difference("base", Problem("changed-base", message, where, cure)))
@@ -177,7 +174,7 @@ def _compare(
 
 
 def _value(settings: Mapping[str, Any], key: str) -> Any:
-    """What a key stands for: its default where it is left out, or where an older soupx did not know it yet."""
+    """What a key stands for: its default if it is left out."""
     default = KEYS[key].default if key in KEYS else None
     return settings.get(key, list(default) if isinstance(default, tuple) else default)
 
@@ -211,11 +208,6 @@ def _other_surroundings(checkpoint: Checkpoint, facts: CheckpointFacts) -> list[
         cure = f"launch as many processes as before, or go on with `--override-resume {_PROCESSES}`."
         found.append(_Difference(_PROCESSES, Problem("other-process-count", message, where, cure)))
     return found
-
-
-def _is_other(theirs: str, ours: str) -> bool:
-    """Whether two fingerprints differ; a checkpoint of an older soupx may have none."""
-    return bool(theirs and ours) and theirs != ours
 
 
 def _decides_data(key: str) -> bool:

@@ -28,8 +28,8 @@ class CheckpointFacts:
     """What a checkpoint belongs to; a resume compares these with the run that asks.
 
     `processes` is how many trained together, `config` and `data` are fingerprints, `versions` maps packages
-    to versions. `base` is a fingerprint too, empty where an older soupx wrote none. `bytes_expected` lets a full disk
-    be seen before the first byte; 0 asks for nothing.
+    to versions. `base` is a fingerprint too. `bytes_expected` lets a full disk be seen before the first byte; 0 asks
+    for nothing.
     """
 
     backend: str
@@ -184,7 +184,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         config=_text(content, "config"),
         data=_text(content, "data"),
         versions=dict(versions),
-        base=_text(content, "base") if "base" in content else "",
+        base=_text(content, "base"),
     )
     stored = tuple(_stored_file(entry) for entry in files)
     if len({file.name for file in stored}) != len(stored):
