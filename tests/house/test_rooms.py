@@ -105,7 +105,9 @@ def test_no_module_imports_itself_on_a_way_round() -> None:
 def test_a_circle_would_be_seen() -> None:
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
     assert in_circles(edges) == {"b", "c"}
-    tree = ast.parse("def f():\n    from soup_xb.core import disk\nif TYPE_CHECKING:\n    import soup_xb.core.text")
+    tree = ast.parse(
+        "def f():\n    from soup_xb.core import disk\nif TYPE_CHECKING:\n    import soup_xb.core.text"
+    )
     assert set(imports(tree, {"core.disk": 0, "core.text": 0})) == {"core.disk", "core.text"}
 
 
@@ -117,7 +119,9 @@ def test_a_module_with_one_importer_has_its_reason_in_the_docs() -> None:
 
 
 def test_the_docs_name_no_module_that_is_gone_or_has_more_importers() -> None:
-    rows = [line.split("`")[1] for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `backends")]
+    rows = [
+        line.split("`")[1] for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `backends")
+    ]
     assert rows
     assert [name for name in rows if name not in with_one_importer(graph())] == []
 

@@ -14,7 +14,14 @@ import transformers
 from attrs import evolve
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from soup_xb.backends.torch.adapters import Adapters, load_adapters, save_adapters
+from soup_xb.backends.torch.adapters import (
+    Adapters,
+    check_mergeable,
+    factor_names,
+    load_adapters,
+    restart_adapters,
+    save_adapters,
+)
 from soup_xb.backends.torch.base_kind import pooling_for, text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.torch.embedding_task import embed
@@ -34,7 +41,6 @@ from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
 from soup_xb.backends.torch.preference_task import log_probabilities
 from soup_xb.backends.torch.probe import base_outputs, live_addition
 from soup_xb.backends.torch.processes import Processes, join_processes
-from soup_xb.backends.torch.relora import check_mergeable, factor_names, restart_adapters
 from soup_xb.backends.torch.reward_task import RewardTask, check_scorable
 from soup_xb.backends.torch.router_balance import RouterBalance, check_router
 from soup_xb.backends.torch.sharding import is_sharded
