@@ -109,10 +109,11 @@ def _told(child: Child) -> dict[str, Any]:
 
 def _measure(file: Path) -> None:
     """One start: the data opened and a run planned, told as one line of JSON."""
+
     from soup_xb.core.base.modules import Resolution
     from soup_xb.core.config.load import load_config
     from soup_xb.core.process import tokenizing_processes
-    from soup_xb.core.rows.rows import combined
+    from soup_xb.core.rows.table import combined
     from soup_xb.core.run.plan import make_plan
     from soup_xb.data.dataset import load_dataset
     from soup_xb.data.tokenizer import open_tokenizer

@@ -60,8 +60,9 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
     from soup_xb.core.objectives import head_chunks
     from soup_xb.core.rows.batches import collate
-    from soup_xb.core.rows.examples import Source, TokenRow
+    from soup_xb.core.rows.examples import Source
     from soup_xb.core.rows.packing import pack
+    from soup_xb.core.rows.row import text_row
     from soup_xb.core.run.plan import make_plan
     from soup_xb.core.run.session import StepSettings
     from soup_xb.runs.open import session_settings
@@ -76,14 +77,14 @@ def step(base: Path, backend: str, length: int, column: str) -> None:
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, length)
     sizes = [min(1024, length)] * max(1, length // 1024) if packed else [length]
     rows = [
-        TokenRow(tokens[:size], np.arange(size) > 0, Source("rows.jsonl", at))
+        text_row(tokens[:size], np.arange(size) > 0, Source("rows.jsonl", at))
         for at, size in enumerate(sizes)
     ]
     row = pack(rows, length)
     session: Any = open_session(backend, session_settings(config, base))
     plan = make_plan(config, resolve_adapters(session.describe().modules, training.lora, {}), row, (), 0)
     session.attach(plan.adapters)
-    batch = collate(row, 0)
+    batch = collate([one.sequences[0] for one in row], 0)
     started = time.perf_counter()
     result = session.train_step([batch], StepSettings(1, 1e-3, batch.target_tokens, 1))
     print(json.dumps({"seconds": time.perf_counter() - started, "loss": result.loss}))

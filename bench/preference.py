@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
 
 
 def _config(base: Path, task: str, options: argparse.Namespace) -> dict[str, Any]:
-    sequences = options.batch_size * (1 if task == "dpo" else 2)
+    sequences = options.batch_size * {"dpo": 1}.get(task, 2)
     lora = {"r": 8, "alpha": 16}
     return {
         "base": str(base),

@@ -137,7 +137,8 @@ def _child(asked: dict[str, Any]) -> None:
     from soup_xb.core.base.modules import resolve_adapters
     from soup_xb.core.config.schema import LoraConfig
     from soup_xb.core.rows.batches import collate, process_share
-    from soup_xb.core.rows.examples import Source, TokenRow
+    from soup_xb.core.rows.examples import Source
+    from soup_xb.core.rows.row import TokenSequence
     from soup_xb.core.run.session import OptimizerSettings, SessionSettings, StepSettings
 
     settings = SessionSettings(
@@ -160,7 +161,8 @@ def _child(asked: dict[str, Any]) -> None:
     session.attach(AdapterPlan(adapters, 0.0, "random", use_rslora=False, seed=0))
     drawn = np.random.default_rng(0).integers(100, 40_000, (asked["rows"], asked["length"]))
     rows = [
-        TokenRow(row, np.ones(len(row), dtype=bool), Source("rows", index)) for index, row in enumerate(drawn)
+        TokenSequence(row, np.ones(len(row), dtype=bool), Source("rows", index))
+        for index, row in enumerate(drawn)
     ]
     mine = process_share(np.arange(len(rows)), session.process, session.processes)
     batch = collate([rows[index] for index in mine], 0)

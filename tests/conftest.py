@@ -73,7 +73,7 @@ def rendering_process_that_stays() -> Iterator[None]:
     That a command ends it is seen by the tests that start commands (tests/torture/test_growth.py).
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soup_xb.runs.open.RENDERER", types.SimpleNamespace(close=lambda: None))
+        patch.setattr("soup_xb.runs.open.renderer", lambda: types.SimpleNamespace(close=lambda: None))
         yield
 
 

@@ -15,8 +15,8 @@ from soup_xb.cli.options import json_option
 def command(clear: bool, as_json: bool) -> None:
     """Show the tokenized rows that are kept for the next start, or delete them."""
     from soup_xb.core.disk import user_cache
-    from soup_xb.core.rows import token_cache
     from soup_xb.core.text import bytes_text
+    from soup_xb.data import token_cache
 
     folder = user_cache("tokens")
     entries, size = token_cache.cache_size(folder)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from soup_xb.cli.options import json_option
-from soup_xb.core.config.schema import FORMATS, MEDIA_TASKS
 from soup_xb.core.errors import Problem
+from soup_xb.core.tasks import FORMATS, TASKS
 
 if TYPE_CHECKING:
-    from soup_xb.core.rows.examples import TokenRow
     from soup_xb.core.rows.formats.detect import Formats
+    from soup_xb.core.rows.row import TokenSequence
     from soup_xb.data.token_file import TokenFile
 
 _BARS = 8
@@ -26,8 +26,14 @@ _SHOWN_CHARACTERS = 3000
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", help="Hub id or folder of the base whose tokenizer and chat template are used.")
-@click.option("--format", "data_format", type=click.Choice(FORMATS), default="auto", show_default=True)
-@click.option("--task", type=click.Choice(tuple(MEDIA_TASKS)), help="For rows with pictures or sounds.")
+@click.option(
+    "--format", "data_format", type=click.Choice(("auto", *FORMATS)), default="auto", show_default=True
+)
+@click.option(
+    "--task",
+    type=click.Choice([task.name for task in TASKS.values() if task.media]),
+    help="For rows with pictures or sounds.",
+)
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens.")
 @click.option("--chat-template", help="Jinja chat template to use instead of the base's: text or a file.")
 @json_option
@@ -48,7 +54,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         from soup_xb.data.hub import resolve_base
         from soup_xb.data.media import open_tokenizer_for
 
-        tokenizer = open_tokenizer_for(task or "", resolve_base(base), chat_template)
+        tokenizer = open_tokenizer_for(TASKS[task].media if task else "", resolve_base(base), chat_template)
         tokens = tokenize_file(file, data_format, tokenizer, max_length, _formats(task))
         summary = {"file": str(file), **_counts(tokens), "example": _example(tokens, tokenizer)}
         notices = (*tokens.warnings, *tokens.notices)
@@ -68,9 +74,9 @@ def command(  # noqa: PLR0913 - one parameter an option
 
 
 def _formats(task: str | None) -> Formats:
-    from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_of
+    from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_named
 
-    return formats_of(task) if task else EVERY_FORMAT
+    return formats_named(TASKS[task].formats, TASKS[task].media) if task else EVERY_FORMAT
 
 
 def _rows(file: Path, data_format: str, task: str | None) -> tuple[dict[str, Any], tuple[Problem, ...]]:
@@ -123,17 +129,15 @@ def _histogram(lengths: list[int]) -> list[dict[str, int]]:
 
 def _example(tokens: TokenFile, tokenizer: Any) -> dict[str, Any]:
     """The first row as text: each of its sides (`others` are those after the first) in pieces, trained or not."""
-    from soup_xb.core.rows.preferences import side_names
-
     row = tokens.rows[0]
     first, *others = (
         {"name": name, "pieces": _pieces(side, tokenizer)}
-        for name, side in zip(side_names(row), row.sequences, strict=True)
+        for name, side in zip(row.sides, row.sequences, strict=True)
     )
     return {"source": str(row.source), **first, "others": others}
 
 
-def _pieces(row: TokenRow, tokenizer: Any) -> list[dict[str, Any]]:
+def _pieces(row: TokenSequence, tokenizer: Any) -> list[dict[str, Any]]:
     from itertools import groupby
 
     pairs = zip(row.tokens.tolist(), row.trained.tolist(), strict=True)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from soup_xb.cli.options import BACKENDS, json_option
-from soup_xb.core.config.schema import ANSWER_FORMATS, EMBEDDING_FORMAT
+from soup_xb.core.tasks import TASKS
 
 if TYPE_CHECKING:
     from soup_xb.core.run.session import LossSum
 
-FORMATS = (*ANSWER_FORMATS, EMBEDDING_FORMAT, "transcript")
+# What has a loss of its own, without another answer or a reward beside it.
+_MEASURED = [task for task in TASKS.values() if task.kind in ("tokens", "embedding")]
+FORMATS = ("auto", *dict.fromkeys(name for task in _MEASURED for name in task.formats))
 
 
 @click.command()

@@ -18,6 +18,7 @@ from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import TrainingConfig
 from soup_xb.core.disk import disk_errors, write_bytes
 from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.tasks import TASKS
 from soup_xb.core.templates import Template, list_templates, load_sample, load_template
 
 # The first line of every template names it, for editors that read schemas.
@@ -192,7 +193,7 @@ def ask(templates: Sequence[Template]) -> Answers:
     machines = list(_MACHINES)
     machine = machines[_choose("Which machine trains it?", machines)]
     values = dict(_MACHINES[machine])
-    if template.task == "embedding":
+    if TASKS[template.task].embeds:
         # The rows of a micro-batch are told from each other, and encoders fit any machine.
         values = {}
     elif values.get("training.batch_size") == 1:
@@ -217,7 +218,7 @@ def _rows_of_a_step(training: TrainingConfig) -> int:
 
 def _keep_shorter(values: dict[str, Any], task: str, max_length: int) -> None:
     """A machine's length never makes rows longer, and pictures cannot be cut."""
-    if task == "vision" or values.get("data.max_length", 0) > max_length:
+    if TASKS[task].media == "image" or values.get("data.max_length", 0) > max_length:
         values.pop("data.max_length", None)
 
 

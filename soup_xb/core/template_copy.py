@@ -10,13 +10,13 @@ from typing import Any
 from soup_xb.core.config.keys import safe_text
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.run_rules import is_local_path
-from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.config.yaml import write_yaml
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.files import read_object_line
 from soup_xb.core.rows.formats.detect import detect_format, to_example
-from soup_xb.core.rows.formats.every import formats_of
+from soup_xb.core.rows.formats.every import formats_named
+from soup_xb.core.tasks import TASKS
 from soup_xb.core.templates import Template, describe_template, load_sample
 
 # `key: value  # comment`, the value on the same line.
@@ -88,7 +88,7 @@ def load_sample_files(name: str, folder: Path | None = None) -> dict[str, bytes]
     as a TemplateFolder does.
     """
     template = describe_template(name, folder)
-    if template.task not in MEDIA_TASKS:
+    if not TASKS[template.task].media:
         return {}
     names = list(dict.fromkeys(_named_files(load_sample(name, folder), template)))
     if len(names) > MOST_FILES:
@@ -101,7 +101,8 @@ def load_sample_files(name: str, folder: Path | None = None) -> dict[str, bytes]
 
 
 def _named_files(text: str, template: Template) -> Iterator[str]:
-    formats = formats_of(template.task)
+    task = TASKS[template.task]
+    formats = formats_named(task.formats, task.media)
     for number, line in enumerate(text.splitlines(), 1):
         source = Source(f"data/{template.name}.jsonl", number)
         row = read_object_line(line, source)

@@ -22,9 +22,9 @@ from attrs import frozen
 
 import soup_xb
 from soup_xb.core.config.keys import safe_text, shown
-from soup_xb.core.config.schema import TASKS
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ConfigError, ResourceError
+from soup_xb.core.tasks import TASKS
 from soup_xb.core.text import did_you_mean
 
 MOST_BYTES = 256 * 1024

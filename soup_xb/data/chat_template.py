@@ -14,7 +14,7 @@ from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.rows.examples import ChatExample, Message, ToolCall
 from soup_xb.core.text import bytes_text
-from soup_xb.data.rendering import RENDERER, RunawayError
+from soup_xb.data.rendering import RunawayError, renderer
 
 
 @frozen
@@ -101,7 +101,7 @@ class ChatTemplate:
             "tokens": dict(self.tokens),
         }
         try:
-            answer = RENDERER.render(self.text, request)
+            answer = renderer().render(self.text, request)
         except RunawayError as error:
             raise ModelError(
                 "runaway-chat-template",

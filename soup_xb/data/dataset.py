@@ -12,21 +12,22 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.config.run_rules import STREAMED_FILE, is_local_path
-from soup_xb.core.config.schema import SAMPLED, DataConfig
+from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, DataError, Problem
 from soup_xb.core.random_numbers import permutation
-from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
 from soup_xb.core.rows.files import read_rows
 from soup_xb.core.rows.formats.detect import FORMATS, Formats
-from soup_xb.core.rows.formats.every import EVERY_FORMAT, embedding_formats, formats_of
-from soup_xb.core.rows.goal import Goal
-from soup_xb.core.rows.judged_rows import rows_for_task
+from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_named
+from soup_xb.core.rows.judged import learned_rows
 from soup_xb.core.rows.packing import pack, packing_notice, split_long
-from soup_xb.core.rows.preferences import LearnedRow
-from soup_xb.core.rows.rows import Rows, SelectedRows, as_rows, join_rows
+from soup_xb.core.rows.row import Row, repeated_positives
+from soup_xb.core.rows.table import Rows, SelectedRows, as_rows, join_rows
 from soup_xb.core.run.schedule import floor_share
 from soup_xb.core.run.session import Session
+from soup_xb.core.tasks import TASKS
+from soup_xb.core.tasks.task import Task
+from soup_xb.data.goal import Goal
 from soup_xb.data.hub import HubStream, hub_rows
 from soup_xb.data.token_file import DataSource, Reading, TokenFile, token_file
 from soup_xb.data.tokenizer import ChatTokenizer
@@ -54,7 +55,7 @@ def check_files(data: DataConfig) -> None:
 
 
 def load_dataset(
-    data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: str = "sft", goal: Goal | None = None
+    data: DataConfig, tokenizer: ChatTokenizer, seed: int, task: Task = TASKS["sft"], goal: Goal | None = None
 ) -> Dataset:
     """The rows of a config's `data` section, packed where the task or `data.packing` says so.
 
@@ -64,7 +65,7 @@ def load_dataset(
     base without a chat template.
     """
     # Documents are cut into pieces and nothing of them is left out; rows of a task with answers are cut short.
-    longest = sys.maxsize if task == "pretrain" else data.max_length
+    longest = sys.maxsize if task.packing == "always" else data.max_length
     cut = (tokenizer, longest)
     train = [
         _token_file(entry, data, task, cut)
@@ -77,16 +78,18 @@ def load_dataset(
     evaluation = join_rows([file.rows for file in held_out])
     if data.val_split > 0:
         rows, evaluation = split_rows(rows, data.val_split, seed)
-    rows, evaluation = (rows_for_task(part, task, data.max_length) for part in (rows, evaluation))
+    rows, evaluation = (
+        learned_rows(part, task.kind, data.max_length, task.needs_mismatched) for part in (rows, evaluation)
+    )
     notices = dict.fromkeys(notice for file in (*train, *held_out) for notice in file.notices)
     formats = ", ".join(dict.fromkeys(file.format for file in train))
-    if task == "pretrain" or data.packing:
+    if task.packing == "always" or data.packing:
         documents = len(rows)
         rows, evaluation = _packed(rows, data.max_length), _packed(evaluation, data.max_length)
         notices[packing_notice(documents, rows, data.max_length)] = None
     warnings = dict.fromkeys(warning for file in (*train, *held_out) for warning in file.warnings)
-    if len(rows) and isinstance(rows[0], EmbeddingRow):
-        warnings |= dict.fromkeys(repeated_positives([row for row in rows if isinstance(row, EmbeddingRow)]))
+    if task.embeds:
+        warnings |= dict.fromkeys(repeated_positives(rows))
     return Dataset(rows, evaluation, formats, tuple(notices), tuple(warnings))
 
 
@@ -114,7 +117,7 @@ def tokenize_file(
     return token_file(_local(str(path), path), Reading(format, formats), how)
 
 
-def split_rows(rows: Sequence[LearnedRow], share: float, seed: int) -> tuple[Rows, Rows]:
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[Rows, Rows]:
     """Rows to train on and rows held out, `floor(share * rows)` of them but at least one; order is kept.
 
     Raises DataError where no row would be left to train on.
@@ -136,7 +139,7 @@ def split_rows(rows: Sequence[LearnedRow], share: float, seed: int) -> tuple[Row
     return SelectedRows(known, train), SelectedRows(known, held_out)
 
 
-def _token_file(entry: str, data: DataConfig, task: str, cut: tuple[ChatTokenizer, int]) -> TokenFile:
+def _token_file(entry: str, data: DataConfig, task: Task, cut: tuple[ChatTokenizer, int]) -> TokenFile:
     """One entry of the config's data, tokenized and cut at so many tokens."""
     path = local_path(entry)
     if _is_local(entry):
@@ -148,7 +151,7 @@ def _token_file(entry: str, data: DataConfig, task: str, cut: tuple[ChatTokenize
 
 
 def _streamed(
-    entry: str, data: DataConfig, task: str, cut: tuple[ChatTokenizer, int], taken: tuple[Goal, int]
+    entry: str, data: DataConfig, task: Task, cut: tuple[ChatTokenizer, int], taken: tuple[Goal, int]
 ) -> TokenFile:
     """The first rows of a hub dataset in the order of a seed, tokenized and cut at so many tokens."""
     goal, seed = taken
@@ -166,15 +169,14 @@ def _is_local(entry: str) -> bool:
     return is_local_path(entry) or not _HUB_ID.fullmatch(entry) or local_path(entry).exists()
 
 
-def _reading(data: DataConfig, task: str) -> Reading:
-    if task == "embedding":
-        return _embedding(data.format, data.query_prompt or "", data.document_prompt or "")
-    formats = formats_of(task)
-    return Reading("text" if task == "pretrain" else data.format, formats, has_columns=task not in SAMPLED)
-
-
-def _embedding(format: str, query_prompt: str, document_prompt: str) -> Reading:
-    return Reading(format, embedding_formats(query_prompt, document_prompt), (query_prompt, document_prompt))
+def _reading(data: DataConfig, task: Task) -> Reading:
+    prompts = (data.query_prompt or "", data.document_prompt or "")
+    return Reading(
+        data.format,
+        formats_named(task.formats, task.media, prompts),
+        prompts if any(prompts) else (),
+        not task.samples,
+    )
 
 
 def _local(name: str, path: Path) -> DataSource:

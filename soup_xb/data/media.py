@@ -13,7 +13,6 @@ import numpy as np
 from attrs import evolve, field, fields, frozen
 
 from soup_xb.core.adapter.extras import write_media_kind
-from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.examples import (
@@ -24,8 +23,8 @@ from soup_xb.core.rows.examples import (
     MediaFile,
     Message,
     RowMedia,
-    TokenRow,
 )
+from soup_xb.core.rows.row import Row
 from soup_xb.core.text import mask_file
 from soup_xb.data.media_inputs import KEPT_FILES, find_files, open_processor, read_image, read_sound, unusable
 from soup_xb.data.spans import Markup, Span
@@ -107,8 +106,9 @@ class MediaTokenizer(ChatTokenizer):
         if places.size and places[-1] >= max_length:
             reason = f"its files alone reach beyond max_length ({places[-1] + 1:,} tokens)"
             return evolve(result, row=None, reason=reason)
-        if isinstance(markup, MediaMarkup) and isinstance(result.row, TokenRow):
-            return evolve(result, row=evolve(result.row, media=markup.media))
+        if isinstance(markup, MediaMarkup) and result.row is not None:
+            [sequence] = result.row.sequences
+            return evolve(result, row=Row("tokens", (evolve(sequence, media=markup.media),)))
         return result
 
 
@@ -145,8 +145,9 @@ class TranscriptTokenizer(MediaTokenizer):
         self, example: Example, markup: Markup, encoded: tuple[Array, Array], max_length: int
     ) -> Tokenized:
         result = ChatTokenizer._tokenized(self, example, markup, encoded, max_length)
-        if isinstance(markup, MediaMarkup) and isinstance(result.row, TokenRow):
-            return evolve(result, row=evolve(result.row, media=markup.media))
+        if isinstance(markup, MediaMarkup) and result.row is not None:
+            [sequence] = result.row.sequences
+            return evolve(result, row=Row("tokens", (evolve(sequence, media=markup.media),)))
         return result
 
     def _start_of(self, example: Example) -> tuple[int, ...]:
@@ -154,15 +155,15 @@ class TranscriptTokenizer(MediaTokenizer):
         return _language_start(self, language, str(example.source)) if language else self.prefix
 
 
-def open_tokenizer_for(task: str, base: Path, chat_template: str | None = None) -> ChatTokenizer:
-    """The tokenizer in a local folder for rows of a task, with the base's processor where they have files."""
-    if task in MEDIA_TASKS:
-        return open_media_tokenizer(base, chat_template, task)
+def open_tokenizer_for(media: str, base: Path, chat_template: str | None = None) -> ChatTokenizer:
+    """The tokenizer in a local folder, with the base's processor where rows hold files of the kind `media`."""
+    if media:
+        return open_media_tokenizer(base, chat_template, media)
     return open_tokenizer(base, chat_template)
 
 
-def open_media_tokenizer(base: Path, chat_template: str | None, task: str) -> MediaTokenizer:
-    """The tokenizer and processor in a local folder, for rows of `vision` or `audio`.
+def open_media_tokenizer(base: Path, chat_template: str | None, media: str) -> MediaTokenizer:
+    """The tokenizer and processor in a local folder, for rows with files of a kind, image or audio.
 
     Raises as `open_tokenizer` and `open_processor` do, and ModelError for a processor that reads no such files.
     """
@@ -172,7 +173,7 @@ def open_media_tokenizer(base: Path, chat_template: str | None, task: str) -> Me
     plain = open_tokenizer(base, chat_template, processor)
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
     told = {one.name: getattr(plain, one.name) for one in fields(ChatTokenizer)}
-    maker = InputMaker.of(processor, base, MEDIA_TASKS[task])
+    maker = InputMaker.of(processor, base, media)
     if not config.is_encoder_decoder:
         return MediaTokenizer(**told, maker=maker)
     start = config.decoder_start_token_id

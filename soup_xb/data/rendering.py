@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,12 @@ class Renderer:
         return f"ended the process that renders it (exit code {code})"
 
 
-RENDERER = Renderer()
-atexit.register(RENDERER.close)
+@cache
+def renderer() -> Renderer:
+    """The renderer of this process, made when it is first asked for; its rendering process ends with this one."""
+    made = Renderer()
+    atexit.register(made.close)
+    return made
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,19 @@ from typing import Any
 import numpy as np
 from attrs import evolve, frozen
 
-import soup_xb
+from soup_xb import __version__
 from soup_xb.core import disk
 from soup_xb.core.disk import FULL, free_bytes, user_cache
 from soup_xb.core.errors import DataError, Problem, ResourceError
 from soup_xb.core.process import tokenizing_processes
 from soup_xb.core.rows.examples import AnyExample, Row
 from soup_xb.core.rows.formats.detect import ExampleReader, Formats
-from soup_xb.core.rows.goal import Goal
-from soup_xb.core.rows.row_kinds import KINDS
-from soup_xb.core.rows.row_table import COLUMNS, Columns, RowTable
-from soup_xb.core.rows.rows import ListedRows, Rows
-from soup_xb.core.rows.token_cache import (
+from soup_xb.core.rows.row import KINDS
+from soup_xb.core.rows.table import COLUMNS, Columns, ListedRows, Rows, RowTable
+from soup_xb.core.run.manifest import file_sha256
+from soup_xb.core.text import bytes_text
+from soup_xb.data.goal import Goal
+from soup_xb.data.token_cache import (
     DamagedEntryError,
     Entry,
     EntryWriter,
@@ -35,8 +34,6 @@ from soup_xb.core.rows.token_cache import (
     evict,
     open_entry,
 )
-from soup_xb.core.run.manifest import file_sha256
-from soup_xb.core.text import bytes_text
 from soup_xb.data.tokenize import RowTally
 from soup_xb.data.workers import Batch, Tokenizing, UnkeptRowsError, tokenized
 
@@ -82,8 +79,8 @@ class Reading:
 
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
-# The package's own folder, and the folders below it with everything in them, whose modules make rows.
-_WHOLE_FOLDERS = ("core", "data")
+# Raise it when the same file, tokenizer and settings come to other rows.
+ROWS_VERSION = 1
 
 
 def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str, Any]:
@@ -101,25 +98,8 @@ def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str
         "tokenizer": how.tokenizer.fingerprint,
         "day": date.today().isoformat() if template is not None and template.is_dated else "",
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "code": _code(),
+        "rows": [__version__, ROWS_VERSION],
     }
-
-
-def row_modules() -> list[Path]:
-    """The files of the modules that make rows, and of some more: a new one is never left out."""
-    package = Path(soup_xb.__file__).parent
-    below = (file for folder in _WHOLE_FOLDERS for file in (package / folder).rglob("*.py"))
-    return sorted([*package.glob("*.py"), *below])
-
-
-@lru_cache(maxsize=1)
-def _code() -> str:
-    """A hash of those modules: none of them can change and leave old rows in use."""
-    package, digest = Path(soup_xb.__file__).parent, hashlib.sha256()
-    for file in row_modules():
-        digest.update(f"{file.relative_to(package).as_posix()}\0".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 # Smaller data is tokenized in about the time that checking a kept copy takes.

@@ -16,7 +16,6 @@ from attrs import evolve, frozen
 from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.config.schema import Config, DataConfig
 from soup_xb.core.errors import DataError, Problem
-from soup_xb.core.rows.embedding_rows import EmbeddingRow
 from soup_xb.core.rows.examples import (
     AnyExample,
     ChatExample,
@@ -25,10 +24,9 @@ from soup_xb.core.rows.examples import (
     JudgedExample,
     PreferenceExample,
     PromptExample,
-    TokenRow,
 )
-from soup_xb.core.rows.preferences import JudgedRow, PairRow
-from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.rows.row import Prompt, Row, TokenSequence, same_answers, same_prompts
+from soup_xb.core.tasks import TASKS
 from soup_xb.data.tokenizer import ChatTokenizer, Tokenized
 
 EQUAL_ANSWERS = "both answers are the same tokens"
@@ -79,7 +77,8 @@ def _prompt(example: PromptExample, tokenizer: ChatTokenizer, max_length: int) -
     reason = "" if tokens.size else "the prompt is empty"
     if tokens.size > max_length:
         reason = "the prompt is longer than max_length"
-    row = None if reason else PromptRow(tokens, example.columns, example.source)
+    prompt = TokenSequence(tokens, np.zeros(tokens.size, np.bool_), example.source)
+    row = None if reason else Row("prompt", (prompt,), Prompt(example.columns))
     return Tokenized(example.source, row, reason)
 
 
@@ -88,8 +87,8 @@ def _together(example: AnyExample, results: Iterator[Tokenized]) -> Tokenized:
     first = next(results)
     if isinstance(example, PreferenceExample):
         return _paired(first, next(results))
-    if isinstance(example, JudgedExample) and isinstance(first.row, TokenRow):
-        return evolve(first, row=JudgedRow(first.row, example.desirable))
+    if isinstance(example, JudgedExample) and first.row is not None:
+        return evolve(first, row=Row("judged", first.row.sequences, example.desirable))
     return first
 
 
@@ -101,13 +100,13 @@ def _paired(chosen: Tokenized, rejected: Tokenized) -> Tokenized:
         rewritten=chosen.rewritten + rejected.rewritten,
         hidden=max(chosen.hidden, rejected.hidden),
     )
+    sides: list[TokenSequence] = []
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side.row is None:
             return evolve(told, reason=f"`{name}`: {side.reason}")
-    assert isinstance(chosen.row, TokenRow)
-    assert isinstance(rejected.row, TokenRow)
-    row = PairRow(chosen.row, rejected.row)
-    return evolve(told, reason=EQUAL_ANSWERS) if row.is_equal else evolve(told, row=row)
+        sides += side.row.sequences
+    row = Row("pair", tuple(sides))
+    return evolve(told, reason=EQUAL_ANSWERS) if same_answers(row) else evolve(told, row=row)
 
 
 # Types whose first position is the one behind the padding token's id.
@@ -137,7 +136,7 @@ def fitted_data(
     config: Config, base: BaseFolder, tokenizer: ChatTokenizer
 ) -> tuple[DataConfig, tuple[Problem, ...]]:
     """The data section with the length at which texts are really cut, for `task: embedding`; else as it is."""
-    if config.task != "embedding":
+    if not TASKS[config.task].embeds:
         return config.data, ()
     longest, notices = longest_text(config.data.max_length, base.config, tokenizer)
     return evolve(config.data, max_length=longest), notices
@@ -193,8 +192,10 @@ def _row(example: EmbeddingExample, encoded: Iterator[EncodedText]) -> Tokenized
     for name, text, side in zip(names, texts, sides, strict=False):
         if not text.strip() or not side.tokens.size:
             return Tokenized(example.source, None, f"`{name}` is empty", truncated)
-    rows = [TokenRow(side.tokens, np.zeros(side.tokens.size, np.bool_), example.source) for side in sides]
-    return Tokenized(example.source, EmbeddingRow(*rows), "", truncated)
+    found = [
+        TokenSequence(side.tokens, np.zeros(side.tokens.size, np.bool_), example.source) for side in sides
+    ]
+    return Tokenized(example.source, Row("embedding", tuple(found)), "", truncated)
 
 
 # Places named in a notice; the count says how many more there are.
@@ -258,7 +259,7 @@ class RowTally:
                     self._equal.add(result.source)
                 else:
                     self._unlearnable.add(f"{result.source} ({result.reason})")
-            elif isinstance(result.row, PairRow) and not result.row.shares_prompt:
+            elif result.row.kind == "pair" and not same_prompts(result.row):
                 self._other_prompts.add(result.source)
             for happened, places in (
                 (result.truncated and result.row is not None, self.truncated),

@@ -16,8 +16,8 @@ from attrs import frozen
 from soup_xb.core.base.folder import read_object
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import DataError, ModelError, Problem
-from soup_xb.core.rows.examples import ChatExample, Example, Message, Source, TokenRow
-from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.rows.examples import ChatExample, Example, Message, Source
+from soup_xb.core.rows.row import Row, text_row
 from soup_xb.core.text import mask_file
 from soup_xb.data.chat_template import (
     ChatTemplate,
@@ -43,7 +43,7 @@ class Tokenized:
     """
 
     source: Source
-    row: LearnedRow | None
+    row: Row | None
     reason: str = ""
     truncated: bool = False
     rewritten: int = 0
@@ -186,7 +186,7 @@ class ChatTokenizer:
         ids, trained = ids[:max_length].copy(), trained[:max_length].copy()
         # Nothing comes before the first token, so nothing can predict it.
         trained[:1] = False
-        row = TokenRow(ids, trained, example.source) if trained.any() else None
+        row = text_row(ids, trained, example.source) if trained.any() else None
         reason = "" if row else _CUT_AWAY if truncated else "it is one token long"
         return Tokenized(example.source, row, reason, truncated, markup.rewritten, markup.hidden)
 

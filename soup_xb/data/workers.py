@@ -27,9 +27,8 @@ from soup_xb.core.errors import ResourceError, SoupError
 from soup_xb.core.process import python_command
 from soup_xb.core.rows.example_lines import example_of, plain, travels
 from soup_xb.core.rows.examples import AnyExample
-from soup_xb.core.rows.preferences import LearnedRow
-from soup_xb.core.rows.row_kinds import kind_of
-from soup_xb.core.rows.row_table import COLUMNS, columns_of
+from soup_xb.core.rows.row import Row
+from soup_xb.core.rows.table import COLUMNS, columns_of, stored_kind
 from soup_xb.data.spans import BATCH
 from soup_xb.data.tokenize import RowTally, is_chat, tokenize_examples
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
@@ -212,7 +211,7 @@ class Batch:
     kind: str
     columns: dict[str, Array]
     tally: dict[str, Any]
-    rows: Sequence[LearnedRow] = ()
+    rows: Sequence[Row] = ()
 
 
 def tokenize_batch(examples: Sequence[AnyExample], how: Tokenizing) -> Batch:
@@ -222,7 +221,7 @@ def tokenize_batch(examples: Sequence[AnyExample], how: Tokenizing) -> Batch:
     results = tokenize_examples(examples, how.tokenizer, how.max_length)
     tally.add(results)
     rows = [result.row for result in results if result.row is not None]
-    kinds = {kind.name if (kind := kind_of(row)) else "" for row in rows}
+    kinds = {kind.name if (kind := stored_kind(row)) else "" for row in rows}
     if len(kinds) != 1 or "" in kinds or how.tokenizer.reads_files:
         return Batch("", {}, tally.state(), rows)
     return Batch(kinds.pop(), columns_of(rows), tally.state())

@@ -9,9 +9,10 @@ from typing import Any
 from attrs import frozen
 
 from soup_xb.core.config.keys import KeyRefused, read_value, safe_text, shown
-from soup_xb.core.config.schema import KEYS, TASKS
+from soup_xb.core.config.schema import KEYS
 from soup_xb.core.config.yaml import MOST_VALUES, Node, read_yaml
 from soup_xb.core.errors import ConfigError
+from soup_xb.core.tasks import TASKS
 
 Convert = Callable[[Any], Any]
 Reasons = Iterable[tuple[str, str]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from soup_xb.core.config.checks import PREFERENCES
 from soup_xb.core.config.run_rules import is_local_path
+from soup_xb.core.tasks import TASKS
 from soup_xb.migrate.account import Account, NotCarriedError
 from soup_xb.migrate.values import (
     AXOLOTL_NAMES,
@@ -283,7 +283,8 @@ def _dataset(account: Account, prefix: str, to: str, keys: list[str]) -> None:
 
 
 def _rewrite(account: Account) -> str:
-    return _REWRITE_PAIRS if account.values.get("task") in PREFERENCES else _REWRITE
+    kind = TASKS[account.values.get("task", "sft")].kind
+    return _REWRITE_PAIRS if kind in ("pair", "judged") else _REWRITE
 
 
 def _paths(value: Any) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from soup_xb.core.config.schema import KEYS, TASKS
+from soup_xb.core.config.schema import KEYS
+from soup_xb.core.tasks import TASKS
 from soup_xb.migrate.account import Account
 from soup_xb.migrate.values import (
     OPTIMIZERS,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from soup_xb.core.config.checks import DEPENDENCES, PREFERENCES
 from soup_xb.core.config.keys import shown
 from soup_xb.core.config.run_rules import is_local_path
 from soup_xb.core.config.schema import KEYS
+from soup_xb.core.tasks import TASKS, tasks_with
 from soup_xb.migrate.account import Account, Convert, NoSuchTaskError, NotCarriedError
 
 _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
@@ -195,6 +195,7 @@ def without_critic(account: Account, key: str) -> None:
 
 _BETA, _GAMMA, _NOISE = "training.beta", "training.simpo_gamma", "training.label_smoothing"
 _WEIGHTS = ("training.desirable_weight", "training.undesirable_weight")
+_SOUP_BETAS = {"ipo": "ipo_tau"}
 _THERE = "the default there"
 
 AXOLOTL_NAMES: Mapping[str, str] = MappingProxyType(
@@ -221,7 +222,7 @@ LLAMA_FACTORY_NAMES: Mapping[str, str] = MappingProxyType(
 
 def soup_names(task: str) -> Mapping[str, str]:
     """Soup names the scale of the rewards after its task (`dpo_beta`), and ipo's tau."""
-    beta = "ipo_tau" if task == "ipo" else f"{task}_beta"
+    beta = _SOUP_BETAS.get(task, f"{task}_beta")
     return {f"training.{beta}": _BETA, "training.simpo_gamma": _GAMMA}
 
 
@@ -230,17 +231,16 @@ def read_preferences(account: Account, names: Mapping[str, str]) -> None:
 
     A setting of another task's loss is left. The defaults of simpo differ between the tools.
     """
-    task = account.values.get("task", KEYS["task"].default)
-    if task not in PREFERENCES:
+    task = TASKS[account.values.get("task", KEYS["task"].default)]
+    if _BETA not in task.all_keys or task.samples:
         return
     for name, ours in names.items():
         if ours in account.values:
             account.leave(name, f"`{ours}` is set already")
-        tasks = next(one.values for one in DEPENDENCES if one.key == ours)
-        if task not in tasks:
-            account.leave(name, f"it belongs to the loss of {' or '.join(tasks)}")
+        if ours not in task.all_keys:
+            account.leave(name, f"it belongs to the loss of {' or '.join(tasks_with(ours))}")
         account.carry(name, ours, number)
-    if task == "simpo":
+    if _GAMMA in task.all_keys:
         account.add(_BETA, 0.1, _THERE)
         account.add(_GAMMA, 0.5, _THERE)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 from attrs import evolve, frozen
 
@@ -23,20 +22,20 @@ from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import noted_scaling
-from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import ConfigError, ModelError
-from soup_xb.core.objectives.settings import Embedding
+from soup_xb.core.objectives import losses
+from soup_xb.core.objectives.objective import EmbeddingObjective, TokenObjective
 from soup_xb.core.rows.examples import Message
-from soup_xb.core.rows.formats.detect import FORMATS, Formats
-from soup_xb.core.rows.formats.every import embedding_formats
-from soup_xb.core.rows.formats.media import media_formats
+from soup_xb.core.rows.formats.detect import Formats
+from soup_xb.core.rows.formats.every import formats_named
 from soup_xb.core.run.session import (
-    EmbeddingSession,
+    Embedder,
     GenerationSettings,
     OptimizerSettings,
     Session,
     SessionSettings,
 )
+from soup_xb.core.tasks import TASKS
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media import open_tokenizer_for
 from soup_xb.data.media_inputs import is_processor_folder, task_of_processor
@@ -79,8 +78,10 @@ class LoadedAdapter:
     def formats(self) -> Formats:
         """The formats of rows that the adapter can be measured on."""
         if self.embedding is not None:
-            return embedding_formats(self.embedding.query_prompt, self.embedding.document_prompt)
-        return media_formats(self.task) if self.task else FORMATS
+            prompts = (self.embedding.query_prompt, self.embedding.document_prompt)
+            return formats_named(TASKS["embedding"].formats, prompts=prompts)
+        task = TASKS[self.task or "sft"]
+        return formats_named(task.formats, task.media)
 
 
 @contextmanager
@@ -106,10 +107,9 @@ def open_trained(options: TrainedOptions) -> Iterator[LoadedAdapter]:
         )
     precision = _stored_precision(base) if options.precision == "base" else options.precision
     settings = evolve(
-        session_on(base.path, precision),
-        objective=None if facts is None else Embedding(facts.scale, facts.pooling),
+        session_on(base.path, precision, facts),
         rope_scaling=noted_scaling(saved.settings, folder) if saved and folder else None,
-        media=MEDIA_TASKS.get(task, ""),
+        media=TASKS[task].media if task else "",
     )
     session = open_session(options.backend, settings)
     try:
@@ -120,8 +120,9 @@ def open_trained(options: TrainedOptions) -> Iterator[LoadedAdapter]:
         session.close()
 
 
-def session_on(base: Path, precision: str) -> SessionSettings:
-    """How to open a base that nothing is trained on."""
+def session_on(base: Path, precision: str, embedding: EmbeddingFacts | None = None) -> SessionSettings:
+    """How to open a base that nothing is trained on, with `embedding` for vectors of texts."""
+    scale = {} if embedding is None else {"embedding_scale": embedding.scale}
     return SessionSettings(
         base=base,
         precision=precision,
@@ -129,6 +130,8 @@ def session_on(base: Path, precision: str) -> SessionSettings:
         gradient_checkpointing=False,
         optimizer=_NO_TRAINING,
         seed=0,
+        objective=EmbeddingObjective(losses.embedding, scale, {}) if embedding else TokenObjective(),
+        pooling=embedding.pooling if embedding else "",
     )
 
 
@@ -186,14 +189,14 @@ def _task_type(saved: SavedAdapter) -> str | None:
     return told if isinstance(told, str) else None
 
 
-def base_modules(name: str, objective: Any = None, task: str = "") -> tuple[Module, ...]:
+def base_modules(name: str, embedding: EmbeddingFacts | None = None, task: str = "") -> tuple[Module, ...]:
     """The modules of a base that can carry an adapter: its structure, without weights.
 
-    It is opened for an objective, or whole where the task's rows have files.
+    It is opened without its head for vectors of texts, or whole where the task's rows have files.
     """
     folder = inspect_base(resolve_base(name), weights=False)
-    media = MEDIA_TASKS.get(task, "")
-    settings = evolve(session_on(folder.path, "auto"), weights=False, objective=objective, media=media)
+    media = TASKS[task].media if task else ""
+    settings = evolve(session_on(folder.path, "auto", embedding), weights=False, media=media)
     # transformers knows every type of base, mlx-lm those that are proven.
     session = open_session("torch" if is_installed("transformers") else available_backend("auto"), settings)
     try:
@@ -231,7 +234,7 @@ def _tokenizer(base: BaseFolder, folder: Path | None, task: str) -> ChatTokenize
     if task and folder:
         # The processor is the base's; the template may be one that the run was given.
         template = folder / "chat_template.jinja"
-        return open_tokenizer_for(task, base.path, str(template) if template.is_file() else None)
+        return open_tokenizer_for(TASKS[task].media, base.path, str(template) if template.is_file() else None)
     return open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
 
 
@@ -267,14 +270,21 @@ TASK_TYPE = "FEATURE_EXTRACTION"
 
 def trained_facts(run: OpenRun) -> EmbeddingFacts:
     """How a run turned texts into vectors."""
-    config, session = run.loaded.config, cast("EmbeddingSession", run.session)
+    config = run.loaded.config
     return EmbeddingFacts(
-        pooling=session.pooling,
-        scale=config.training.embedding_scale or Embedding().scale,
+        pooling=embedder_of(run.session).pooling,
+        scale=TASKS[config.task].setting(config.training, "embedding_scale"),
         max_length=fitted_data(config, run.base, run.tokenizer)[0].max_length,
         query_prompt=config.data.query_prompt or "",
         document_prompt=config.data.document_prompt or "",
     )
+
+
+def embedder_of(session: Session) -> Embedder:
+    """The embedder of a session whose base was opened for embeddings."""
+    if session.embedder is None:
+        raise RuntimeError("open the session with a `pooling`")
+    return session.embedder
 
 
 def embeds(saved: SavedAdapter, folder: Path, base: BaseFolder | None = None) -> bool:
@@ -297,10 +307,8 @@ def saved_facts(
     """
     if saved is None or folder is None or not embeds(saved, folder, base):
         return None
-    default = Embedding()
-    return read_embedding_facts(folder) or EmbeddingFacts(
-        pooling=default.pooling, scale=default.scale, max_length=512
-    )
+    scale = losses.settings(losses.embedding)["embedding_scale"] or 1.0
+    return read_embedding_facts(folder) or EmbeddingFacts(pooling="auto", scale=scale, max_length=512)
 
 
 def save_embedding_model(

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 from attrs import evolve
 
@@ -26,8 +25,6 @@ from soup_xb.core.base.folder import inspect_base
 from soup_xb.core.base.rope import RopeScaling, note_scaling, noted_scaling
 from soup_xb.core.disk import disk_errors, write_text
 from soup_xb.core.errors import ModelError, Problem, ResourceError
-from soup_xb.core.objectives.settings import Embedding
-from soup_xb.core.run.session import EmbeddingSession
 from soup_xb.core.text import mask_file
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media_inputs import is_processor_folder
@@ -35,6 +32,7 @@ from soup_xb.runs.adapters import (
     TrainedOptions,
     base_modules,
     base_of,
+    embedder_of,
     media_task,
     open_trained,
     plan_of,
@@ -98,8 +96,7 @@ def _to_plain(saved: SavedAdapter, folder: Path, target: Path, base: str | None)
     name = base or base_of(saved, folder)
     opened = inspect_base(resolve_base(name), weights=False)
     facts = saved_facts(saved, folder, opened)
-    objective = None if facts is None else Embedding(facts.scale, facts.pooling)
-    modules = base_modules(name, objective, media_task(opened.path, folder))
+    modules = base_modules(name, facts, media_task(opened.path, folder))
     plain = saved.plain(modules, folder)
     plan = plan_of(plain, folder)
     with _published(target) as staged:
@@ -159,8 +156,7 @@ def merge_adapter(options: TrainedOptions, target: Path) -> None:
         if trained.embedding is None:
             trained.tokenizer.save(staged)
         else:
-            pooling = cast("EmbeddingSession", trained.session).pooling
-            facts = evolve(trained.embedding, pooling=pooling)
+            facts = evolve(trained.embedding, pooling=embedder_of(trained.session).pooling)
             save_embedding_model(staged, facts, trained.session, trained.tokenizer)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from attrs import frozen
 
@@ -26,7 +25,8 @@ from soup_xb.core.run.folder import RunFolder
 from soup_xb.core.run.loop import check_rewards
 from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
-from soup_xb.core.run.session import GenerationSettings, JudgingSession
+from soup_xb.core.run.session import GenerationSettings
+from soup_xb.core.tasks import TASKS
 from soup_xb.runs.adapters import LoadedAdapter, continue_chat, save_embedding_model, trained_facts
 from soup_xb.runs.open import OpenRun
 from soup_xb.runs.writer import checkpoint_bytes
@@ -74,8 +74,8 @@ def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
     names = reachable_names([module for module in run.session.describe().modules if not module.experts])
     with disk.published(folder.adapter) as staged, disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
         write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
-        if run.loaded.config.task == "reward":
-            head = cast("JudgingSession", run.session).head()
+        if run.session.judge is not None:
+            head = run.session.judge.head()
             write_head(staged, head)
             check_head(staged, head)
         proof = prove(run.session, run.plan.adapters, staged, factors)
@@ -84,7 +84,7 @@ def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
         check_effect(proof, run.plan, staged)
         if (scaling := asked_scaling(run.loaded.config.training)) is not None:
             note_scaling(staged, scaling)
-        if run.loaded.config.task == "embedding":
+        if run.session.embedder is not None:
             save_embedding_model(staged, trained_facts(run), run.session, run.tokenizer)
         else:
             run.tokenizer.save(staged)
@@ -137,8 +137,8 @@ def _card(run: OpenRun, events: Sequence[Event], saved_rank: int) -> str:
         saved_rank=saved_rank,
         rope=scaling.described() if scaling else None,
         kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
-        embeds=config.task == "embedding",
-        scores=config.task == "reward",
+        embeds=TASKS[config.task].embeds,
+        scores=TASKS[config.task].scores,
         settings=dump_config(config),
         version=__version__,
         train_loss=steps[-1].loss if steps else None,

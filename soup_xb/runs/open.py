@@ -15,16 +15,16 @@ from soup_xb.core.base.modules import Resolution, resolve_adapters
 from soup_xb.core.base.rope import asked_scaling
 from soup_xb.core.base.towers import check_towers
 from soup_xb.core.config.load import LoadedConfig
-from soup_xb.core.config.schema import MEDIA_TASKS, Config
+from soup_xb.core.config.schema import Config
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.objectives.of_config import objective_of
-from soup_xb.core.rows.goal import streaming_goal
-from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.run.plan import Plan, make_plan, objective_of, optimizer_settings
 from soup_xb.core.run.session import Session, SessionSettings
+from soup_xb.core.tasks import TASKS
 from soup_xb.data.dataset import check_files, check_same_rows, load_dataset
+from soup_xb.data.goal import streaming_goal
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.media import open_tokenizer_for
-from soup_xb.data.rendering import RENDERER
+from soup_xb.data.rendering import renderer
 from soup_xb.data.tokenize import fitted_data
 from soup_xb.data.tokenizer import ChatTokenizer
 
@@ -53,11 +53,11 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
         check_files(config.data)
     base = inspect_base(resolve_base(config.base), weights=weights)
     check_towers(loaded, base, name)
-    tokenizer = open_tokenizer_for(config.task, base.path, config.data.chat_template)
+    tokenizer = open_tokenizer_for(TASKS[config.task].media, base.path, config.data.chat_template)
     data, cut = fitted_data(config, base, tokenizer)
-    dataset = load_dataset(data, tokenizer, config.training.seed, config.task, streaming_goal(config))
+    dataset = load_dataset(data, tokenizer, config.training.seed, TASKS[config.task], streaming_goal(config))
     # It would keep its memory through the whole run; who asks it again starts it again.
-    RENDERER.close()
+    renderer().close()
     session = open_session(name, session_settings(config, base.path, weights))
     try:
         resolution, coverage = resolve_for(loaded, session)
@@ -85,7 +85,7 @@ def check_processes(loaded: LoadedConfig, processes: int) -> None:
 
 def session_settings(config: Config, base: Path, weights: bool = True) -> SessionSettings:
     """How to open the config's base."""
-    training = config.training
+    task, training = TASKS[config.task], config.training
     return SessionSettings(
         base=base,
         precision=training.precision,
@@ -95,12 +95,13 @@ def session_settings(config: Config, base: Path, weights: bool = True) -> Sessio
         seed=training.seed,
         weights=weights,
         objective=objective_of(config),
+        pooling=training.pooling if task.embeds else "",
         rope_scaling=asked_scaling(training),
         router_aux_loss_coef=training.router_aux_loss_coef,
         sharding=training.sharding,
         cpu_offload=training.cpu_offload,
         process_timeout=training.process_timeout,
-        media=MEDIA_TASKS.get(config.task, ""),
+        media=task.media,
     )
 
 
@@ -108,7 +109,7 @@ def resolve_for(loaded: LoadedConfig, session: Session) -> tuple[Resolution, Cov
     """The adapted modules and what of the base they cover, with the file's lines in every message."""
     written = {key: loaded.where(key) for key in loaded.written}
     base, lora = session.describe(), loaded.config.training.lora
-    media = MEDIA_TASKS.get(loaded.config.task, "")
+    media = TASKS[loaded.config.task].media
     resolution = resolve_adapters(base.modules, lora, written, media)
     coverage = cover(base, resolution.adapters, lora, written)
     return evolve(resolution, warnings=(*resolution.warnings, *coverage.warnings)), coverage

@@ -1,23 +1,23 @@
-"""What the base thinks of every answer, before the first step: read where an earlier start left it, else computed."""
+"""Reference log-probabilities of all answers under the base, before the first step: read back, or computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.config.schema import REFERENCED
 from soup_xb.core.errors import Problem
-from soup_xb.core.rows.preference_batches import sequence_batches
-from soup_xb.core.rows.preferences import LearnedRow
+from soup_xb.core.objectives.objective import row_log_probabilities
+from soup_xb.core.rows.batches import sequence_batches
+from soup_xb.core.rows.row import Row
 from soup_xb.core.run.events import Notice
 from soup_xb.core.run.folder import REFERENCE
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
-from soup_xb.core.run.session import ScoringSession
+from soup_xb.core.tasks import TASKS
 from soup_xb.runs.open import OpenRun
 from soup_xb.runs.writer import RunWriter
 
@@ -32,7 +32,7 @@ def plan_with_reference(run: OpenRun, writer: RunWriter) -> Plan:
     is torn or belongs to other data or another base.
     """
     plan, config = run.plan, run.loaded.config
-    if config.task not in REFERENCED:
+    if not TASKS[config.task].needs_reference:
         return plan
     path = Path(config.output) / REFERENCE
     facts = {
@@ -58,16 +58,22 @@ def plan_with_reference(run: OpenRun, writer: RunWriter) -> Plan:
 
 
 def _computed(run: OpenRun) -> Reference:
-    session, plan = cast("ScoringSession", run.session), run.plan
+    session, plan = run.session, run.plan
+    if session.scorer is None:
+        raise RuntimeError(f"the {session.backend} session computes no log-probabilities")
     parts = []
     for rows in (plan.rows, plan.evaluation):
         shape = _shape(rows, plan.rows)
-        batches = sequence_batches(
+        known = np.zeros(shape[0] * shape[1])
+        for places, batch in sequence_batches(
             rows, plan.config.training.batch_size, plan.pad_id, session.process, session.processes
-        )
-        parts.append(session.log_probabilities(batches, shape[0] * shape[1]).reshape(shape))
+        ):
+            # A process without an answer of a batch runs the model all the same.
+            found = row_log_probabilities(session.scorer, batch)
+            known[places] = found[: len(places)]
+        parts.append(session.scorer.sum(known).reshape(shape))
     return Reference(*parts)
 
 
-def _shape(rows: Sequence[LearnedRow], alike: Sequence[LearnedRow]) -> tuple[int, int]:
+def _shape(rows: Sequence[Row], alike: Sequence[Row]) -> tuple[int, int]:
     return len(rows), len(alike[0].sequences)

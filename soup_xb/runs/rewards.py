@@ -15,27 +15,29 @@ from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
 from soup_xb.backends import open_session
-from soup_xb.core.adapter.peft_file import WEIGHTS, SavedAdapter, adapter_folder, read_adapter
+from soup_xb.core.adapter.peft_file import WEIGHTS, adapter_folder, read_adapter
 from soup_xb.core.base.rope import noted_scaling
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.run_rules import file_function
-from soup_xb.core.config.schema import SAMPLED, Config
+from soup_xb.core.config.schema import Config
 from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, DataError, ModelError
-from soup_xb.core.objectives import settings
+from soup_xb.core.objectives import losses
 from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
+from soup_xb.core.objectives.objective import ScoreObjective
 from soup_xb.core.objectives.rewards import Answer, PatternReward, Reward
-from soup_xb.core.objectives.rollouts import RolloutSession, Rules
 from soup_xb.core.rows.batches import collate
-from soup_xb.core.rows.examples import ChatExample, CompletionExample, Example, Message, TokenRow
-from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.rows.examples import ChatExample, CompletionExample, Example, Message
+from soup_xb.core.rows.row import Row, TokenSequence
 from soup_xb.core.rows.turns import read_turns
-from soup_xb.core.run.session import GenerationSettings, JudgingSession, SamplingSession, TrainingSession
+from soup_xb.core.run.rollouts import RolloutSession, Rules
+from soup_xb.core.run.session import GenerationSettings, Judge, TrainingSession
+from soup_xb.core.tasks import TASKS
 from soup_xb.core.text import did_you_mean
 from soup_xb.data.hub import resolve_base
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
@@ -73,9 +75,9 @@ def session_for(run: OpenRun, rewards: Sequence[Reward]) -> TrainingSession:
     Raises DataError for a row that a reward cannot judge.
     """
     config = run.loaded.config
-    if config.task not in SAMPLED:
+    if not TASKS[config.task].samples:
         return run.session
-    rows = [row for row in (*run.plan.rows, *run.plan.evaluation) if isinstance(row, PromptRow)]
+    rows = (*run.plan.rows, *run.plan.evaluation)
     for reward in rewards:
         reward.check(rows)
     training = config.training
@@ -88,7 +90,7 @@ def session_for(run: OpenRun, rewards: Sequence[Reward]) -> TrainingSession:
         ),
         pad_id=run.plan.pad_id,
     )
-    return RolloutSession(cast("SamplingSession", run.session), rules)
+    return RolloutSession(run.session, rules)
 
 
 # Answers that are scored together.
@@ -99,13 +101,13 @@ _BATCH = 16
 class ModelReward:
     """The score of an answer with its prompt, as the reward model's own tokenizer and chat template write them."""
 
-    session: JudgingSession
+    judge: Judge
     tokenizer: ChatTokenizer
     name: str = "reward_model"
 
-    def check(self, rows: Sequence[PromptRow]) -> None:
+    def check(self, rows: Sequence[Row]) -> None:
         """Raise ModelError for conversations that the reward model cannot write."""
-        chat = next((row for row in rows if isinstance(row.columns["prompt"], list)), None)
+        chat = next((row for row in rows if isinstance(row.extra.columns["prompt"], list)), None)
         if chat is not None and not self.tokenizer.has_chat_template:
             raise ModelError(
                 "no-chat-template",
@@ -122,32 +124,35 @@ class ModelReward:
         for start in range(0, len(order), _BATCH):
             places = order[start : start + _BATCH]
             batch = collate([rows[place] for place in places], self.tokenizer.pad_id)
-            for place, score in zip(places, self.session.scores(batch).tolist(), strict=True):
+            for place, score in zip(places, self.judge.scores(batch).tolist(), strict=True):
                 scores[place] = score
         return scores
 
-    def _row(self, answer: Answer) -> TokenRow:
-        prompt, source = answer.row.columns["prompt"], answer.row.source
+    def _row(self, answer: Answer) -> TokenSequence:
+        prompt, source = answer.row.extra.columns["prompt"], answer.row.source
         example: Example
         if isinstance(prompt, list):
-            turns = (*read_turns(answer.row.columns, "prompt", source), Message("assistant", answer.text))
+            turns = (
+                *read_turns(answer.row.extra.columns, "prompt", source),
+                Message("assistant", answer.text),
+            )
             example = ChatExample(turns, source, len(turns) - 1)
         else:
             example = CompletionExample(prompt, answer.text, source)
         row = self.tokenizer.tokenize(example, sys.maxsize).row
-        if isinstance(row, TokenRow):
-            return row
+        if row is not None:
+            return row.sequences[0]
         # An answer without words has nothing to learn, and a score all the same.
         return self._bare(example)
 
-    def _bare(self, example: Example) -> TokenRow:
+    def _bare(self, example: Example) -> TokenSequence:
         if isinstance(example, ChatExample):
             tokens = self.tokenizer.prompt_ids(example.messages[:-1], str(example.source))
         else:
             tokens = self.tokenizer.text_ids(example.prompt)
         if not tokens.size:
             raise DataError("nothing-to-score", "prompt and answer are empty", where=str(example.source))
-        return TokenRow(tokens, [False] * tokens.size, example.source)
+        return TokenSequence(tokens, [False] * tokens.size, example.source)
 
 
 @contextmanager
@@ -169,21 +174,17 @@ def open_reward_model(config: Config) -> Iterator[ModelReward]:
     opening = evolve(
         session_on(base, config.training.precision),
         quantization=config.training.quantization,
-        objective=settings.Reward(),
+        objective=ScoreObjective(losses.reward, {}, {}),
         rope_scaling=noted_scaling(saved.settings, folder),
     )
-    session = cast("JudgingSession", open_session("torch", opening))
+    session = open_session("torch", opening)
     try:
-        _attach(session, saved, folder)
-        yield ModelReward(session, open_tokenizer(_tokenizer_folder(folder, base)))
+        attach_saved(session, saved, folder)
+        assert session.judge is not None
+        session.judge.load_head(saved.head)
+        yield ModelReward(session.judge, open_tokenizer(_tokenizer_folder(folder, base)))
     finally:
         session.close()
-
-
-def _attach(session: JudgingSession, saved: SavedAdapter, folder: Path) -> None:
-    attach_saved(session, saved, folder)
-    if saved.head is not None:
-        session.load_head(saved.head)
 
 
 def _tokenizer_folder(folder: Path, base: Path) -> Path:
@@ -209,7 +210,7 @@ class FileReward:
     path: Path
     function: Callable[[str, dict[str, Any]], Any]
 
-    def check(self, rows: Sequence[PromptRow]) -> None:
+    def check(self, rows: Sequence[Row]) -> None:
         """The function alone knows what it needs of a row."""
 
     def earned(self, answers: Sequence[Answer]) -> list[float]:
@@ -221,7 +222,7 @@ class FileReward:
         value = _run(
             self.path,
             f"`{self.name}` fails on the row {row.source}",
-            lambda: self.function(answer.text, dict(row.columns)),
+            lambda: self.function(answer.text, dict(row.extra.columns)),
         )
         try:
             number = float(value)

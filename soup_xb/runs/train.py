@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 from soup_xb.backends import choose_backend
 from soup_xb.core.adapter.extras import is_reward_model
@@ -13,12 +12,13 @@ from soup_xb.core.adapter.peft_file import adapter_folder, fit_factors, read_ada
 from soup_xb.core.base.coverage_text import coverage_notices
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
-from soup_xb.core.rows.packing import check_apart
+from soup_xb.core.run.document_check import check_apart
 from soup_xb.core.run.events import Listener, Notice, StartEvent
 from soup_xb.core.run.folder import RunFolder
 from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
-from soup_xb.core.run.session import JudgingSession, Session
+from soup_xb.core.run.session import Session
 from soup_xb.core.run.stop import heard_early, launched_processes, stop_on_signals
+from soup_xb.core.tasks import TASKS
 from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.runs.open import OpenRun, check_processes, open_run
 from soup_xb.runs.reference import plan_with_reference
@@ -61,7 +61,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
 
 def _check_prompts(loaded: LoadedConfig, prompts: Sequence[str]) -> None:
     """Raise ConfigError where a model without words is to answer."""
-    if prompts and loaded.config.task == "embedding":
+    if prompts and TASKS[loaded.config.task].embeds:
         raise ConfigError(
             "no-answers",
             "an embedding model has no answers to give",
@@ -95,9 +95,9 @@ def _attach(run: OpenRun) -> None:
         folder = adapter_folder(Path(run.loaded.config.adapter))
         saved = read_adapter(folder)
         if saved.head is not None:
-            if run.loaded.config.task != "reward":
+            if run.session.judge is None:
                 raise is_reward_model(folder)
-            cast("JudgingSession", run.session).load_head(saved.head)
+            run.session.judge.load_head(saved.head)
         run.session.load_factors(fit_factors(saved, run.plan.adapters, folder))
 
 

@@ -17,7 +17,7 @@ from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.folder import base_fingerprint
 from soup_xb.core.config.load import config_dict
 from soup_xb.core.errors import CheckpointError, ModelError, SoupError, StoppedError
-from soup_xb.core.rows.rows import combined
+from soup_xb.core.rows.table import combined
 from soup_xb.core.run.checkpoint import CheckpointFacts, remove_after, rotate, write_checkpoint
 from soup_xb.core.run.events import Event, Listener, Notice, SaveEvent, losses_until
 from soup_xb.core.run.folder import ADAPTER, CHECKPOINTS, RunFolder, open_run_folder

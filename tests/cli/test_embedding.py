@@ -178,7 +178,8 @@ def vectors_of_sentence_transformers(folder: Path, texts: list[str]) -> np.ndarr
 
 def live_vectors(out: Path, texts: list[str]) -> np.ndarray:
     from soup_xb.core.rows.batches import collate
-    from soup_xb.core.rows.examples import Source, TokenRow
+    from soup_xb.core.rows.examples import Source
+    from soup_xb.core.rows.row import TokenSequence
     from soup_xb.data.tokenize import encode_texts
     from soup_xb.runs.adapters import TrainedOptions, open_trained
 
@@ -186,9 +187,11 @@ def live_vectors(out: Path, texts: list[str]) -> np.ndarray:
         assert trained.embedding is not None
         encoded = encode_texts(texts, trained.tokenizer, trained.embedding.max_length)
         assert any(one.truncated for one in encoded)
-        rows = [TokenRow(one.tokens, np.zeros(len(one.tokens), np.bool_), Source("", 1)) for one in encoded]
-        session: Any = trained.session
-        return session.embeddings(collate(rows, trained.tokenizer.pad_id))
+        sequences = [
+            TokenSequence(one.tokens, np.zeros(len(one.tokens), np.bool_), Source("", 1)) for one in encoded
+        ]
+        assert trained.session.embedder is not None
+        return trained.session.embedder.embeddings(collate(sequences, trained.tokenizer.pad_id))
 
 
 def test_two_processes_have_the_losses_of_one(soupx: Soupx, config: Config, tmp_path: Path) -> None:

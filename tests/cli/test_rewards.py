@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from soup_xb.core.objectives.answer_pattern import compiled_pattern
 from soup_xb.core.objectives.rewards import Answer, PatternReward
 from soup_xb.core.rows.examples import Source
-from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.rows.row import Prompt, Row, TokenSequence
 
 Config = Callable[..., Path]
 Soupx = Callable[..., Any]
@@ -268,6 +268,7 @@ def test_built_in_rewards_pay_for_the_form_and_for_the_answer(
     name: str, text: str, answer: Any, earned: float
 ) -> None:
     reward = PatternReward(name, compiled_pattern("<answer>(.*?)</answer>", "here"), "here")
-    row = PromptRow(np.array([5], dtype=np.int32), {"answer": answer}, Source("rows.jsonl", 1))
+    prompt = TokenSequence([5], [False], Source("rows.jsonl", 1))
+    row = Row("prompt", (prompt,), Prompt({"answer": answer}))
     reward.check([row])
     assert reward.earned([Answer(row, text)]) == [earned]

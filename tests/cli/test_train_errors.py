@@ -217,12 +217,12 @@ def test_a_lack_of_memory_names_the_ways_out(
     """The model asks the allocator for far more than any machine has: the real error, in the real place."""
     import torch
 
-    from soup_xb.backends.torch import task_loss
+    from soup_xb.backends.torch import outputs
 
     def greedy(*_: object) -> torch.Tensor:
         return torch.empty(2**55)
 
-    monkeypatch.setattr(task_loss, "summed_loss", greedy)
+    monkeypatch.setattr(outputs, "token_logps", greedy)
     answer = soupx("train")
     assert answer.code == 7, answer.err
     assert "error[out-of-memory] out of memory while training" in answer.err

@@ -12,9 +12,11 @@ import transformers
 
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
-from soup_xb.core.rows.batches import collate
-from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.rows.packing import check_apart, pack
+from soup_xb.core.rows.batches import collate_rows
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.packing import pack
+from soup_xb.core.rows.row import Row, text_row
+from soup_xb.core.run.document_check import check_apart
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import Session, StepSettings
 
@@ -22,10 +24,10 @@ Opener = Callable[..., tuple[Session, Plan]]
 LENGTHS = (5, 9, 12, 3, 20, 7)
 
 
-def rows() -> list[TokenRow]:
+def rows() -> list[Row]:
     rng = np.random.default_rng(3)
     return [
-        TokenRow(rng.integers(3, 250, length), np.arange(length) > 0, Source("rows.jsonl", line))
+        text_row(rng.integers(3, 250, length), np.arange(length) > 0, Source("rows.jsonl", line))
         for line, length in enumerate(LENGTHS, 1)
     ]
 
@@ -35,8 +37,8 @@ def test_packed_rows_have_the_loss_of_single_ones(opener: Opener, backend: str) 
     session, _ = opener(backend)
     packed = pack(rows(), 24)
     assert len(packed) < len(LENGTHS)
-    together = session.evaluate([collate(packed, 0)])
-    alone = session.evaluate([collate([row], 0) for row in rows()])
+    together = session.evaluate([collate_rows(packed, None, 0)])
+    alone = session.evaluate([collate_rows([row], None, 0) for row in rows()])
     assert together.target_tokens == alone.target_tokens
     assert together.total == pytest.approx(alone.total, rel=1e-5)
 
@@ -48,7 +50,10 @@ def test_a_step_on_packed_rows_is_the_step_on_single_ones(
 ) -> None:
     targets = sum(row.target_tokens for row in rows())
     results, factors = [], []
-    for batches in ([collate(pack(rows(), 24), 0)], [collate([row], 0) for row in rows()]):
+    for batches in (
+        [collate_rows(pack(rows(), 24), None, 0)],
+        [collate_rows([row], None, 0) for row in rows()],
+    ):
         session, _ = opener(backend, gradient_checkpointing=checkpointing)
         for step in (1, 2, 3):
             result = session.train_step(batches, StepSettings(step, 5e-3, targets))
@@ -110,8 +115,8 @@ def test_documents_stay_apart_whatever_the_kind_of_attention(
     save_model: Callable[..., Path], opener: Opener, tmp_path: Path, backend: str, config: Any
 ) -> None:
     session, _ = opener(backend, base=save_model(tmp_path / "base", config), attach=False)
-    together = session.evaluate([collate(pack(rows(), 40), 0)])
-    alone = session.evaluate([collate([row], 0) for row in rows()])
+    together = session.evaluate([collate_rows(pack(rows(), 40), None, 0)])
+    alone = session.evaluate([collate_rows([row], None, 0) for row in rows()])
     assert together.total == pytest.approx(alone.total, rel=1e-5)
 
 

@@ -132,7 +132,7 @@ def test_a_trained_adapter_is_proven(
     opener: Opener, tmp_path: Path, backend: str, lora: dict[str, Any]
 ) -> None:
     session, plan = trained(opener, backend, lora)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     before, factors = session.logits(tokens), session.factors()
     found = prove(session, plan.adapters, save(session, plan, tmp_path), factors)
     assert len(found.deviations) == len(plan.adapters.modules)

@@ -18,7 +18,7 @@ from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import CheckpointError, ModelError
-from soup_xb.core.rows.batches import collate
+from soup_xb.core.rows.batches import collate_rows, idle
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import GenerationSettings, Session, StepResult, StepSettings
 
@@ -48,7 +48,7 @@ def plain_loss(base: Path, plan: Plan, step: int) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for index in np.concatenate(plan.step_rows(step)):
-            row = plan.rows[index]
+            row = plan.rows[index].sequences[0]
             ids = torch.tensor(row.tokens[None], dtype=torch.int64)
             labels = ids.clone()
             labels[0, ~torch.from_numpy(row.trained.copy())] = -100
@@ -139,7 +139,7 @@ def test_a_saved_adapter_gives_the_live_logits_in_stock_peft(
     train(session, plan)
     names = [module.name for module in session.describe().modules]
     write_adapter(tmp_path, plan.adapters, session.factors(), str(tiny_llama), names)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live, base = session.logits(tokens), session.logits(tokens, adapter=False)
     stock = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_a_saved_adapter_gives_the_live_logits_in_stock_peft(
 @every_backend
 def test_every_factor_trains_and_the_base_stays(opener: Opener, backend: str) -> None:
     session, plan = opener(backend)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     start, base = session.factors(), session.logits(tokens, adapter=False)
     np.testing.assert_array_equal(session.logits(tokens), base)
     held_out = session.evaluate(plan.eval_micro_batches())
@@ -213,7 +213,7 @@ def test_evaluation_leaves_the_training_untouched(opener: Opener, backend: str) 
         seen += [result.loss for result in train(watched, plan, step, step)]
         watched.evaluate(plan.eval_micro_batches())
         watched.evaluate(plan.eval_micro_batches(), adapter=False)
-        watched.generate(plan.rows[0].tokens, GenerationSettings(3, 1.0, (2,)))
+        watched.generate(plan.rows[0].sequences[0].tokens, GenerationSettings(3, 1.0, (2,)))
     assert seen == losses
     assert_same_bytes(quiet, watched)
 
@@ -230,7 +230,7 @@ def test_dropout_acts_in_training_alone_and_is_seeded(opener: Opener, backend: s
     held_out = [s.evaluate(plan.eval_micro_batches()).total for s in (plain, dropping, again, other)]
     assert held_out[1] == held_out[2]
     assert len(set(held_out)) == 3
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(dropping.logits(tokens), dropping.logits(tokens))
 
 
@@ -253,7 +253,8 @@ def test_accumulation_changes_nothing_but_speed(opener: Opener, backend: str) ->
         settings = StepSettings(step, plan.learning_rates.at(step), plan.target_tokens(step))
         whole = one.train_step(plan.micro_batches(step), settings)
         # Uneven parts of different padding, and one of a process that has no rows.
-        split = two.train_step([collate(rows[:3], 0), collate(rows[3:], 0), collate([], 0)], settings)
+        parts = [collate_rows(part, None, 0) for part in (rows[:3], rows[3:], rows[:1])]
+        split = two.train_step([*parts[:2], idle(parts[2])], settings)
         assert split.loss == pytest.approx(whole.loss, abs=1e-5)
         assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
 
@@ -297,7 +298,7 @@ def test_the_merged_model_gives_the_live_logits(opener: Opener, tmp_path: Path, 
     for index, lora in enumerate((LORAS["plain"], LORAS["dora"], LORAS["ranks"])):
         session, plan = opener(backend, lora=lora)
         train(session, plan)
-        tokens = plan.rows[0].tokens[None]
+        tokens = plan.rows[0].sequences[0].tokens[None]
         folder = tmp_path / str(index)
         session.save_merged(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -326,7 +327,7 @@ def test_a_merged_weight_that_its_format_cannot_hold_is_refused(
 def test_generation_ends_before_the_end_token_and_repeats_with_its_seed(opener: Opener, backend: str) -> None:
     session, plan = opener(backend)
     train(session, plan)
-    prompt = plan.rows[0].tokens[:5]
+    prompt = plan.rows[0].sequences[0].tokens[:5]
     greedy = session.generate(prompt, GenerationSettings(8, 0.0, (2,)))
     assert greedy.dtype == np.int32
     sequence = np.concatenate([prompt, greedy])

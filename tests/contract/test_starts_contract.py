@@ -17,7 +17,7 @@ from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import CheckpointError, ModelError
-from soup_xb.core.rows.batches import collate
+from soup_xb.core.rows.batches import collate_rows
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import GenerationSettings, Session, StepResult, StepSettings
 from soup_xb.runs.export import export_adapter
@@ -75,7 +75,7 @@ def test_the_start_is_the_base_to_the_bit(
 ) -> None:
     lora = started(strategy, use_rslora=True)
     session, plan = opener(backend, lora=lora, quantization=quantization, precision=precision)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(session.logits(tokens), session.logits(tokens, adapter=False))
     assert all(np.abs(start_product(arrays)).max() > 1e-2 for arrays in session.factors().values())
 
@@ -109,7 +109,7 @@ def test_the_saved_adapter_gives_the_live_logits_in_stock_peft_and_mlx_lm(
 
     session, plan = opener(backend, lora=started(strategy, **lora))
     train(session, plan)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live, base = session.logits(tokens), session.logits(tokens, adapter=False)
     assert np.abs(live - base).max() > 1e-2
     ranks = {arrays["lora_A"].shape[0] for arrays in session.factors().values()}
@@ -131,7 +131,7 @@ def test_without_the_adapter_the_base_is_exact_after_training(
     opener: Opener, backend: str, strategy: str
 ) -> None:
     session, plan = opener(backend, lora=started(strategy))
-    tokens, held_out = plan.rows[0].tokens[None], plan.eval_micro_batches()
+    tokens, held_out = plan.rows[0].sequences[0].tokens[None], plan.eval_micro_batches()
     greedy = GenerationSettings(5, 0.0, (2,))
     base, loss, answer = (
         session.logits(tokens),
@@ -154,7 +154,7 @@ def test_the_merged_model_gives_the_live_logits(
     session, plan = opener(backend, lora=started(strategy, **LORAS["patterns"]))
     train(session, plan)
     session.save_merged(tmp_path)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         merged = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
@@ -253,7 +253,7 @@ def test_accumulation_changes_nothing_but_speed(opener: Opener, backend: str, st
         rows = [plan.rows[index] for index in plan.step_rows(step)[0]]
         now = StepSettings(step, plan.learning_rates.at(step), plan.target_tokens(step))
         whole = one.train_step(plan.micro_batches(step), now)
-        split = two.train_step([collate(rows[:3], 0), collate(rows[3:], 0)], now)
+        split = two.train_step([collate_rows(rows[:3], None, 0), collate_rows(rows[3:], None, 0)], now)
         assert split.loss == pytest.approx(whole.loss, abs=1e-5)
         assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
 

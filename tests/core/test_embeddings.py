@@ -19,27 +19,30 @@ from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, DataError, ModelError
-from soup_xb.core.rows.contrast_batches import contrast_batch
-from soup_xb.core.rows.embedding_rows import EmbeddingRow, repeated_positives
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.batches import MicroBatch, contrast_batch
+from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.formats.detect import detect_format, extra_columns, to_example
 from soup_xb.core.rows.formats.every import embedding_formats
+from soup_xb.core.rows.row import Row, TokenSequence, repeated_positives
 from soup_xb.core.run.plan import make_plan
 
 SOURCE = Source("rows.jsonl", 3)
 FACTS = EmbeddingFacts(pooling="last", scale=30.0, max_length=64, query_prompt="query: ")
 
 
-def text(*tokens: int) -> TokenRow:
-    return TokenRow(tokens, np.zeros(len(tokens), np.bool_), SOURCE)
+def text(*tokens: int) -> TokenSequence:
+    return TokenSequence(tokens, np.zeros(len(tokens), np.bool_), SOURCE)
 
 
-def rows(count: int) -> list[EmbeddingRow]:
+def rows(count: int) -> list[Row]:
     """Every second one has a negative; each text begins with its own token."""
-    return [
-        EmbeddingRow(text(10 + i), text(30 + i, *range(i)), text(50 + i, 1, 2) if i % 2 else None)
-        for i in range(count)
-    ]
+    texts = [(text(10 + i), text(30 + i, *range(i)), text(50 + i, 1, 2)) for i in range(count)]
+    return [Row("embedding", sides if i % 2 else sides[:2]) for i, sides in enumerate(texts)]
+
+
+def candidates(batch: MicroBatch) -> MicroBatch:
+    assert batch.beside is not None
+    return batch.beside
 
 
 @pytest.mark.parametrize(
@@ -89,32 +92,32 @@ def test_a_wrong_row_is_named(row: dict[str, Any], code: str, place: str) -> Non
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_the_shares_of_all_processes_are_the_candidates_in_one_order(count: int, processes: int) -> None:
-    (whole,) = [contrast_batch(rows(count), (0, 1), 0)]
-    assert whole.contrast is not None
+    whole = contrast_batch(rows(count), (0, 1), 0)
     order: dict[int, int] = {}
     for process in range(processes):
         share = contrast_batch(rows(count), (process, processes), 0)
-        contrast = share.contrast
-        assert contrast is not None
-        assert contrast.count == whole.contrast.count == count + count // 2
-        assert len(contrast.candidates.lengths) == len(contrast.places)
-        first = contrast.candidates.tokens[: len(contrast.places), 0]
-        assert not order.keys() & set(contrast.places.tolist())
-        order |= dict(zip(contrast.places.tolist(), first.tolist(), strict=True))
-        anchors = share.tokens[: len(share.lengths), 0]
-        assert [order[place] for place in contrast.right.tolist()] == (anchors + 20).tolist()
-    assert [order[place] for place in range(len(order))] == whole.contrast.candidates.tokens[:, 0].tolist()
+        own, places = int(share.counted.sum()), share.constants["places"].tolist()
+        assert share.constants["count"] == whole.constants["count"] == count + count // 2
+        assert own == len(range(process, count, processes))
+        assert np.count_nonzero(candidates(share).lengths) == len(places)
+        first = candidates(share).tokens[: len(places), 0]
+        assert not order.keys() & set(places)
+        order |= dict(zip(places, first.tolist(), strict=True))
+        right, anchors = share.constants["right"][:own], share.tokens[:own, 0]
+        assert [order[place] for place in right.tolist()] == (anchors + 20).tolist()
+        # An idle process embeds an anchor and a positive all the same, for which its arrays have an entry each.
+        assert len(share.counted) == len(share.constants["right"]) == len(share.tokens) == max(1, own)
+    assert [order[place] for place in range(len(order))] == candidates(whole).tokens[:, 0].tolist()
 
 
 def test_nothing_is_padded_to_another_sides_length() -> None:
     batch = contrast_batch(rows(6), (0, 1), 0)
     assert batch.tokens.shape == (6, 1)
-    assert batch.contrast is not None
-    assert batch.contrast.candidates.tokens.shape == (9, 6)
+    assert candidates(batch).tokens.shape == (9, 6)
     assert batch.target_tokens == 0
 
 
-def plan_of(batch_size: int, learned: list[EmbeddingRow]) -> Any:
+def plan_of(batch_size: int, learned: list[Row]) -> Any:
     training = TrainingConfig(batch_size=batch_size)
     config = Config(base="tiny", task="embedding", data=DataConfig(train="rows.jsonl"), training=training)
     resolution = resolve_adapters([Module("layers.0.q_proj", 4, 4)], training.lora, {})
@@ -127,7 +130,7 @@ def test_a_plan_counts_rows_and_their_tokens() -> None:
     assert (plan.examples(1), plan.target_tokens(1)) == (4, 0)
     assert sum(plan.real_tokens(step) for step in (1, 2)) == sum(row.real_tokens for row in rows(8))
     (batch,) = plan.micro_batches(1, 1, 2)
-    assert batch.contrast is not None
+    assert len(candidates(batch).lengths) == 4
     assert len(batch.lengths) == 2
 
 

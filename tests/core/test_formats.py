@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.config import schema
-from soup_xb.core.errors import DataError
+from soup_xb.core.config.load import parse_config
+from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.rows.examples import ChatExample, CompletionExample, Message, Source
 from soup_xb.core.rows.formats.detect import FORMATS, ExampleReader, detect_format, extra_columns, to_example
-from soup_xb.core.rows.formats.every import EVERY_FORMAT
+from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_named
 from soup_xb.core.rows.formats.media import media_formats
+from soup_xb.core.tasks import FORMATS as EVERY_NAME
+from soup_xb.core.tasks import TASKS
 
 SOURCE = Source("rows.jsonl", 7)
 
@@ -110,11 +112,29 @@ def test_a_filled_column_wins_over_a_column_of_nulls():
     assert detect_format([(SOURCE, {"text": "…", "messages": None})]).name == "text"
 
 
-def test_the_formats_are_those_of_the_config():
-    assert {"auto", "transcript", *EVERY_FORMAT} == set(schema.FORMATS)
-    assert set(media_formats("audio")) == set(schema.task_formats("audio"))
-    assert set(media_formats("vision")) == set(schema.task_formats("vision"))
-    assert set(FORMATS) == set(schema.task_formats("sft"))
+def test_every_format_is_read_by_a_task_in_the_order_in_which_the_task_asks():
+    assert {"transcript", *EVERY_FORMAT} == set(EVERY_NAME)
+    for task in TASKS.values():
+        known = EVERY_FORMAT if not task.media else media_formats(task.media)
+        assert set(task.formats) <= set(known)
+        assert tuple(formats_named(task.formats, task.media)) == task.formats
+    assert tuple(FORMATS) == TASKS["sft"].formats
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", EVERY_NAME)
+def test_a_config_takes_the_formats_of_its_task_and_no_other(task, name):
+    needed = {
+        "grpo": "training: {rewards: [format]}",
+        "rlhf": "training: {reward_model: judge}",
+    }
+    text = f"base: tiny\ntask: {task}\ndata: {{train: rows.jsonl, format: {name}}}\n{needed.get(task, '')}\n"
+    if name in TASKS[task].formats:
+        assert parse_config(text, "soup.yaml").config.data.format == name
+        return
+    with pytest.raises(ConfigError) as refused:
+        parse_config(text, "soup.yaml")
+    assert {problem.where for problem in refused.value.problems} == {"soup.yaml:3: data.format"}
 
 
 USER = [turn("user", "Hi")]

@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soup_xb.core.config.load import parse_config
-from soup_xb.core.rows.goal import Goal, streaming_goal
 from soup_xb.core.run.schedule import floor_share
+from soup_xb.data.goal import Goal, streaming_goal
 
 
 def goal(task: str = "sft", **data: object) -> Goal | None:
@@ -42,6 +42,7 @@ def test_the_steps_say_how_much_is_taken(task: str, data: dict[str, object], exp
 
 
 @given(st.floats(0.001, 0.9))
+@settings(deadline=None)
 def test_as_many_rows_are_left_as_the_steps_consume_when_some_are_held_out(share: float) -> None:
     taken = goal(val_split=share)
     assert taken is not None

@@ -12,14 +12,15 @@ from soup_xb.core.base.modules import Module, resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ConfigError, NonFiniteError
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import Row, text_row
 from soup_xb.core.run.events import EvalEvent, Event, Notice, StepEvent
 from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
 from soup_xb.core.run.plan import Plan, make_plan
 from soup_xb.core.run.session import LossSum, RestartResult, RestartSettings, StepResult, StepSettings
 
 ROWS = tuple(
-    TokenRow(np.arange(2, 6 + index % 5), np.arange(4 + index % 5) > 1, Source("rows.jsonl", index + 1))
+    text_row(np.arange(2, 6 + index % 5), np.arange(4 + index % 5) > 1, Source("rows.jsonl", index + 1))
     for index in range(23)
 )
 
@@ -55,7 +56,7 @@ class FakeSession:
         return value
 
 
-def make(evaluation: tuple[TokenRow, ...] = (), **training: Any) -> Plan:
+def make(evaluation: tuple[Row, ...] = (), **training: Any) -> Plan:
     settings = TrainingConfig(**{"batch_size": 4, "lora": LoraConfig(r=2), **training})
     config = Config(base="tiny", data=DataConfig(train=("rows.jsonl",)), training=settings)
     resolution = resolve_adapters([Module("model.layers.0.q_proj", 8, 8)], settings.lora, {})

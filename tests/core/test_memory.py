@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
-from soup_xb.core.rows.embedding_rows import EmbeddingRow
-from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.rows.preferences import JudgedRow, PairRow
-from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.rows.row_facts import facts_of
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import Prompt, Row, TokenSequence, facts_of
 from soup_xb.core.run.memory import LargestBatch, MemoryEstimate, estimate_memory
 from soup_xb.core.run.session import BaseDescription
 
@@ -37,17 +34,24 @@ def test_a_process_of_a_sharded_base_holds_its_part_and_three_blocks() -> None:
     assert cut.activations == whole.activations
 
 
-def row(length: int, answer: int) -> TokenRow:
-    return TokenRow(np.arange(length), np.arange(length) >= length - answer, Source("rows.jsonl", 1))
+def text(length: int, answer: int) -> TokenSequence:
+    return TokenSequence(np.arange(length), np.arange(length) >= length - answer, Source("rows.jsonl", 1))
+
+
+def row(length: int, answer: int) -> Row:
+    return Row("tokens", (text(length, answer),))
 
 
 ROWS: dict[str, Any] = {
     "sft": [row(20, 4), row(30, 4)],
-    "dpo": [PairRow(row(20, 4), row(30, 9)), PairRow(row(25, 5), row(24, 4))],
-    "reward": [PairRow(row(20, 4), row(30, 9))],
-    "kto": [JudgedRow(row(30, 9), True, row(28, 7)), JudgedRow(row(20, 9), False, row(28, 7))],
-    "grpo": [PromptRow(np.arange(30), {}, Source("rows.jsonl", 1))],
-    "embedding": [EmbeddingRow(row(10, 0), row(12, 0), row(8, 0))],
+    "dpo": [Row("pair", (text(20, 4), text(30, 9))), Row("pair", (text(25, 5), text(24, 4)))],
+    "reward": [Row("pair", (text(20, 4), text(30, 9)))],
+    "kto": [
+        Row("judged", (text(30, 9), text(28, 7)), True),
+        Row("judged", (text(20, 9), text(28, 7)), False),
+    ],
+    "grpo": [Row("prompt", (text(30, 0),), Prompt({}))],
+    "embedding": [Row("embedding", (text(10, 0), text(12, 0), text(8, 0)))],
 }
 
 

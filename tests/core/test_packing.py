@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soup_xb.core.rows.batches import collate
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.batches import collate_rows
+from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.packing import pack, packing_notice, split_long
+from soup_xb.core.rows.row import Row, text_row
 
 
-def row(length: int, line: int = 1) -> TokenRow:
-    return TokenRow(np.arange(length) + 100 * line, np.arange(length) > 0, Source("rows.jsonl", line))
+def row(length: int, line: int = 1) -> Row:
+    return text_row(np.arange(length) + 100 * line, np.arange(length) > 0, Source("rows.jsonl", line))
 
 
 @given(st.lists(st.integers(2, 64), min_size=1, max_size=200))
@@ -22,8 +23,8 @@ def test_packing_keeps_every_token_and_overfills_nothing(lengths: list[int]) -> 
     rows = [row(length, index) for index, length in enumerate(lengths)]
     packed = pack(rows, 64)
     assert all(sequence.length <= 64 for sequence in packed)
-    assert sorted(np.concatenate([one.tokens for one in packed]).tolist()) == sorted(
-        np.concatenate([one.tokens for one in rows]).tolist()
+    assert sorted(np.concatenate([one.sequences[0].tokens for one in packed]).tolist()) == sorted(
+        np.concatenate([one.sequences[0].tokens for one in rows]).tolist()
     )
     assert sum(one.target_tokens for one in packed) == sum(one.target_tokens for one in rows)
     # Two sequences that are both at most half full would have been one.
@@ -31,7 +32,8 @@ def test_packing_keeps_every_token_and_overfills_nothing(lengths: list[int]) -> 
 
 
 def test_positions_restart_with_each_document_and_its_first_token_is_no_target() -> None:
-    (packed,) = pack([row(3, 1), TokenRow([7, 8], [True, True], Source("rows.jsonl", 2))], 8)
+    (one,) = pack([row(3, 1), text_row([7, 8], [True, True], Source("rows.jsonl", 2))], 8)
+    (packed,) = one.sequences
     assert packed.documents == (0, 3)
     assert packed.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert packed.trained.tolist() == [False, True, True, False, True]
@@ -51,9 +53,9 @@ def test_a_row_that_fits_no_sequence_is_a_fault() -> None:
 
 
 def test_a_batch_tells_positions_only_where_a_row_holds_several_documents() -> None:
-    assert collate([row(4), row(6)], 0).position_ids is None
+    assert collate_rows([row(4), row(6)], None, 0).position_ids is None
     packed = pack([row(2, 1), row(3, 2)], 6)
-    batch = collate([*packed, row(6, 3)], 0)
+    batch = collate_rows([*packed, row(6, 3)], None, 0)
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 

@@ -9,13 +9,15 @@ import pytest
 
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.errors import ConfigError, DataError
-from soup_xb.core.rows.examples import Message, Source, TokenRow
+from soup_xb.core.rows.batches import collate_rows, sequence_batches
+from soup_xb.core.rows.examples import Message, Source
 from soup_xb.core.rows.formats.detect import ExampleReader
-from soup_xb.core.rows.formats.every import formats_of
-from soup_xb.core.rows.judged_rows import rows_for_task
-from soup_xb.core.rows.preference_batches import collate_rows, sequence_batches
-from soup_xb.core.rows.preferences import JudgedRow, PairRow, prompt_tokens
+from soup_xb.core.rows.formats.every import formats_named
+from soup_xb.core.rows.judged import learned_rows
+from soup_xb.core.rows.row import Row, TokenSequence
+from soup_xb.core.rows.table import Rows
 from soup_xb.core.run.reference import Reference, read_reference, reference_key, write_reference
+from soup_xb.core.tasks import TASKS
 
 SOURCE = Source("rows.jsonl", 7)
 
@@ -28,21 +30,25 @@ ASK, YES, NO = turn("user", "Well?"), turn("assistant", "Yes."), turn("assistant
 
 
 def read(row: dict[str, Any], task: str = "dpo", name: str = "auto") -> Any:
-    [example] = ExampleReader(iter([(SOURCE, row)]), name, "rows.jsonl", formats_of(task))
+    formats = formats_named(TASKS[task].formats)
+    [example] = ExampleReader(iter([(SOURCE, row)]), name, "rows.jsonl", formats)
     return example
 
 
-def token_row(prompt: list[int], answer: list[int], line: int = 1) -> TokenRow:
-    return TokenRow(prompt + answer, [False] * len(prompt) + [True] * len(answer), Source("rows.jsonl", line))
+def side(prompt: list[int], answer: list[int]) -> TokenSequence:
+    marks = [False] * len(prompt) + [True] * len(answer)
+    return TokenSequence(prompt + answer, marks, Source("rows.jsonl", 1))
 
 
-def pairs(count: int = 6) -> tuple[PairRow, ...]:
+def pairs(count: int = 6) -> tuple[Row, ...]:
     return tuple(
-        PairRow(
-            token_row([10 + index, 5], [20 + index] * (index + 1)), token_row([10 + index, 5], [40 + index])
-        )
+        Row("pair", (side([10 + index, 5], [20 + index] * (index + 1)), side([10 + index, 5], [40 + index])))
         for index in range(count)
     )
+
+
+def judged(rows: tuple[Row, ...], task: str, max_length: int) -> Rows:
+    return learned_rows(rows, TASKS[task].kind, max_length, TASKS[task].needs_mismatched)
 
 
 @pytest.mark.parametrize(
@@ -98,42 +104,53 @@ def test_a_row_of_another_kind_is_an_error_with_its_place(task: str, row: dict[s
 
 
 def test_judging_tasks_take_the_two_sides_of_a_pair_one_by_one() -> None:
-    rows = rows_for_task(pairs(2), "bco", 100)
-    assert [(row.answer.tokens[-1], row.desirable) for row in rows if isinstance(row, JudgedRow)] == [
+    rows = judged(pairs(2), "bco", 100)
+    assert {(row.kind, len(row.sequences)) for row in rows} == {("judged", 1)}
+    assert [(row.sequences[0].tokens[-1], row.extra) for row in rows] == [
         (20, True), (40, False), (21, True), (41, False),
     ]  # fmt: skip
 
 
 def test_kto_measures_drift_on_answers_to_other_prompts() -> None:
-    for row in rows_for_task(pairs(3), "kto", 100):
-        assert isinstance(row, JudgedRow)
-        assert row.mismatched is not None
-        np.testing.assert_array_equal(prompt_tokens(row.mismatched), prompt_tokens(row.answer))
-        mine, other = int(row.answer.tokens[0]) - 10, int(row.mismatched.tokens[-1]) % 20
+    for row in judged(pairs(3), "kto", 100):
+        answer, mismatched = row.sequences
+        assert row.kind == "judged"
+        np.testing.assert_array_equal(mismatched.prompt, answer.prompt)
+        mine, other = int(answer.tokens[0]) - 10, int(mismatched.tokens[-1]) % 20
         assert mine != other
-    alone = rows_for_task(pairs(1), "kto", 3)
-    assert [int(row.mismatched.tokens[-1]) for row in alone if isinstance(row, JudgedRow) and row.mismatched] == [
-        40, 20,
-    ]  # fmt: skip
+    alone = judged(pairs(1), "kto", 3)
+    assert [int(row.sequences[1].tokens[-1]) for row in alone] == [40, 20]
 
 
 def test_a_micro_batch_holds_all_chosen_and_then_all_rejected_answers() -> None:
     rows = pairs(3)
     batch = collate_rows(rows, np.arange(6.0).reshape(3, 2), 0)
     assert [int(tokens[2]) for tokens in batch.tokens] == [20, 21, 22, 40, 41, 42]
-    assert batch.row_targets.tolist() == [1, 2, 3, 1, 1, 1]
-    assert batch.comparison is not None
-    assert batch.comparison.reference is not None
-    assert batch.comparison.reference.tolist() == [0, 2, 4, 1, 3, 5]
+    assert batch.weights.sum(axis=1).tolist() == [1, 2, 3, 1, 1, 1]
+    assert batch.constants["reference"].tolist() == [0, 2, 4, 1, 3, 5]
+    assert batch.counted.tolist() == [1, 1, 1]
+
+
+def test_judged_answers_know_their_verdict_and_their_mismatched_ones_stand_beside_them() -> None:
+    rows = judged(pairs(2), "kto", 100)
+    batch = collate_rows(list(rows), np.arange(8.0).reshape(4, 2), 0)
+    assert batch.constants["desirable"].tolist() == [True, False, True, False]
+    assert batch.constants["reference"].tolist() == [0, 2, 4, 6]
+    assert batch.beside is not None
+    assert batch.beside.constants["reference"].tolist() == [1, 3, 5, 7]
+    assert [int(tokens[0]) for tokens in batch.beside.tokens] == [int(tokens[0]) for tokens in batch.tokens]
 
 
 def test_the_base_is_asked_about_every_answer_once() -> None:
-    rows = rows_for_task(pairs(5), "kto", 100)
+    rows = judged(pairs(5), "kto", 100)
     sequences = [sequence for row in rows for sequence in row.sequences]
     seen: dict[int, list[int]] = {}
     for process in range(3):
         for places, batch in sequence_batches(rows, 4, 0, process, 3):
-            for place, tokens, length in zip(places, batch.tokens, batch.lengths, strict=False):
+            idling = not len(places)
+            assert idling == (batch.real_tokens == 0)
+            known = zip(places, batch.tokens, batch.lengths, strict=not idling)
+            for place, tokens, length in known:
                 assert place not in seen
                 seen[int(place)] = tokens[:length].tolist()
     assert seen == {place: row.tokens.tolist() for place, row in enumerate(sequences)}

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.rows.rows import ListedRows
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import text_row
+from soup_xb.core.rows.table import ListedRows
 from soup_xb.data.dataset import check_same_rows
 
 
@@ -33,7 +34,7 @@ class Meeting:
 
 
 def rows(token: int) -> ListedRows:
-    return ListedRows([TokenRow([1, token], [False, True], Source("a", 1))])
+    return ListedRows([text_row([1, token], [False, True], Source("a", 1))])
 
 
 def outcomes(tokens: tuple[int, ...]) -> list[str]:

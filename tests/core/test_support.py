@@ -117,7 +117,6 @@ def test_all_refusals_come_at_once_with_their_lines() -> None:
         check_supported(loaded, "mlx")
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
         ("mlx-no-dpo", "soup.yaml:5: task"),
-        ("mlx-no-preference", "soup.yaml:4: data.format"),
         ("mlx-no-vera", "soup.yaml:7: training.lora.use_vera"),
     ]
 

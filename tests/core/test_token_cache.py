@@ -11,41 +11,39 @@ import numpy as np
 import pytest
 
 from soup_xb.core import disk
-from soup_xb.core.rows import token_cache
-from soup_xb.core.rows.embedding_rows import EmbeddingRow
-from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.rows.preferences import JudgedRow, LearnedRow, PairRow
-from soup_xb.core.rows.row_kinds import KINDS, kind_of
-from soup_xb.core.rows.row_table import Columns, RowTable, columns_of
-from soup_xb.core.rows.rows import ListedRows
-from soup_xb.core.rows.token_cache import DamagedEntryError, EntryWriter, entry_lock, evict, open_entry
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import KINDS, Prompt, Row, TokenSequence
+from soup_xb.core.rows.table import Columns, ListedRows, RowTable, columns_of, stored_kind
+from soup_xb.data import token_cache
+from soup_xb.data.token_cache import DamagedEntryError, EntryWriter, entry_lock, evict, open_entry
 
 KEY = {"files": ["abc"], "max_length": 8}
+STORED = [name for name, kind in KINDS.items() if kind.stored]
 
 
-def token_row(line: int, length: int = 5) -> TokenRow:
+def answer(line: int, length: int = 5) -> TokenSequence:
     tokens = np.arange(length) + 10 * line
-    return TokenRow(tokens, np.arange(length) >= 2, Source("rows.jsonl", line))
+    return TokenSequence(tokens, np.arange(length) >= 2, Source("rows.jsonl", line))
 
 
-def text_row(line: int, length: int) -> TokenRow:
-    return TokenRow(np.arange(length), np.zeros(length, dtype=np.bool_), Source("rows.jsonl", line))
+def text(line: int, length: int) -> TokenSequence:
+    return TokenSequence(np.arange(length), np.zeros(length, dtype=np.bool_), Source("rows.jsonl", line))
 
 
-def rows_of(kind: str, count: int = 6) -> list[LearnedRow]:
-    found: dict[str, Callable[[int], LearnedRow]] = {
-        "tokens": lambda line: token_row(line, 3 + line),
-        "pair": lambda line: PairRow(token_row(line, 3 + line), token_row(line, 4)),
-        "embedding": lambda line: EmbeddingRow(
-            text_row(line, 3 + line), text_row(line, 4), text_row(line, 2) if line % 2 else None
+def rows_of(kind: str, count: int = 6) -> list[Row]:
+    found: dict[str, Callable[[int], Row]] = {
+        "tokens": lambda line: Row(kind, (answer(line, 3 + line),)),
+        "pair": lambda line: Row(kind, (answer(line, 3 + line), answer(line, 4))),
+        "embedding": lambda line: Row(
+            kind, (text(line, 3 + line), text(line, 4), text(line, 2))[: 2 + line % 2]
         ),
-        "judged": lambda line: JudgedRow(token_row(line, 3 + line), line % 2 == 0),
+        "judged": lambda line: Row(kind, (answer(line, 3 + line),), line % 2 == 0),
     }
     return [found[kind](line) for line in range(1, count + 1)]
 
 
-def write(folder: Path, rows: list[LearnedRow]) -> None:
-    kind = kind_of(rows[0])
+def write(folder: Path, rows: list[Row]) -> None:
+    kind = stored_kind(rows[0])
     assert kind is not None
     writer = EntryWriter(folder)
     writer.append(columns_of(rows[:2]))
@@ -59,15 +57,14 @@ def opened(folder: Path) -> RowTable:
     return RowTable("rows.jsonl", entry.columns)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", STORED)
 def test_what_is_kept_comes_back_row_by_row_with_the_same_sizes(kind: str, tmp_path: Path) -> None:
     rows = rows_of(kind)
     write(tmp_path / "entry", rows)
     table, listed = opened(tmp_path / "entry"), ListedRows(rows)
     for found, row in zip(table, rows, strict=True):
-        assert type(found) is type(row)
-        assert found.source == row.source
-        assert getattr(found, "desirable", None) == getattr(row, "desirable", None)
+        assert (found.kind, found.source, found.extra) == (row.kind, row.source, row.extra)
+        assert found.sides == row.sides
         for one, other in zip(found.sequences, row.sequences, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
             np.testing.assert_array_equal(one.trained, other.trained)
@@ -84,7 +81,17 @@ def test_what_is_kept_comes_back_row_by_row_with_the_same_sizes(kind: str, tmp_p
     np.testing.assert_array_equal(table.pairs, listed.pairs)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+def test_rows_that_columns_do_not_hold_whole_are_told_apart() -> None:
+    packed = TokenSequence([1, 2, 3, 4], [True] * 4, Source("rows.jsonl", 1), (0, 2))
+    prompt = Row("prompt", (text(1, 3),), Prompt({"answer": "4"}))
+    for row in (Row("tokens", (packed,)), Row("pair", (answer(1), packed)), prompt):
+        assert stored_kind(row) is None
+        with pytest.raises(TypeError, match=row.kind):
+            columns_of([row])
+    assert set(STORED) == {"tokens", "pair", "judged", "embedding"}
+
+
+@pytest.mark.parametrize("kind", STORED)
 def test_a_table_in_memory_has_the_fingerprint_of_the_one_on_the_disk(kind: str, tmp_path: Path) -> None:
     rows = rows_of(kind)
     write(tmp_path / "entry", rows)
@@ -144,7 +151,7 @@ def test_a_run_reads_on_when_its_entry_is_deleted(tmp_path: Path) -> None:
     table = opened(tmp_path / "entry")
     token_cache.clear(tmp_path)
     assert not list(tmp_path.iterdir())
-    assert table.row(3).sequences[0].tokens.tolist() == token_row(4, 7).tokens.tolist()
+    assert table.row(3).sequences[0].tokens.tolist() == answer(4, 7).tokens.tolist()
 
 
 def test_the_entry_used_longest_ago_goes_first(tmp_path: Path) -> None:

@@ -402,9 +402,9 @@ ROWS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from soup_xb.data.rendering import RENDERER
+    from soup_xb.data.rendering import renderer
 
-    monkeypatch.setattr(RENDERER, "seconds", 0.3)
+    monkeypatch.setattr(renderer(), "seconds", 0.3)
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])

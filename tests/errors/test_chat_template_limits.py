@@ -12,7 +12,7 @@ import pytest
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.examples import Message
 from soup_xb.data.chat_template import ChatTemplate, RenderError
-from soup_xb.data.rendering import RENDERER, Renderer, RunawayError
+from soup_xb.data.rendering import Renderer, RunawayError, renderer
 
 TURNS = [Message("user", "How are you?"), Message("assistant", "Well.")]
 
@@ -36,7 +36,7 @@ RUNAWAYS = {
 
 @pytest.fixture(autouse=True)
 def _short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RENDERER, "seconds", 0.2)
+    monkeypatch.setattr(renderer(), "seconds", 0.2)
 
 
 def template(text: str) -> ChatTemplate:

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutation import SAMPLE, full, spoiled
 
-from soup_xb.core.config.schema import FORMATS
 from soup_xb.core.errors import SoupError
-from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.tasks import TASKS
 from soup_xb.data.dataset import tokenize_file
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 
@@ -94,7 +93,7 @@ ANY_ROW = st.dictionaries(COLUMNS, VALUES, max_size=5)
 NAMES = st.sampled_from(
     ["rows.jsonl"] * 6 + ["rows.json"] * 2 + ["rows.csv"] * 2 + ["rows.tsv", "rows.parquet"]
 )
-FORMAT = st.sampled_from(["auto"] * 8 + [*FORMATS[1:6]])
+FORMAT = st.sampled_from(["auto"] * 8 + [*TASKS["sft"].formats])
 
 
 @st.composite
@@ -148,10 +147,10 @@ def read(place: Path, given_file: tuple[str, bytes], format: str, tokenizer: Cha
     for notice in tokens.notices:
         assert notice.render()
     for row in tokens.rows:
-        for sequence in getattr(row, "sequences", (row,)):
+        for sequence in row.sequences:
             assert 0 < sequence.length <= 64
             # A prompt has nothing to learn: the model's own answers to it will.
-            assert (sequence.target_tokens > 0) != isinstance(row, PromptRow)
+            assert (sequence.target_tokens > 0) != (row.kind == "prompt")
             assert not sequence.trained[0]
 
 

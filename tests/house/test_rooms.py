@@ -22,15 +22,6 @@ MLX_ALONE = {
     "quantization": "mlx reads the packed formats itself; for torch, transformers and bitsandbytes do",
     "rope": "mlx-lm's rotary embeddings are rebuilt for stretched positions; transformers has them",
 }
-# Modules that the move of losses and rows into core takes away.
-LEAVING = {
-    *("backends.mlx.documents", "backends.mlx.grid", "backends.mlx.step"),
-    *("backends.torch.chunked_head", "backends.torch.embedding_task", "backends.torch.grpo_task"),
-    *("backends.torch.means", "backends.torch.preference_losses", "backends.torch.preference_task"),
-    *("backends.torch.reward_losses", "backends.torch.reward_task", "backends.torch.router_balance"),
-    *("backends.torch.shared_head", "backends.torch.task_loss", "backends.torch.task_state"),
-    *("backends.torch.tasks", "core.rows.contrast_batches", "core.rows.file_column"),
-}
 
 
 def modules() -> dict[str, Path]:
@@ -94,7 +85,7 @@ def _room(name: str) -> str:
 
 def test_modules_are_few_and_rooms_are_small() -> None:
     assert len(modules()) <= MOST_MODULES
-    sizes = Counter(_room(name) for name in modules() if name not in LEAVING)
+    sizes = Counter(_room(name) for name in modules())
     assert {room: size for room, size in sizes.items() if size > MOST_FILES_IN_A_ROOM} == {}
 
 
@@ -114,7 +105,7 @@ def test_a_circle_would_be_seen() -> None:
 
 def test_a_module_with_one_importer_has_its_reason_in_the_docs() -> None:
     page = PAGE.read_text("utf-8")
-    alone = {name: by for name, by in with_one_importer(graph()).items() if name not in LEAVING}
+    alone = with_one_importer(graph())
     assert len(alone) <= MOST_WITH_ONE_IMPORTER, sorted(alone)
     assert [name for name in sorted(alone) if f"| `{name}` |" not in page] == []
 
@@ -130,8 +121,7 @@ def test_the_same_duty_has_the_same_file_name_in_both_backends() -> None:
         backend: {name.rpartition(".")[2] for name in modules() if _room(name) == f"backends.{backend}"}
         for backend in ("torch", "mlx")
     }
-    leaving = {name.rpartition(".")[2] for name in LEAVING}
-    assert duties["mlx"] - duties["torch"] - leaving == set(MLX_ALONE)
+    assert duties["mlx"] - duties["torch"] == set(MLX_ALONE)
 
 
 def test_every_room_is_in_the_docs() -> None:

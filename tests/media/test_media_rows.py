@@ -12,13 +12,15 @@ from media_bases import save_picture, save_tone
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Attachment, Source
 from soup_xb.core.rows.formats.detect import ExampleReader
-from soup_xb.core.rows.formats.every import formats_of
+from soup_xb.core.rows.formats.every import formats_named
+from soup_xb.core.tasks import TASKS
 
 CAT, DOG = Attachment("image", "cat.png"), Attachment("image", "dog.png")
 
 
 def read(row: dict[str, Any], task: str = "vision") -> Any:
-    (example,) = ExampleReader(iter([(Source("rows.jsonl", 4), row)]), "auto", "rows.jsonl", formats_of(task))
+    formats = formats_named(TASKS[task].formats, TASKS[task].media)
+    (example,) = ExampleReader(iter([(Source("rows.jsonl", 4), row)]), "auto", "rows.jsonl", formats)
     return example
 
 
@@ -81,6 +83,32 @@ def test_a_row_that_means_nothing_is_refused_by_its_place(row: dict[str, Any], c
     assert problem.where.startswith("rows.jsonl:4")
 
 
+SYSTEM = {"role": "system", "content": "Be short."}
+TALK = {"messages": [SYSTEM, *turns(text("Hi?"))["messages"]]}
+LLAVA_TALK = {"conversations": [{"from": "system", "value": "Be short."}, *llava("Hi?")["conversations"]]}
+
+
+@pytest.mark.parametrize(("task", "row"), [("vision", TALK), ("audio", TALK), ("vision", LLAVA_TALK)])
+def test_a_system_turn_and_a_system_column_are_one_too_many(task: str, row: dict[str, Any]) -> None:
+    for column in (None, " "):
+        assert [turn.role for turn in read({**row, "system": column}, task).messages][:2] == [
+            "system",
+            "user",
+        ]
+    with pytest.raises(DataError) as error:
+        read({**row, "system": "Be exact."}, task)
+    (problem,) = error.value.problems
+    assert (problem.code, problem.where) == ("two-system-prompts", "rows.jsonl:4: system")
+
+
+def test_a_system_column_alone_is_the_first_turn() -> None:
+    first, *others = read(
+        turns({"type": "image", "path": "cat.png"}, text("Hi?"), system="Be exact.")
+    ).messages
+    assert (first.role, first.content) == ("system", "Be exact.")
+    assert others[0].parts == (CAT, "Hi?")
+
+
 @pytest.mark.parametrize(
     ("name", "task", "row", "code"),
     [
@@ -120,7 +148,7 @@ def test_a_language_is_written_before_the_transcript(config: Any, opened: Any, t
     told = ({"text": "ein Ton", "language": "german"}, {"text": "a tone"})
     rows.write_text("".join(json.dumps({"audio": "a.wav"} | one) + "\n" for one in told))
     with opened(config("whisper", "audio", rows)) as run:
-        shown = [run.tokenizer.decode(row.tokens, special=True) for row in run.plan.rows]
+        shown = [run.tokenizer.decode(row.sequences[0].tokens, special=True) for row in run.plan.rows]
     assert shown == [
         "<|startoftranscript|><|de|><|transcribe|><|notimestamps|>ein Ton<|endoftext|>",
         "<|startoftranscript|><|notimestamps|>a tone<|endoftext|>",
@@ -131,7 +159,7 @@ def test_mlx_and_packing_are_refused(pictures: Path, config: Any, soupx: Any) ->
     file = config("llava", "vision", pictures)
     refused = soupx("check", file, "--backend", "mlx")
     assert refused.code == 2
-    assert "without the tower that sees" in refused.err
+    assert "not its vision encoder" in refused.err
     packed = soupx("check", file, "--set", "data.packing=true")
     assert packed.code == 2
     assert "one row a sequence" in packed.err

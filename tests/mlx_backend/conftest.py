@@ -12,20 +12,21 @@ import pytest
 import soup_xb.backends.mlx  # noqa: F401
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import Row, text_row
 from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
 from soup_xb.core.run.session import SessionSettings
 
 Opener = Callable[..., tuple[Any, Plan]]
 
 
-def token_rows(count: int = 24, seed: int = 0) -> tuple[TokenRow, ...]:
+def token_rows(count: int = 24, seed: int = 0) -> tuple[Row, ...]:
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         length = int(rng.integers(6, 40))
         tokens = rng.integers(3, 250, length)
-        rows.append(TokenRow(tokens, np.arange(length) >= length // 3, Source("rows.jsonl", index + 1)))
+        rows.append(text_row(tokens, np.arange(length) >= length // 3, Source("rows.jsonl", index + 1)))
     return tuple(rows)
 
 

@@ -13,6 +13,7 @@ import pytest
 from attrs import evolve
 
 from soup_xb.backends.mlx.session import MlxSession, open_session
+from soup_xb.backends.mlx.step import Step
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.core.run.plan import Plan
@@ -35,7 +36,7 @@ def test_a_base_in_mlx_s_own_format_opens_as_mlx_lm_opens_it(opener: Opener, qua
     from mlx_lm.utils import load_model
 
     session, plan = opener(quantized_llama)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     stock, _ = load_model(quantized_llama)
     expected = np.array(stock(mx.array(tokens.astype(np.int32))).astype(mx.float32))
     np.testing.assert_allclose(session.logits(tokens), expected, atol=1e-4)
@@ -84,18 +85,17 @@ def test_the_step_is_compiled_once_for_each_size_of_the_grid(opener: Opener, str
     session, plan = opener(max_steps=40, lora=LoraConfig(r=4, init_strategy=strategy))
     train(session, plan)
     shapes = {batch.tokens.shape for step in range(1, 41) for batch in plan.micro_batches(step)}
-    traced = session._gradients.traced
+    traced = session._step.traced
     assert 1 < traced < len(shapes) + 3
     train(session, plan)
-    assert session._gradients.traced == traced
+    assert session._step.traced == traced
 
 
 def test_padding_to_the_grid_changes_no_loss(opener: Opener) -> None:
-    from soup_xb.backends.mlx.step import Gradients
 
     padded, plan = opener()
     plain, _ = opener()
-    plain._gradients = Gradients(plain.model, plain._adapters, compiled=False)
+    plain._step = Step(plain._state, plain._base, plain._adapters, plain.settings.seed, compiled=False)
     expected = train(plain, plan)
     result = train(padded, plan)
     # A few roundings of float32: products of other shapes are summed in another order.
@@ -104,10 +104,11 @@ def test_padding_to_the_grid_changes_no_loss(opener: Opener) -> None:
 
 
 def test_checkpointing_runs_each_block_twice_and_is_undone_by_close(opener: Opener) -> None:
-    from soup_xb.backends.mlx.step import Gradients
 
     session, plan = opener(gradient_checkpointing=True)
-    session._gradients = Gradients(session.model, session._adapters, compiled=False)
+    session._step = Step(
+        session._state, session._base, session._adapters, session.settings.seed, compiled=False
+    )
     layer = session.model.layers[0]
     kind, calls = type(layer), []
     inner = type(layer.mlp)
@@ -170,7 +171,7 @@ def test_a_lack_of_memory_is_a_message_with_ways_out(opener: Opener, monkeypatch
     def fails(*_: Any) -> Any:
         raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 
-    monkeypatch.setattr(session, "_gradients", fails)
+    monkeypatch.setattr(session._step, "_gradients", fails)
     with pytest.raises(ResourceError, match="out of memory while training"):
         train(session, plan, last=1)
 

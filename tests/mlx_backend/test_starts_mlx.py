@@ -77,7 +77,7 @@ def test_a_base_in_mlx_s_own_format_starts_from_its_dequantized_weights(
     opener: Opener, quantized_llama: Path, strategy: str, precision: str
 ) -> None:
     session, plan = opener(quantized_llama, lora=started(strategy), precision=precision)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(session.logits(tokens), session.logits(tokens, adapter=False))
     adapter = plan.adapters.modules[0]
     linear = session._adapters.layers[adapter.name].linear

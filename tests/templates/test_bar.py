@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from soup_xb.core.config.load import parse_config
-from soup_xb.core.config.schema import SAMPLED, TASKS
 from soup_xb.core.config.support import check_supported
 from soup_xb.core.errors import ConfigError
+from soup_xb.core.tasks import TASKS
 from soup_xb.core.templates import Template, list_templates, load_sample, load_template, shipped_folder
 
 TEMPLATES = list_templates(shipped_folder())
@@ -175,7 +175,7 @@ def test_the_sample_rows_train_for_three_steps(
         "training.gradient_accumulation_steps": 1,
         "data.max_length": LENGTHS.get(template.name, 256),
     }
-    if template.task in SAMPLED:
+    if TASKS[template.task].samples:
         changes |= {"training.group_size": 2, "training.max_new_tokens": 8}
     if template.task == "grpo":
         # Of what a random model writes, nothing but letters could earn anything.

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import Row, text_row
 from soup_xb.data.dataset import load_dataset, load_file, split_rows, tokenize_file
 from soup_xb.data.hub import hub_rows
 from soup_xb.data.tokenizer import open_tokenizer
@@ -101,7 +102,8 @@ def test_files_are_joined_in_order_and_each_may_have_its_own_format(opened, tmp_
     data = DataConfig(train=(one, two), eval=(held_out,))
     dataset = load_dataset(data, opened("byte-level", "chatml"), seed=0)
     assert [row.source.file for row in dataset.train] == [one, two]
-    assert dataset.train[0].tokens.tolist() == dataset.train[1].tokens.tolist()
+    first, second = (row.sequences[0].tokens.tolist() for row in dataset.train)
+    assert first == second
     assert [row.source.file for row in dataset.evaluation] == [held_out]
     assert dataset.format == "messages, alpaca"
     assert codes(dataset.notices) == ["data-format"] * 3
@@ -135,8 +137,8 @@ def test_the_split_is_a_function_of_the_seed_alone(opened, tmp_path):
     assert split(43) != split(42)
 
 
-def blank_rows(count: int) -> list[TokenRow]:
-    return [TokenRow([1, 2], [False, True], Source("a.jsonl", line)) for line in range(1, count + 1)]
+def blank_rows(count: int) -> list[Row]:
+    return [text_row([1, 2], [False, True], Source("a.jsonl", line)) for line in range(1, count + 1)]
 
 
 @settings(max_examples=100, deadline=None)

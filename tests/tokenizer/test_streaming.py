@@ -18,8 +18,9 @@ from hub_server import Hub, lines, serving, use
 from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.random_numbers import permutation
-from soup_xb.core.rows.goal import Goal
+from soup_xb.core.tasks import TASKS
 from soup_xb.data.dataset import Dataset, load_dataset
+from soup_xb.data.goal import Goal
 from soup_xb.data.hub import HubStream, check_places, hub_rows
 
 NAME = "owner/name"
@@ -48,7 +49,7 @@ def load(opened: Any, goal: Goal, task: str = "sft", seed: int = 42, **data: Any
         DataConfig(**{"train": (NAME,), "streaming": True, **data}),
         opened("byte-level", None),
         seed,
-        task,
+        TASKS[task],
         goal,
     )
 
@@ -56,7 +57,7 @@ def load(opened: Any, goal: Goal, task: str = "sft", seed: int = 42, **data: Any
 def read(dataset: Dataset, opened: Any) -> list[str]:
     """The text of every row."""
     decode = opened("byte-level", None).hf.decode
-    return [decode(row.tokens, skip_special_tokens=True) for row in dataset.train]
+    return [decode(row.sequences[0].tokens, skip_special_tokens=True) for row in dataset.train]
 
 
 def in_order(seed: int) -> list[int]:

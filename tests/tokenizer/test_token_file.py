@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import pytest
 
 from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import Row, TokenSequence
+from soup_xb.core.tasks import TASKS
 from soup_xb.data import token_file
 from soup_xb.data.dataset import load_dataset, tokenize_file
 from soup_xb.data.spans import BATCH
-from soup_xb.data.token_file import row_modules
 from soup_xb.data.tokenize import RowTally
 from soup_xb.data.workers import Batch
 
@@ -110,19 +109,15 @@ def test_another_setting_file_or_template_has_an_entry_of_its_own(opened, tmp_pa
     assert len(entries(kept)) == 4
 
 
-def test_no_module_that_makes_rows_can_change_unnoticed(tmp_path):
-    """Whatever a process has imported when it has made rows is in the hash that they are kept under."""
-    code = (
-        "import json, sys\n"
-        "import soup_xb.data.dataset, soup_xb.data.workers\n"
-        "import soup_xb.data.workers, soup_xb.data.rendering\n"
-        "import soup_xb.data.media\n"
-        "print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.startswith('soup_xb')]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    imported = {Path(file) for file in json.loads(done.stdout)}
-    assert len(imported) > 60
-    assert imported <= set(row_modules())
+@pytest.mark.parametrize(("name", "value"), [("ROWS_VERSION", 10**6), ("__version__", "99.0")])
+def test_a_version_that_makes_other_rows_has_an_entry_of_its_own(
+    opened, tmp_path, kept, monkeypatch, name, value
+):
+    path, tokenizer = write(tmp_path / "a.jsonl", chats(40)), opened("byte-level", "chatml")
+    tokenize_file(path, "auto", tokenizer, 64)
+    monkeypatch.setattr(token_file, name, value)
+    tokenize_file(path, "auto", tokenizer, 64)
+    assert len(entries(kept)) == 2
 
 
 def test_a_damaged_entry_is_tokenized_anew_with_a_notice(opened, tmp_path, kept):
@@ -191,7 +186,7 @@ def test_a_kept_file_is_split_packed_and_judged_as_one_in_memory(opened, tmp_pat
         found = []
         for kept_from in (1, 2**40):
             monkeypatch.setattr(token_file, "KEPT_FROM_BYTES", kept_from)
-            found.append(load_dataset(data, tokenizer, 3, task))
+            found.append(load_dataset(data, tokenizer, 3, TASKS[task]))
         kept_rows, in_memory = found
         for one, other in ((kept_rows.train, in_memory.train), (kept_rows.evaluation, in_memory.evaluation)):
             assert one.fingerprint == other.fingerprint
@@ -210,13 +205,13 @@ def test_rows_with_more_in_them_than_columns_hold_stay_in_memory_whole(opened, t
 
     def with_documents(*arguments: Any) -> Any:
         yield from plain(*arguments)
-        row = TokenRow([1, 2, 3, 4], [True] * 4, Source("a.jsonl", 41), (0, 2))
-        yield Batch("", {}, RowTally("a.jsonl", 64).state(), [row])
+        packed = TokenSequence([1, 2, 3, 4], [True] * 4, Source("a.jsonl", 41), (0, 2))
+        yield Batch("", {}, RowTally("a.jsonl", 64).state(), [Row("tokens", (packed,))])
 
     monkeypatch.setattr(token_file, "tokenized", with_documents)
     path = write(tmp_path / "a.jsonl", chats(40))
     found = tokenize_file(path, "auto", opened("byte-level", "chatml"), 64)
-    assert found.rows[-1].documents == (0, 2)
+    assert found.rows[-1].sequences[0].documents == (0, 2)
     assert len(found.rows) == 40
     assert not entries(kept)
 

@@ -35,14 +35,16 @@ def failure(base: Path, template: str | None = None) -> tuple[str, str]:
 
 def test_a_plain_text_begins_and_ends_as_the_tokenizer_says_and_the_end_is_trained(opened):
     tokenizer = opened("sentence-piece", None)
-    row = tokenizer.tokenize(CompletionExample("", "The capital", SOURCE), 100).row
+    (row,) = tokenizer.tokenize(CompletionExample("", "The capital", SOURCE), 100).row.sequences
     assert tokenizer.decode(row.tokens, special=True) == "<s> The capital</s>"
     assert row.trained.tolist() == [False] + [True] * (row.length - 1)
     assert (tokenizer.prefix, opened("byte-level", None).prefix) == ((0,), ())
 
 
 def test_without_a_begin_token_the_first_token_is_no_target(opened):
-    row = opened("byte-level", None).tokenize(CompletionExample("", "The capital", SOURCE), 100).row
+    (row,) = (
+        opened("byte-level", None).tokenize(CompletionExample("", "The capital", SOURCE), 100).row.sequences
+    )
     assert row.trained.tolist() == [False] + [True] * (row.length - 1)
 
 
@@ -60,7 +62,7 @@ def test_without_a_begin_token_the_first_token_is_no_target(opened):
 )
 def test_no_token_crosses_from_prompt_to_completion(opened, kind, prompt, completion):
     tokenizer = opened(kind, None)
-    row = tokenizer.tokenize(CompletionExample(prompt, completion, SOURCE), 100).row
+    (row,) = tokenizer.tokenize(CompletionExample(prompt, completion, SOURCE), 100).row.sequences
     first = row.trained.tolist().index(True)
     if prompt:
         assert row.tokens[:first].tolist() == tokenizer.text_ids(prompt).tolist()
@@ -96,8 +98,9 @@ def test_many_examples_become_the_rows_of_each_alone_in_order(opened):
         assert one.reason == alone.reason
         assert (one.row is None) == (alone.row is None)
         if one.row is not None:
-            assert one.row.tokens.tolist() == alone.row.tokens.tolist()
-            assert one.row.trained.tolist() == alone.row.trained.tolist()
+            (mine,), (other,) = one.row.sequences, alone.row.sequences
+            assert mine.tokens.tolist() == other.tokens.tolist()
+            assert mine.trained.tolist() == other.trained.tolist()
 
 
 def test_a_padding_and_truncating_tokenizer_file_changes_nothing(bases, tmp_path):
@@ -198,7 +201,7 @@ def test_end_marks_in_ordinary_words_are_trained_to_their_last_letter(bases):
         bases["byte-level"], "{% for m in messages %}{{ m.role }}: {{ m.content }} ##END##\n{% endfor %}"
     )
     messages = (*CHAT.messages, Message("user", "no"))
-    row = tokenizer.tokenize(ChatExample(messages, SOURCE), 100).row
+    (row,) = tokenizer.tokenize(ChatExample(messages, SOURCE), 100).row.sequences
     assert tokenizer.decode(row.tokens[row.trained]) == "assistant: yes ##END##"
     assert tokenizer.turn_end == "##END##"
 
@@ -209,7 +212,7 @@ def test_an_end_mark_that_differs_from_turn_to_turn_is_never_trained_in_part(bas
         "{% for m in messages %}{{ m.content }}{{ ' ##DONE##' if loop.last else ' ##NEXT##' }}{% endfor %}",
     )
     messages = (*CHAT.messages, Message("user", "?"), Message("assistant", "no"))
-    row = tokenizer.tokenize(ChatExample(messages, SOURCE), 200).row
+    (row,) = tokenizer.tokenize(ChatExample(messages, SOURCE), 200).row.sequences
     assert tokenizer.decode(row.tokens, special=True) == "Paris? ##NEXT##yes ##NEXT##? ##NEXT##no ##DONE##"
     assert tokenizer.decode(row.tokens[row.trained]) == "yesno ##DONE##"
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from soup_xb.core.errors import DataError, ModelError
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.formats.detect import to_example
+from soup_xb.core.rows.row import Row
 from soup_xb.data.tokenizer import ChatTokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
@@ -53,9 +54,10 @@ ROW: dict[str, Any] = {
 }
 
 
-def trained_texts(tokenizer: ChatTokenizer, row: TokenRow | None) -> list[str]:
+def trained_texts(tokenizer: ChatTokenizer, row: Row | None) -> list[str]:
     assert row is not None
-    pairs = zip(row.tokens.tolist(), row.trained.tolist(), strict=True)
+    (sequence,) = row.sequences
+    pairs = zip(sequence.tokens.tolist(), sequence.trained.tolist(), strict=True)
     return [
         tokenizer.decode([token for token, _ in run], special=True).removeprefix(" ")
         for trained, run in groupby(pairs, key=lambda pair: pair[1])
@@ -104,7 +106,7 @@ def test_what_a_template_moves_from_turn_to_turn_is_still_found(opened):
 
 def test_the_tokens_are_those_of_apply_chat_template_with_tools(opened):
     tokenizer = opened("byte-level", "tools")
-    row = tokenizer.tokenize(to_example(ROW, SOURCE, "messages"), 4096).row
+    (row,) = tokenizer.tokenize(to_example(ROW, SOURCE, "messages"), 4096).row.sequences
     turns = [turn | {"content": turn["content"] or ""} for turn in ROW["messages"]]
     text = tokenizer.hf.apply_chat_template(turns, tools=TOOLS, tokenize=False)
     assert row.tokens.tolist() == tokenizer.hf(text, add_special_tokens=False).input_ids
@@ -169,9 +171,10 @@ def test_every_spelling_of_a_row_gives_the_same_tokens(opened):
         for row, name in ((plain, "messages"), (SHAREGPT, "sharegpt"), (OLDER, "messages"))
     ]
     assert trained_texts(tokenizer, rows[0]) == ['weather {"city": "Rome"}</s>', "It is 31 degrees.</s>"]
-    for row in rows[1:]:
-        assert row.tokens.tolist() == rows[0].tokens.tolist()
-        assert row.trained.tolist() == rows[0].trained.tolist()
+    (first,), *others = (row.sequences for row in rows)
+    for (sequence,) in others:
+        assert sequence.tokens.tolist() == first.tokens.tolist()
+        assert sequence.trained.tolist() == first.trained.tolist()
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "qwen3"])

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from soup_xb.core.errors import DataError
-from soup_xb.core.rows.examples import ChatExample, Message, Source, TokenRow
+from soup_xb.core.rows.examples import ChatExample, Message, Source
+from soup_xb.core.rows.row import Row
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
@@ -53,10 +54,11 @@ CASES = {
 }
 
 
-def trained_texts(tokenizer: ChatTokenizer, row: TokenRow | None) -> list[str]:
+def trained_texts(tokenizer: ChatTokenizer, row: Row | None) -> list[str]:
     """The runs of trained tokens, as text."""
     assert row is not None
-    pairs = zip(row.tokens.tolist(), row.trained.tolist(), strict=True)
+    (sequence,) = row.sequences
+    pairs = zip(sequence.tokens.tolist(), sequence.trained.tolist(), strict=True)
     return [
         tokenizer.decode([token for token, _ in run], special=True)
         for trained, run in groupby(pairs, key=lambda pair: pair[1])
@@ -86,7 +88,7 @@ def test_the_assistant_s_words_and_their_end_tokens_are_trained_and_nothing_else
 def test_the_tokens_are_those_of_the_whole_rendering(opened, template, kind):
     tokenizer = opened(kind, template)
     messages, _ = CASES[template]
-    row = tokenizer.tokenize(ChatExample(messages, SOURCE), max_length=4096).row
+    (row,) = tokenizer.tokenize(ChatExample(messages, SOURCE), max_length=4096).row.sequences
     turns = [{"role": message.role, "content": message.content} for message in messages]
     text = tokenizer.hf.apply_chat_template(turns, tokenize=False)
     assert row.tokens.tolist() == tokenizer.hf(text, add_special_tokens=False).input_ids
@@ -97,7 +99,7 @@ def test_the_tokens_are_those_of_the_whole_rendering(opened, template, kind):
 def test_training_begins_where_generation_begins(opened, template, kind):
     tokenizer = opened(kind, template)
     messages = tuple(message for message in CASES[template][0] if message.role != "system")[:2]
-    row = tokenizer.tokenize(ChatExample(messages, SOURCE), max_length=4096).row
+    (row,) = tokenizer.tokenize(ChatExample(messages, SOURCE), max_length=4096).row.sequences
     first_target = row.trained.tolist().index(True)
     prompt = tokenizer.decode(tokenizer.prompt_ids(messages[:1]), special=True)
     assert tokenizer.decode(row.tokens[:first_target], special=True) == prompt
@@ -145,7 +147,7 @@ def test_a_token_that_would_join_prompt_and_answer_is_cut_at_the_border(opened):
     row = tokenizer.tokenize(ChatExample(messages, SOURCE), 4096).row
     assert trained_texts(tokenizer, row) == ["\nParis.<|im_end|>"]
     prompt = tokenizer.prompt_ids(messages[:1])
-    assert row.tokens[: len(prompt)].tolist() == prompt.tolist()
+    assert row.sequences[0].tokens[: len(prompt)].tolist() == prompt.tolist()
 
 
 def test_only_turns_from_first_trained_on_are_trained_on(opened):
@@ -194,11 +196,12 @@ def test_a_row_that_the_template_refuses_is_named_with_the_template_s_words(
 
 def test_a_row_is_cut_from_the_right_and_says_so(opened):
     tokenizer = opened("byte-level", "chatml")
-    whole = tokenizer.tokenize(ChatExample(TWO, SOURCE), 4096).row
+    (whole,) = tokenizer.tokenize(ChatExample(TWO, SOURCE), 4096).row.sequences
     cut = tokenizer.tokenize(ChatExample(TWO, SOURCE), whole.length - 4)
     assert cut.truncated
-    assert cut.row.tokens.tolist() == whole.tokens[:-4].tolist()
-    assert cut.row.trained.tolist() == whole.trained[:-4].tolist()
+    (sequence,) = cut.row.sequences
+    assert sequence.tokens.tolist() == whole.tokens[:-4].tolist()
+    assert sequence.trained.tolist() == whole.trained[:-4].tolist()
     short = tokenizer.tokenize(ChatExample(TWO, SOURCE), 5)
     assert (short.row, short.reason) == (None, "everything to learn lies beyond max_length")
 
@@ -220,4 +223,4 @@ def test_decoded_trained_tokens_are_the_assistant_s_contents_with_end_tokens(ope
     assert "".join(trained_texts(tokenizer, done.row)) == "".join(
         f"{answer}<|im_end|>" for _, answer in pairs
     )
-    assert not done.row.trained[0]
+    assert not done.row.sequences[0].trained[0]

@@ -12,18 +12,18 @@ from soup_xb.backends.torch import head
 from soup_xb.cli import run
 from soup_xb.core.objectives import head_chunks
 
-own, seen = head.chunked_losses, [0]
+own, seen = head._chunked_losses, [0]
 
 
-def counted(model: Any, kind: type, hidden: Any, targets: Any, chunks: int) -> Any:
-    seen.append(chunks)
-    return own(model, kind, hidden, targets, chunks)
+def counted(model: Any, kind: type, hidden: Any, targets: Any, how: tuple[int, float]) -> Any:
+    seen.append(how[0])
+    return own(model, kind, hidden, targets, how)
 
 
 if __name__ == "__main__":
     head_chunks.MOST_AT_ONCE = 0
     head_chunks.CHUNK = 7 * 320
-    head.chunked_losses = counted
+    head._chunked_losses = counted
     try:
         run()
     finally:

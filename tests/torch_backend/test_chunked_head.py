@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from soup_xb.backends.torch import head
 from soup_xb.core.config.load import load_config
 from soup_xb.core.objectives import head_chunks
 from soup_xb.core.rows.batches import collate
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.packing import pack
+from soup_xb.core.rows.row import Row, text_row
 from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train as run_file
 
@@ -41,11 +42,25 @@ CONFIGS = {
 
 def batch(packed: bool) -> head.BatchTensors:
     rng = np.random.default_rng(0)
-    rows = [
-        TokenRow(rng.integers(3, 320, length), np.arange(length) > 2, Source("rows.jsonl", length))
+    rows: Sequence[Row] = [
+        text_row(rng.integers(3, 320, length), np.arange(length) > 2, Source("rows.jsonl", length))
         for length in (30, 17, 9)
     ]
-    return head.BatchTensors.of(collate(pack(rows, 40) if packed else rows, 0), torch.device("cpu"))
+    if packed:
+        rows = pack(rows, 40)
+    return head.BatchTensors.of(collate([row.sequences[0] for row in rows], 0), torch.device("cpu"))
+
+
+def summed_loss(model: Any, tensors: head.BatchTensors) -> torch.Tensor:
+    return -head.token_logps(model, tensors).sum()
+
+
+def row_log_probabilities(model: Any, tensors: head.BatchTensors) -> torch.Tensor:
+    return head.token_logps(model, tensors).sum(-1)
+
+
+def heated(model: Any, tensors: head.BatchTensors) -> torch.Tensor:
+    return head.token_logps(model, tensors, 0.7)
 
 
 @pytest.fixture
@@ -76,7 +91,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_whole(
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
-    for of in (head.summed_loss, head.row_log_probabilities):
+    for of in (summed_loss, row_log_probabilities, heated):
         results = []
         for small in (False, True):
             small_chunks(small)
@@ -94,7 +109,7 @@ def test_a_model_that_does_more_than_its_head_is_not_cut_into_chunks(
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
     small_chunks(False)
-    plain = head.summed_loss(model, batch(False))
+    plain = summed_loss(model, batch(False))
     usual = type(model).forward
 
     def forward(self: Any, input_ids: Any, **named: Any) -> Any:
@@ -105,9 +120,9 @@ def test_a_model_that_does_more_than_its_head_is_not_cut_into_chunks(
         return output
 
     monkeypatch.setattr(type(model), "forward", forward)
-    whole = head.summed_loss(model, batch(False))
+    whole = summed_loss(model, batch(False))
     small_chunks(True)
-    assert head.summed_loss(model, batch(False)).item() == whole.item()
+    assert summed_loss(model, batch(False)).item() == whole.item()
     assert whole.item() != plain.item()
 
 
@@ -143,7 +158,7 @@ def test_a_row_of_one_document_has_no_mask_of_tokens_by_tokens(
 
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    head.summed_loss(model, batch(packed))
+    summed_loss(model, batch(packed))
     assert len(seen) == 2
     for mask, causal in seen:
         if packed:

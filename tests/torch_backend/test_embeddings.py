@@ -13,16 +13,17 @@ import torch
 import transformers
 from peft import PeftModel
 
-from soup_xb.backends.torch.reward_losses import embedding
 from soup_xb.backends.torch.session import TorchSession, open_session
+from soup_xb.backends.torch.step import XP
 from soup_xb.core.adapter.peft_file import write_adapter
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
-from soup_xb.core.objectives.settings import Embedding
+from soup_xb.core.objectives import losses
+from soup_xb.core.objectives.objective import EmbeddingObjective
 from soup_xb.core.rows.batches import MicroBatch, collate
-from soup_xb.core.rows.embedding_rows import EmbeddingRow
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import Row, TokenSequence
 from soup_xb.core.run.plan import Plan, make_plan
 from soup_xb.core.run.session import RestartSettings, StepSettings
 from soup_xb.runs.open import session_settings
@@ -30,15 +31,15 @@ from soup_xb.runs.open import session_settings
 Opened = Callable[..., tuple[TorchSession, Plan]]
 
 
-def text(rng: np.random.Generator) -> TokenRow:
+def text(rng: np.random.Generator) -> TokenSequence:
     tokens = rng.integers(3, 250, int(rng.integers(2, 24)))
-    return TokenRow(tokens, np.zeros(len(tokens), np.bool_), Source("rows.jsonl", 1))
+    return TokenSequence(tokens, np.zeros(len(tokens), np.bool_), Source("rows.jsonl", 1))
 
 
-def rows(count: int, negatives: bool = True) -> tuple[EmbeddingRow, ...]:
+def rows(count: int, negatives: bool = True) -> tuple[Row, ...]:
     rng = np.random.default_rng(0)
     return tuple(
-        EmbeddingRow(text(rng), text(rng), text(rng) if negatives and index % 3 else None)
+        Row("embedding", tuple(text(rng) for _ in range(3 if negatives and index % 3 else 2)))
         for index in range(count)
     )
 
@@ -89,20 +90,23 @@ def test_the_loss_is_that_of_sentence_transformers(negatives: int) -> None:
     sides = [torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2 + negatives)]
     oracle = MultipleNegativesRankingLoss(model=torch.nn.Identity(), scale=20.0)
     expected = oracle.compute_loss_from_embeddings(sides, torch.zeros(6))
-    found, metrics = embedding(sides[0], torch.cat(sides[1:]), Embedding())
+    objective = EmbeddingObjective(losses.embedding, {"embedding_scale": 20.0}, {})
+    constants = {"right": torch.arange(6), "compared": torch.ones(6)}
+    found, told = objective.losses(XP, (sides[0], torch.cat(sides[1:])), constants, {})
+    metrics = {name: values for name, (values, _) in told.items()}
     assert found.mean().item() == pytest.approx(expected.item(), abs=1e-12)
     cosines = torch.nn.functional.cosine_similarity(sides[0][:, None], torch.cat(sides[1:])[None], dim=-1)
-    assert torch.allclose(metrics["positives"], cosines[range(6), range(6)])
+    assert torch.allclose(metrics["positive_cosine"], cosines[range(6), range(6)])
     wrong = cosines.masked_fill(torch.eye(*cosines.shape, dtype=torch.bool), 0.0).sum(1)
-    assert torch.allclose(metrics["negatives"], wrong / (cosines.shape[1] - 1))
+    assert torch.allclose(metrics["negative_cosine"], wrong / (cosines.shape[1] - 1))
 
 
 def test_a_step_is_the_formula_on_the_session_s_own_vectors(opened: Opened) -> None:
     session, plan = opened(embedding_scale=7.0)
     (batch,) = plan.micro_batches(1)
-    assert batch.contrast is not None
+    assert batch.beside is not None
     anchors, candidates = (
-        torch.from_numpy(session.embeddings(one)) for one in (batch, batch.contrast.candidates)
+        torch.from_numpy(session.embedder.embeddings(one)) for one in (batch, batch.beside)
     )
     expected = torch.nn.functional.cross_entropy(7.0 * anchors @ candidates.T, torch.arange(8))
     before = session.evaluate([batch])
@@ -122,30 +126,30 @@ def test_stock_libraries_give_the_live_vectors(
 ) -> None:
     path = {"encoder": tiny_encoder, "decoder": tiny_llama}[base]
     session, plan = opened(base=path)
-    assert session.pooling == {"encoder": "mean", "decoder": "last"}[base]
+    assert session.embedder.pooling == {"encoder": "mean", "decoder": "last"}[base]
     train(session, plan)
     names = [module.name for module in session.describe().modules]
     write_adapter(tmp_path, plan.adapters, session.factors(), str(path), names)
     model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     stock = PeftModel.from_pretrained(model, tmp_path).eval()
     assert stock.peft_config["default"].task_type == "FEATURE_EXTRACTION"
-    live = session.embeddings(texts(plan))
+    live = session.embedder.embeddings(texts(plan))
     places = [sequence for row in plan.rows[:4] for sequence in row.sequences]
     for index, row in enumerate(places):
         with torch.no_grad():
             hidden = stock(input_ids=torch.tensor(row.tokens[None], dtype=torch.int64)).last_hidden_state[0]
         vector = hidden.mean(0) if base == "encoder" else hidden[-1]
         assert live[index] == pytest.approx((vector / vector.norm()).numpy(), abs=1e-5)
-    assert np.abs(live - session.embeddings(texts(plan), adapter=False)).max() > 1e-3
+    assert np.abs(live - session.embedder.embeddings(texts(plan), adapter=False)).max() > 1e-3
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_padding_changes_no_vector(opened: Opened, pooling: str) -> None:
     session, plan = opened(pooling=pooling)
     train(session, plan, 1)
-    together = session.embeddings(texts(plan))
+    together = session.embedder.embeddings(texts(plan))
     places = [sequence for row in plan.rows[:4] for sequence in row.sequences]
-    alone = np.concatenate([session.embeddings(collate([row], 0)) for row in places])
+    alone = np.concatenate([session.embedder.embeddings(collate([row], 0)) for row in places])
     assert together == pytest.approx(alone, abs=1e-6)
     assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(len(together)), abs=1e-6)
 
@@ -179,24 +183,30 @@ def test_every_kind_of_adapter_starts_at_the_base_and_learns(
     opened: Opened, lora: dict[str, Any], training: dict[str, Any]
 ) -> None:
     session, plan = opened(lora, **training)
-    base, start = session.embeddings(texts(plan), adapter=False), session.embeddings(texts(plan))
+    base, start = (
+        session.embedder.embeddings(texts(plan), adapter=False),
+        session.embedder.embeddings(texts(plan)),
+    )
     assert start == pytest.approx(base, abs=1e-5)
     results = train(session, plan, 6)
     assert all(result.applied for result in results)
-    assert np.abs(session.embeddings(texts(plan)) - base).max() > 1e-5
-    assert session.embeddings(texts(plan), adapter=False) == pytest.approx(base, abs=1e-5)
+    assert np.abs(session.embedder.embeddings(texts(plan)) - base).max() > 1e-5
+    assert session.embedder.embeddings(texts(plan), adapter=False) == pytest.approx(base, abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["prune", "merge"])
 def test_a_restart_works_on_an_encoder(opened: Opened, mode: str) -> None:
     session, plan = opened(relora_steps=2, relora_mode=mode, relora_warmup_ratio=0.0)
     train(session, plan)
-    base, before = session.embeddings(texts(plan), adapter=False), session.embeddings(texts(plan))
+    base, before = (
+        session.embedder.embeddings(texts(plan), adapter=False),
+        session.embedder.embeddings(texts(plan)),
+    )
     result = session.restart(RestartSettings(3, mode, 0.5, True))
     assert bool(result.pruned) == (mode == "prune")
-    after = session.embeddings(texts(plan))
+    after = session.embedder.embeddings(texts(plan))
     assert (np.abs(after - before).max() < 1e-5) == (mode == "merge")
-    assert session.embeddings(texts(plan), adapter=False) == pytest.approx(base, abs=1e-5)
+    assert session.embedder.embeddings(texts(plan), adapter=False) == pytest.approx(base, abs=1e-5)
 
 
 def test_a_checkpointed_encoder_has_the_same_gradient(opened: Opened) -> None:
@@ -211,8 +221,10 @@ def test_a_process_without_rows_takes_part_and_adds_nothing(opened: Opened) -> N
     session, plan = opened()
     (batch,) = plan.micro_batches(1)
     nothing = plan.micro_batches(1, 8, 9)
-    assert nothing[0].contrast is not None
-    assert len(nothing[0].lengths) == 0
+    assert nothing[0].beside is not None
+    assert not nothing[0].lengths.any()
+    assert not nothing[0].counted.any()
+    assert not nothing[0].constants["places"].size
     alone = session.evaluate([batch])
     assert session.evaluate([batch, *nothing]).mean == pytest.approx(alone.mean, abs=1e-6)
     found = session.train_step([batch, *nothing], StepSettings(1, 5e-3, 0, 8))

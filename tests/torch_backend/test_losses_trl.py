@@ -14,31 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from torch import Tensor
 
-from soup_xb.backends.torch.preference_losses import (
-    Judged,
-    Pair,
-    bco,
-    dpo,
-    ipo,
-    kto,
-    kto_kl,
-    orpo,
-    per_token,
-    simpo,
-)
-from soup_xb.backends.torch.reward_losses import Completions, grpo, reward
-from soup_xb.core.objectives.settings import (
-    Bco,
-    Dpo,
-    Grpo,
-    Ipo,
-    Kto,
-    Orpo,
-    RewardMean,
-    Simpo,
-)
+from soup_xb.backends.torch.step import XP
+from soup_xb.core.config.schema import Config, DataConfig, TrainingConfig
+from soup_xb.core.objectives import losses as formulas
+from soup_xb.core.objectives.objective import Objective
+from soup_xb.core.rows.batches import collate
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import TokenSequence
+from soup_xb.core.run.plan import objective_of
+from soup_xb.core.tasks import TASKS
 
 Oracle = Callable[..., Any]
 DTYPES = (torch.float64, torch.float32)
@@ -69,6 +56,33 @@ def sums(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def means(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     policy, reference = sums(values, dtype)
     return policy / 8, reference / 8
+
+
+def per_token(summed: Tensor, tokens: Tensor) -> Tensor:
+    return summed / tokens.clamp(min=1)
+
+
+def settings_of(task: str, **training: float) -> SimpleNamespace:
+    """What the task's loss takes out of a file's `training`."""
+    values = TrainingConfig(**training)
+    return SimpleNamespace(**{name: TASKS[task].setting(values, name) for name in TASKS[task].settings})
+
+
+def objective(task: str, settings: SimpleNamespace) -> Objective:
+    """The task's objective as a file makes it."""
+    return objective_of(
+        Config(
+            base="tiny",
+            task=task,
+            data=DataConfig(train="rows.jsonl"),
+            training=TrainingConfig(**vars(settings)),
+        )
+    )
+
+
+def computed(task: str, settings: SimpleNamespace, *statistics: Any) -> Any:
+    """The task's losses of what they are functions of."""
+    return TASKS[task].loss(XP, *statistics, **vars(settings))
 
 
 def compare(ours: Oracle, theirs: Oracle, *inputs: Tensor) -> None:
@@ -175,12 +189,14 @@ class Trl:
             found.append(trainer.compute_loss(lambda outputs=outputs, **_: outputs, inputs))
         return torch.stack(found)
 
-    def grpo(self, completions: Completions, advantages: Tensor, settings: Grpo) -> Tensor:
+    def grpo(
+        self, answers: tuple[Tensor, ...], advantages: Tensor, epsilon: tuple[float, float], beta: float
+    ) -> Tensor:
         trainer = self.trainer(
             "grpo",
-            beta=settings.beta,
-            epsilon_low=settings.epsilon_low,
-            epsilon_high=settings.epsilon_high,
+            beta=beta,
+            epsilon_low=epsilon[0],
+            epsilon_high=epsilon[1],
             loss_type="grpo",
             importance_sampling_level="token",
             top_entropy_quantile=1.0,
@@ -190,18 +206,19 @@ class Trl:
             args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
         )
         found = []
+        whole, old, reference, trained = answers
         for row in range(len(advantages)):
-            policy = completions.policy[row : row + 1]
+            policy = whole[row : row + 1]
             answer = (policy, torch.zeros_like(policy))
             trainer._get_per_token_logps_and_entropies = lambda *_, answer=answer, **__: answer
             inputs = {
                 "prompt_ids": torch.zeros(1, 1),
                 "prompt_mask": torch.ones(1, 1),
                 "completion_ids": torch.zeros(policy.shape),
-                "completion_mask": completions.trained[row : row + 1].long(),
+                "completion_mask": trained[row : row + 1].long(),
                 "advantages": advantages[row : row + 1],
-                "old_per_token_logps": completions.old[row : row + 1],
-                "ref_per_token_logps": completions.reference[row : row + 1],
+                "old_per_token_logps": old[row : row + 1],
+                "ref_per_token_logps": reference[row : row + 1],
             }
             found.append(trainer._compute_loss(None, inputs))
         return torch.stack(found)
@@ -222,28 +239,25 @@ def tokens_of(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize(
-    ("kind", "ours", "settings"),
+    ("kind", "task", "settings"),
     [
-        ("sigmoid", dpo, Dpo()),
-        ("sigmoid", dpo, Dpo(beta=0.7)),
-        ("ipo", ipo, Ipo()),
-        ("ipo", ipo, Ipo(beta=0.5)),
+        ("sigmoid", "dpo", settings_of("dpo")),
+        ("sigmoid", "dpo", settings_of("dpo", beta=0.7)),
+        ("ipo", "ipo", settings_of("ipo")),
+        ("ipo", "ipo", settings_of("ipo", beta=0.5)),
     ],
 )
 def test_losses_with_a_reference_are_those_of_trl(
-    trl: Trl, dtype: torch.dtype, kind: str, ours: Oracle, settings: Any
+    trl: Trl, dtype: torch.dtype, kind: str, task: str, settings: Any
 ) -> None:
     tokens, mask = (
         torch.cat(both) for both in zip(tokens_of(CHOSEN, dtype), tokens_of(REJECTED, dtype), strict=True)
     )
     reference = torch.cat([sums(CHOSEN, dtype)[1], sums(REJECTED, dtype)[1]])
+    constants = {"weights": mask.to(dtype), "reference": reference}
 
     def losses(tokens: Tensor) -> Tensor:
-        sides = torch.stack([(tokens * mask).sum(-1), reference])
-        if kind == "ipo":
-            sides = per_token(sides, mask.sum(-1))
-        (policy, base), (lost, lost_base) = sides[:, : len(CHOSEN)], sides[:, len(CHOSEN) :]
-        return ours(Pair(policy, lost), Pair(base, lost_base), settings)[0]
+        return objective(task, settings).losses(XP, tokens, constants, {})[0]
 
     oracle = trl.dpo(kind, settings.beta)
     compare(losses, lambda tokens: oracle(tokens, mask, reference), tokens)
@@ -251,20 +265,39 @@ def test_losses_with_a_reference_are_those_of_trl(
 
 def test_dpo_with_smoothed_labels_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
     """TRL's DPOTrainer has no smoothing; its CPO loss of log-ratios is the same formula."""
-    settings = Dpo(beta=0.3, label_smoothing=0.2)
+    settings = settings_of("dpo", beta=0.3, label_smoothing=0.2)
     trainer = trl.trainer("cpo", beta=0.3, label_smoothing=0.2, loss_type="sigmoid", alpha=0.0)
     (chosen, base), (rejected, other_base) = sums(CHOSEN, dtype), sums(REJECTED, dtype)
     compare(
-        lambda *sides: dpo(Pair(*sides), Pair(base, other_base), settings)[0],
+        lambda *sides: computed("dpo", settings, *sides, base, other_base),
         lambda *sides: trainer.cpo_loss(sides[0] - base, sides[1] - other_base)[0],
         chosen,
         rejected,
     )
 
 
-@pytest.mark.parametrize("settings", [Kto(), Kto(beta=0.4, desirable_weight=1.3, undesirable_weight=0.6)])
+def drift_of(policy: Tensor, reference: Tensor) -> float:
+    """kto's drift of mismatched answers of one token each."""
+    one = TokenSequence([5, 6], [False, True], Source("rows.jsonl", 1))
+    batch = collate([one] * len(policy), 0)
+    batch = evolve(batch, beside=evolve(batch, constants={"reference": reference.double().numpy()}))
+    scorer = SimpleNamespace(
+        token_logps=lambda asked: policy[:, None].numpy() if asked is batch.beside else None,
+        sum=lambda values: values,
+    )
+    drift: float = objective("kto", settings_of("kto")).before_step(scorer, [batch])["drift"]
+    return drift
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        settings_of("kto"),
+        settings_of("kto", beta=0.4, desirable_weight=1.3, undesirable_weight=0.6),
+    ],
+)
 @pytest.mark.parametrize("drift", [2.5, -2.5])
-def test_kto_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Kto, drift: float) -> None:
+def test_kto_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Any, drift: float) -> None:
     reference = sums(CHOSEN, dtype)[1]
     desirable = torch.arange(8) % 3 != 1
     others = noise((5,), dtype, 3) - 30
@@ -282,40 +315,47 @@ def test_kto_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Kto, drift: 
         losses, *_ = trainer.kto_loss(*sides[:2], others + drift, *sides[2:], others)
         return trl.judged(losses, desirable)
 
-    kl = kto_kl(others + drift, others)
-    assert kl.item() == pytest.approx(max(drift, 0.0), abs=1e-5)
+    kl = drift_of(others + drift, others)
+    assert kl == pytest.approx(max(drift, 0.0), abs=1e-5)
     compare(
-        lambda policy: kto(Judged(policy, reference, desirable), kl, settings)[0],
+        lambda policy: computed("kto", settings, policy, reference, desirable, tensor(kl, dtype=dtype)[0]),
         oracle,
         sums(CHOSEN, dtype)[0],
     )
 
 
 def test_bco_over_several_steps_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
-    settings = Bco(beta=0.2)
+    settings = settings_of("bco", beta=0.2)
     desirable = torch.arange(8) % 3 != 1
     trainer = trl.trainer(
         "bco", beta=settings.beta, embedding_func=None, running=trl.moments(trl.accelerator)
     )
-    mean = RewardMean()
+    whole = objective("bco", settings)
     for seed in range(4):
         policy = noise((8,), dtype, seed) * 9 - 40
         reference = noise((8,), dtype, seed + 10) * 9 - 40
         # TRL counts a step's rewards before it computes the step's losses.
-        rewards = bco(Judged(policy, reference, desirable), mean.mean, settings)[1]["rewards"]
-        mean = mean.after(rewards.sum().item(), len(rewards))
+        constants = {
+            "weights": torch.ones(8, 1, dtype=dtype),
+            "reference": reference,
+            "desirable": desirable,
+        }
+        scalars = {name: torch.tensor(value) for name, value in whole.before_step(trl, []).items()}
+        _, metrics = whole.losses(XP, policy[:, None], constants, scalars)
+        rewards, counted = metrics["reward"]
+        whole.after_step({"reward": (rewards.sum().item(), counted.sum().item())})
         trainer.bco_loss(
             policy[desirable], policy[~desirable], reference[desirable], reference[~desirable], None, None
         )
-        assert mean.mean == pytest.approx(trainer.running.mean, abs=1e-6)
-        assert mean.count == round(trainer.running.count)
+        assert whole.state()["mean"] == pytest.approx(trainer.running.mean, abs=1e-6)
+        assert whole.state()["count"] == round(trainer.running.count)
 
         def oracle(policy: Tensor, reference: Tensor = reference) -> Tensor:
             sides = [side for who in (policy, reference) for side in (who[desirable], who[~desirable])]
             return trl.judged(trainer.bco_loss(*sides, None, None, do_train=False)[0], desirable)
 
         def ours(policy: Tensor, reference: Tensor = reference) -> Tensor:
-            return bco(Judged(policy, reference, desirable), trainer.running.mean, settings)[0]
+            return computed("bco", settings, policy, reference, desirable, trainer.running.mean)
 
         compare(ours, oracle, policy)
 
@@ -323,28 +363,34 @@ def test_bco_over_several_steps_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> 
 def test_orpos_odds_term_is_that_of_trl(trl: Trl) -> None:
     """In float32, to which TRL casts."""
     trainer = trl.trainer("orpo", beta=0.3)
-    settings = Orpo(beta=0.3)
+    settings = settings_of("orpo", beta=0.3)
 
     def oracle(chosen: Tensor, rejected: Tensor) -> Tensor:
         return -chosen - trainer.odds_ratio_loss(chosen, rejected)[0]
 
     chosen, rejected = means(CHOSEN, torch.float32)[0], means(REJECTED, torch.float32)[0]
-    compare(lambda *sides: orpo(Pair(*sides), settings)[0], oracle, chosen, rejected)
+    compare(lambda *sides: computed("orpo", settings, *sides), oracle, chosen, rejected)
 
 
-@pytest.mark.parametrize("settings", [Simpo(), Simpo(beta=1.5, gamma=0.4, label_smoothing=0.1)])
-def test_simpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Simpo) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        settings_of("simpo"),
+        settings_of("simpo", beta=1.5, simpo_gamma=0.4, label_smoothing=0.1),
+    ],
+)
+def test_simpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Any) -> None:
     trainer = trl.trainer(
         "cpo",
         beta=settings.beta,
-        simpo_gamma=settings.gamma,
+        simpo_gamma=settings.simpo_gamma,
         label_smoothing=settings.label_smoothing,
         loss_type="simpo",
         alpha=0.0,
     )
     chosen, rejected = means(CHOSEN, dtype)[0], means(REJECTED, dtype)[0]
     compare(
-        lambda *sides: simpo(Pair(*sides), settings)[0],
+        lambda *sides: computed("simpo", settings, *sides),
         lambda *sides: trainer.cpo_loss(*sides)[0],
         chosen,
         rejected,
@@ -353,7 +399,7 @@ def test_simpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Simpo) -> 
 
 def test_the_reward_loss_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
     compare(
-        lambda *scores: reward(Pair(*scores))[0],
+        lambda *scores: formulas.reward(XP, *scores),
         trl.rewards,
         tensor(1.5, -0.5, 3.0, 3.0, 1e3, -1e3, dtype=dtype),
         tensor(0.25, 2.0, -3.0, 3.0, -1e3, 1e3, dtype=dtype),
@@ -363,21 +409,31 @@ def test_the_reward_loss_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:
 ADVANTAGES = (1.5, -0.8, 0.0, 2.0, -2.0, 0.3)
 
 
-def sampled(dtype: torch.dtype, policy: Tensor) -> Completions:
+def sampled(dtype: torch.dtype, policy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Six answers of up to five tokens whose ratios leave the clipped range on both sides; the third is empty."""
     old = noise((6, 5), dtype, 5) * 0.5 - 3
     trained = torch.arange(5) < torch.tensor([5, 3, 0, 1, 4, 5]).unsqueeze(-1)
-    return Completions(policy, old, old + noise((6, 5), dtype, 6) * 0.4, trained)
+    return policy, old, old + noise((6, 5), dtype, 6) * 0.4, trained.to(dtype)
 
 
 @pytest.mark.parametrize(
-    "settings", [Grpo(), Grpo(beta=0.0), Grpo(beta=0.2, epsilon_low=0.1, epsilon_high=0.4)]
+    ("beta", "epsilon"),
+    [(settings_of("grpo").beta, (0.2, 0.2)), (0.0, (0.2, 0.2)), (0.2, (0.1, 0.4))],
 )
-def test_grpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Grpo) -> None:
+def test_grpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, beta: float, epsilon: tuple[float, float]) -> None:
     advantages = tensor(*ADVANTAGES, dtype=dtype)
     policy = noise((6, 5), dtype, 5) * 0.5 - 3 + noise((6, 5), dtype, 7) * 0.4
     compare(
-        lambda policy: grpo(sampled(dtype, policy), advantages, settings)[0],
-        lambda policy: trl.grpo(sampled(dtype, policy), advantages, settings),
+        lambda policy: formulas.grpo(XP, *sampled(dtype, policy), advantages, epsilon, beta=beta),
+        lambda policy: trl.grpo(sampled(dtype, policy), advantages, epsilon, beta),
         policy,
     )
+
+
+def test_the_range_of_a_token_s_ratio_is_that_of_trl_where_nothing_else_is_said() -> None:
+    from trl import GRPOConfig
+
+    defaults = GRPOConfig.__dataclass_fields__
+    low, high = formulas.grpo.__defaults__[0]
+    # TRL takes the lower end for the upper one too where that is left open.
+    assert (low, high) == (defaults["epsilon"].default, defaults["epsilon_high"].default or low)

@@ -15,15 +15,17 @@ from attrs import evolve
 
 from soup_xb.backends.torch.session import open_session
 from soup_xb.core.base.modules import resolve_adapters
-from soup_xb.core.config.schema import REFERENCED, Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.objectives.of_config import objective_of
-from soup_xb.core.rows.examples import Source, TokenRow
-from soup_xb.core.rows.judged_rows import rows_for_task
-from soup_xb.core.rows.preference_batches import collate_rows, sequence_batches
-from soup_xb.core.rows.preferences import LearnedRow, PairRow
-from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
+from soup_xb.core.objectives.objective import row_log_probabilities
+from soup_xb.core.rows.batches import micro_batches, sequence_batches
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.judged import learned_rows
+from soup_xb.core.rows.row import Row, TokenSequence
+from soup_xb.core.rows.table import Rows
+from soup_xb.core.run.plan import Plan, make_plan, objective_of, optimizer_settings
 from soup_xb.core.run.reference import Reference
 from soup_xb.core.run.session import SessionSettings, StepResult, StepSettings
+from soup_xb.core.tasks import TASKS as ALL_TASKS
 
 TASKS = ("dpo", "ipo", "orpo", "simpo", "kto", "bco")
 # A model that still is the base: -log sigmoid(0), (0 - 1 / (2 beta))^2, 1 - sigmoid(0).
@@ -40,21 +42,28 @@ WAYS: dict[str, dict[str, Any]] = {
 Opener = Callable[..., tuple[Any, Plan]]
 
 
-def pair_rows(count: int, seed: int) -> tuple[PairRow, ...]:
+def pair_rows(count: int, seed: int) -> tuple[Row, ...]:
     """Chosen answers are of a few low token ids, rejected ones of a few high ids, after random prompts."""
     rng = np.random.default_rng(seed)
 
-    def answer(prompt: Any, low: int, high: int) -> TokenRow:
+    def answer(prompt: Any, low: int, high: int) -> TokenSequence:
         tokens = np.concatenate([prompt, rng.integers(low, high, int(rng.integers(2, 12)))])
-        return TokenRow(tokens, np.arange(tokens.size) >= prompt.size, Source("rows.jsonl", 1))
+        return TokenSequence(tokens, np.arange(tokens.size) >= prompt.size, Source("rows.jsonl", 1))
 
     prompts = [rng.integers(3, 250, int(rng.integers(3, 15))) for _ in range(count)]
-    return tuple(PairRow(answer(prompt, 10, 14), answer(prompt, 200, 204)) for prompt in prompts)
+    return tuple(Row("pair", (answer(prompt, 10, 14), answer(prompt, 200, 204))) for prompt in prompts)
 
 
-def reference_of(session: Any, rows: tuple[LearnedRow, ...]) -> Any:
-    shape = (len(rows), len(rows[0].sequences))
-    return session.log_probabilities(sequence_batches(rows, 4, 0, 0, 1), shape[0] * shape[1]).reshape(shape)
+def rows_for_task(count: int, task: str) -> Rows:
+    kind = ALL_TASKS[task]
+    return learned_rows(pair_rows(count, count), kind.kind, 64, kind.needs_mismatched)
+
+
+def reference_of(session: Any, rows: Rows) -> Any:
+    known = np.zeros((len(rows), len(rows[0].sequences)))
+    for places, batch in sequence_batches(rows, 4, 0, 0, 1):
+        known.reshape(-1)[places] = row_log_probabilities(session.scorer, batch)
+    return known
 
 
 @pytest.fixture
@@ -81,10 +90,10 @@ def opener(tiny_llama: Path) -> Iterator[Opener]:
         )
         sessions.append(session)
         resolution = resolve_adapters(session.describe().modules, adapter, {})
-        rows, held_out = (rows_for_task(pair_rows(count, count), task, 64) for count in (16, 6))
+        rows, held_out = (rows_for_task(count, task) for count in (16, 6))
         plan = make_plan(config, resolution, rows, held_out, pad_id=0)
         session.attach(plan.adapters)
-        if task in REFERENCED:
+        if ALL_TASKS[task].needs_reference:
             plan = evolve(
                 plan, reference=Reference(reference_of(session, rows), reference_of(session, held_out))
             )
@@ -108,7 +117,7 @@ def train(session: Any, plan: Plan, first: int = 1, last: int | None = None) -> 
     return results
 
 
-def stock_log_probabilities(model: Any, row: TokenRow) -> float:
+def stock_log_probabilities(model: Any, row: TokenSequence) -> float:
     """The sum over an answer's tokens in stock transformers, from the logits of the whole sequence."""
     ids = torch.from_numpy(row.tokens.astype(np.int64))
     with torch.no_grad():
@@ -117,7 +126,7 @@ def stock_log_probabilities(model: Any, row: TokenRow) -> float:
     return float(each[torch.from_numpy(row.trained[1:].copy())].sum())
 
 
-def assert_is_the_base(values: Any, rows: tuple[LearnedRow, ...], base: Path) -> None:
+def assert_is_the_base(values: Any, rows: Rows, base: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = [[stock_log_probabilities(model, row) for row in one.sequences] for one in rows]
     np.testing.assert_allclose(values, expected, atol=2e-4)
@@ -177,11 +186,12 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing(opener: Opener, ta
     for step in (1, 2, 3):
         [places] = plan.step_rows(step)
         # Uneven parts of different padding, and the share of a process that has no row.
-        cuts = (places[:1], places[1:6], places[6:], places[:0])
+        cuts = (places[:1], places[1:6], places[6:])
         batches = [
-            collate_rows([plan.rows[place] for place in cut], None if known is None else known[cut], 0)
-            for cut in cuts
+            *micro_batches(plan.rows, known, cuts, (0, 1), 0),
+            *micro_batches(plan.rows, known, cuts[:1], (1, 2), 0),
         ]
+        assert not batches[-1].counted.any()
         one = whole.train_step(plan.micro_batches(step), settings_of(plan, step))
         other = parts.train_step(batches, settings_of(plan, step))
         assert other.loss == pytest.approx(one.loss, rel=2e-5)
@@ -249,7 +259,7 @@ def test_dpo_by_hand_gives_the_loss_of_the_session(
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     losses = []
     for row in plan.evaluation:
-        assert isinstance(row, PairRow)
+        assert row.kind == "pair"
         ratios = []
         for side in row.sequences:
             logits = torch.from_numpy(stock_logits(session, plan, side.tokens[None]))[0, :-1].double()

@@ -13,12 +13,13 @@ import torch
 from attrs import evolve
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.backends.torch.reward_task import score_places
+from soup_xb.backends.torch.outputs import score_places
 from soup_xb.core.adapter.extras import check_head, head_start
 from soup_xb.core.adapter.peft_file import HEAD_KEY, read_adapter
 from soup_xb.core.errors import ModelError
 from soup_xb.core.rows.batches import collate
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import TokenSequence
 
 Soupx = Callable[..., Any]
 WAYS: dict[str, dict[str, Any]] = {
@@ -83,9 +84,9 @@ def test_stock_libraries_load_the_head_and_give_the_live_scores(
     rows = []
     for text in texts:
         ids = np.array(tokenizer(text).input_ids)
-        rows.append(TokenRow(ids, np.zeros(ids.size, dtype=bool), Source("rows.jsonl", 1)))
+        rows.append(TokenSequence(ids, np.zeros(ids.size, dtype=bool), Source("rows.jsonl", 1)))
     with open_reward_model(judge_of) as judge:
-        live = judge.session.scores(collate(rows, 0))
+        live = judge.judge.scores(collate(rows, 0))
     np.testing.assert_allclose(live, expected, atol=2e-5)
     assert expected[0] > expected[1]
 
@@ -155,7 +156,8 @@ def test_the_start_of_the_head_is_a_function_of_the_seed() -> None:
 
 def test_a_row_is_scored_where_stock_transformers_looks() -> None:
     rows = [
-        TokenRow(ids, [False] * len(ids), Source("rows.jsonl", 1)) for ids in ([5, 6, 7, 2], [8, 9], [2, 2])
+        TokenSequence(ids, [False] * len(ids), Source("rows.jsonl", 1))
+        for ids in ([5, 6, 7, 2], [8, 9], [2, 2])
     ]
     batch = collate(rows, 0)
     assert score_places(batch, None).tolist() == [3, 1, 1]

@@ -14,11 +14,11 @@ import transformers
 from soup_xb.backends.torch.session import open_session
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
-from soup_xb.core.objectives.of_config import objective_of
-from soup_xb.core.objectives.rollouts import RolloutSession, Rules
+from soup_xb.core.rows.batches import micro_batches
 from soup_xb.core.rows.examples import Source
-from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.run.plan import Plan, make_plan, optimizer_settings
+from soup_xb.core.rows.row import Prompt, Row, TokenSequence
+from soup_xb.core.run.plan import Plan, make_plan, objective_of, optimizer_settings
+from soup_xb.core.run.rollouts import RolloutSession, Rules
 from soup_xb.core.run.session import GenerationSettings, SessionSettings, StepResult, StepSettings
 
 ENDS = (2,)
@@ -38,13 +38,18 @@ class SomeIds:
         return [sum(token in range(60, 90) for token in one) / max(1, len(one)) for one in ids]
 
 
-def prompt_rows(count: int) -> tuple[PromptRow, ...]:
+def prompt_rows(count: int) -> tuple[Row, ...]:
     rng = np.random.default_rng(count)
     # Every prompt ends alike, as chat prompts do.
     heads = [rng.integers(3, 250, int(rng.integers(3, 12))) for _ in range(count)]
     made = [np.concatenate([head, [5, 77, 10, 9]]).astype(np.int32) for head in heads]
     return tuple(
-        PromptRow(tokens, {}, Source("rows.jsonl", place + 1), place) for place, tokens in enumerate(made)
+        Row(
+            "prompt",
+            (TokenSequence(tokens, np.zeros(len(tokens), dtype=bool), Source("rows.jsonl", place + 1)),),
+            Prompt({}, place),
+        )
+        for place, tokens in enumerate(made)
     )
 
 
@@ -98,7 +103,7 @@ def test_numbers_choose_a_sample_of_the_stock_distribution(opener: Opener, tiny_
     session, _, _ = opener()
     prompts = [np.array(ids, dtype=np.int32) for ids in ([5, 9, 30], [7, 80, 81, 82, 90, 12, 40])]
     chances = np.array([[0.1, 0.5, 0.9], [0.999, 0.0, 0.3]])
-    answers = session.sample(prompts, chances, GenerationSettings(3, 0.7, ENDS))
+    answers = session.sampler.sample(prompts, chances, GenerationSettings(3, 0.7, ENDS))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for prompt, answer, row in zip(prompts, answers, chances, strict=True):
         ids = list(prompt)
@@ -138,10 +143,10 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(opener: Opener) -> None
     chances = np.random.default_rng(0).random((len(prompts), 6))
     settings = GenerationSettings(6, 1.0, ENDS)
     torch.manual_seed(1)
-    together = session.sample(prompts, chances, settings)
+    together = session.sampler.sample(prompts, chances, settings)
     torch.manual_seed(2)
     for place, prompt in enumerate(prompts):
-        [alone] = session.sample([prompt], chances[place : place + 1], settings)
+        [alone] = session.sampler.sample([prompt], chances[place : place + 1], settings)
         np.testing.assert_array_equal(alone, together[place])
 
 
@@ -167,17 +172,17 @@ def test_what_earns_more_becomes_more_frequent(opener: Opener, way: str) -> None
 
 
 def test_how_a_step_is_cut_into_micro_batches_changes_nothing(opener: Opener) -> None:
-    from soup_xb.core.rows.preference_batches import collate_rows
-
     _, whole, plan = opener(batch_size=6)
     _, parts, _ = opener(batch_size=6)
     for step in (1, 2, 3):
         [places] = plan.step_rows(step)
         # Uneven parts, and the share of a process that has no row.
+        cuts = (places[:1], places[1:])
         batches = [
-            collate_rows([plan.rows[place] for place in cut], None, 0)
-            for cut in (places[:1], places[1:], places[:0])
+            *micro_batches(plan.rows, None, cuts, (0, 1), 0),
+            *micro_batches(plan.rows, None, cuts[:1], (1, 2), 0),
         ]
+        assert not batches[-1].counted.any()
         settings = StepSettings(step, plan.learning_rates.at(step), 0, plan.examples(step))
         one = whole.train_step(plan.micro_batches(step), settings)
         other = parts.train_step(batches, settings)

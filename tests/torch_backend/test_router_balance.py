@@ -17,8 +17,9 @@ from soup_xb.backends.torch.router_balance import router_logits
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.config.support import check_supported
 from soup_xb.core.errors import ConfigError
-from soup_xb.core.rows.batches import MicroBatch, collate
-from soup_xb.core.rows.examples import Source, TokenRow
+from soup_xb.core.rows.batches import MicroBatch, collate, idle
+from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.row import TokenSequence
 from soup_xb.core.run.session import StepSettings
 
 Attached = Callable[..., Any]
@@ -27,9 +28,9 @@ TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", 
 COEFFICIENT = 0.5
 
 
-def row(length: int, seed: int) -> TokenRow:
+def row(length: int, seed: int) -> TokenSequence:
     tokens = np.random.default_rng(seed).integers(3, 250, length)
-    return TokenRow(tokens, np.arange(length) >= length // 3, Source("rows.jsonl", seed + 1))
+    return TokenSequence(tokens, np.arange(length) >= length // 3, Source("rows.jsonl", seed + 1))
 
 
 ROWS = [row(length, seed) for seed, length in enumerate((9, 31, 14, 22))]
@@ -84,8 +85,10 @@ def test_accumulation_and_padding_change_nothing(balanced: Attached) -> None:
     assert one.loss == pytest.approx(other.loss, abs=1e-5)
     assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     assert one.means["router_aux_loss"] == pytest.approx(other.means["router_aux_loss"], abs=1e-5)
-    # A process without a row of a micro-batch has one padding token, which is no token.
-    empty = step(balanced(COEFFICIENT), [*batches(4), collate([], 0)])
+    # A process without a row of a micro-batch has one that counts for nothing, no token of it.
+    empty = step(balanced(COEFFICIENT), [*batches(4), idle(collate(ROWS[1:2], 0))])
+    assert empty.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    assert empty.means["router_aux_loss"] == pytest.approx(one.means["router_aux_loss"], abs=1e-5)
     assert empty.loss == pytest.approx(one.loss, abs=1e-5)
 
 

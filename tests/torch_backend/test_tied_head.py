@@ -41,7 +41,7 @@ def test_it_trains_and_reloads_in_stock_peft(
     attached: Attached, stock_logits: Callable[..., Any], kind: str
 ) -> None:
     session, plan = attached({**HEAD, **KINDS[kind]})
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     base = session.logits(tokens)
     losses = train(session, plan)
     live = session.logits(tokens)
@@ -58,7 +58,7 @@ def test_the_merged_model_has_a_head_of_its_own_and_the_embedding_of_the_base(
 ) -> None:
     session, plan = attached({**HEAD, **KINDS[kind]})
     train(session, plan)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live = session.logits(tokens)
     session.save_merged(tmp_path)
     assert session.model.config.tie_word_embeddings is True
@@ -82,7 +82,7 @@ def test_either_engine_reads_the_merged_model(
     session.save_merged(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / file).write_bytes((tiny_llama / file).read_bytes())
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     with open_trained(TrainedOptions(backend, base=str(tmp_path))) as opened:
         np.testing.assert_allclose(opened.session.logits(tokens), session.logits(tokens), atol=1e-4)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,31 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from soup_xb.backends.mlx.adapters import Adapters, Arrays, Factors, load_adapters, save_adapters
+from soup_xb.backends.mlx.adapters import Adapters, Factors, load_adapters, save_adapters
 from soup_xb.backends.mlx.device import Device, choose_device, memory_guard, peak_memory_bytes
 from soup_xb.backends.mlx.generation import generate_tokens
-from soup_xb.backends.mlx.grid import exact_grid
-from soup_xb.backends.mlx.head import summed_loss
 from soup_xb.backends.mlx.load import CheckpointedBlocks, Opened, load_base, outline_base
-from soup_xb.backends.mlx.merge import write_merged
+from soup_xb.backends.mlx.merge import live_addition, write_merged
 from soup_xb.backends.mlx.optimizer import Optimizer
-from soup_xb.backends.mlx.probe import live_addition
+from soup_xb.backends.mlx.outputs import MlxScorer, OpenBase
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.starts import weight_starts
-from soup_xb.backends.mlx.step import Gradients
+from soup_xb.backends.mlx.step import Step
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.probe import LayerDelta
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.random_numbers import step_seed
+from soup_xb.core.config.support import feature_refusal
+from soup_xb.core.errors import ConfigError, ModelError, Problem
+from soup_xb.core.objectives.objective import StepState
 from soup_xb.core.rows.batches import MicroBatch
+from soup_xb.core.run.checkpoint import load_objective, save_objective
 from soup_xb.core.run.session import (
     BaseDescription,
     GenerationSettings,
     LossSum,
+    RestartResult,
+    RestartSettings,
+    Session,
     SessionSettings,
     StepResult,
     StepSettings,
@@ -53,6 +55,10 @@ class MlxSession:
     """See soup_xb.core.run.session.Session."""
 
     backend = "mlx"
+    # The tasks that would need them are refused before a base is opened.
+    sampler = None
+    embedder = None
+    judge = None
 
     def __init__(
         self, opened: Opened, settings: SessionSettings, device: Device, processes: Processes
@@ -65,7 +71,10 @@ class MlxSession:
         self._opened, self._device, self._processes = opened, device, processes
         self._adapters: Adapters | None = None
         self._optimizer: Optimizer | None = None
-        self._gradients: Gradients | None = None
+        base = OpenBase(lambda: self.model, processes, self._with_adapter, self._check_length)
+        self.scorer: MlxScorer | None = MlxScorer(base)
+        self._state, self._base = StepState(settings.objective, self.scorer), base
+        self._step = Step(self._state, base, None, settings.seed)
         self._checkpointed: CheckpointedBlocks | None = None
         if settings.gradient_checkpointing and settings.weights:
             self._checkpointed = CheckpointedBlocks(list(self.model.layers))
@@ -85,54 +94,38 @@ class MlxSession:
             starts = weight_starts(self.model, plan, places, self._processes)
             self._adapters = Adapters(self.model, plan, places, starts)
             self._optimizer = Optimizer(self._adapters.values, self.settings.optimizer)
-        self._gradients = Gradients(self.model, self._adapters, compiled=True)
+        self._step = Step(self._state, self._base, self._adapters, self.settings.seed)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """One update; dropout masks are a function of seed, step and process."""
-        adapters, optimizer = self._trained(self._adapters), self._trained(self._optimizer)
-        seed = step_seed(self.settings.seed, "dropout", step.step, self.process)
-        keys = mx.random.split(mx.random.key(seed), max(1, len(micro_batches)))
-        gradients: Arrays = {}
-        total = 0.0
-        with memory_guard("training"):
-            for batch, key in zip(micro_batches, keys, strict=True):
-                self._check_length(batch.tokens.shape[1])
-                loss, more = self._trained(self._gradients)(batch, 1.0 / step.target_tokens, key)
-                gradients = {name: gradients[name] + more[name] for name in more} if gradients else more
-                total += loss
-            mean = self._processes.sum_exactly(total) / step.target_tokens
-            gradients = self._processes.sum(gradients)
-            if not math.isfinite(mean):
-                return StepResult(mean, math.nan, applied=False)
-            norm, values = optimizer.step(adapters.values, gradients, step.learning_rate)
-        if values is None:
-            return StepResult(mean, norm, applied=False)
-        adapters.set(values)
-        return StepResult(mean, norm, applied=True)
+        return self._step.train(micro_batches, step, self._trained(self._optimizer))
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
         """Loss without dropout; every process evaluates its share."""
-        total, targets = 0.0, 0
-        with self._with_adapter(adapter), memory_guard("evaluating"):
-            for batch in micro_batches:
-                self._check_length(batch.tokens.shape[1])
-                total += float(np.array(summed_loss(self.model, exact_grid(batch))))
-                targets += batch.target_tokens
-        return LossSum(self._processes.sum_exactly(total), round(self._processes.sum_exactly(targets)))
+        with self._with_adapter(adapter):
+            return self._step.evaluate(micro_batches)
+
+    def restart(self, settings: RestartSettings) -> RestartResult:
+        """ReLoRA is refused before a base is opened. Raises ConfigError."""
+        refused = feature_refusal("training.relora_steps", self.backend)
+        raise ConfigError.of([refused] if refused else [])
 
     def save_state(self, folder: Path) -> None:
         """Factors, what they started from, and optimizer state."""
         save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
+        save_objective(self.settings.objective.state(), folder)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         adapters = self._trained(self._adapters)
         load_adapters(adapters, folder)
         # A compiled step keeps the starts that it was traced with.
-        self._gradients = Gradients(self.model, adapters, compiled=True)
+        self._step = Step(self._state, self._base, adapters, self.settings.seed)
         if optimizer:
+            objective = self.settings.objective
             self._trained(self._optimizer).load(folder)
+            objective.load(load_objective(objective.state(), folder))
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base."""
@@ -176,8 +169,8 @@ class MlxSession:
         """Give the blocks their class back and the memory to the system."""
         if self._checkpointed is not None:
             self._checkpointed.undo()
-        self._optimizer = self._adapters = self._gradients = self._checkpointed = None
-        self.model = None
+        self._optimizer = self._adapters = self._checkpointed = None
+        self.model = self.scorer = None
         mx.clear_cache()
 
     def _with_adapter(self, adapter: bool) -> Any:
@@ -201,3 +194,7 @@ class MlxSession:
         if part is None:
             raise RuntimeError("attach adapters before training, saving or loading them")
         return part
+
+
+# Whether it offers what the protocol asks for, for type checkers.
+_: Callable[[SessionSettings], Session] = open_session

@@ -37,7 +37,7 @@ class ChosenTokens(transformers.LogitsProcessor):
 
 
 def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
-    """See soup_xb.core.run.session.SamplingSession. Prompts are padded on the left, and padding is masked."""
+    """See soup_xb.core.run.session.Sampler. Prompts are padded on the left, and padding is masked."""
     length = max(map(len, prompts))
     ids = np.full((len(prompts), length), settings.end_ids[0], dtype=np.int64)
     mask = np.zeros_like(ids)

@@ -30,7 +30,6 @@ from soup_xb.core.base.modules import Module
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ConfigError, ModelError, Problem
-from soup_xb.core.objectives.settings import Embedding
 from soup_xb.core.run.session import BaseDescription, SessionSettings
 
 # A config.json may name a kernel on the hub here, which is code that somebody else wrote; None is the library's own.
@@ -45,7 +44,7 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     Raises ModelError for a folder that is damaged, holds foreign formats or wants to run code.
     """
     folder = inspect_base(settings.base)
-    config, kind = read_config(folder, settings.objective, settings.media)
+    config, kind = read_config(folder, settings.media, embeds=bool(settings.pooling))
     stretch(config, folder, settings.rope_scaling)
     quantization = _quantization(settings.quantization, folder, device)
     with memory_guard("loading the base"):
@@ -73,16 +72,17 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
 def outline_base(settings: SessionSettings, dtype: torch.dtype | None = None) -> Any:
     """The base's modules on the meta device: names and shapes without memory."""
     folder = inspect_base(settings.base, weights=False)
-    config, kind = read_config(folder, settings.objective, settings.media)
+    config, kind = read_config(folder, settings.media, embeds=bool(settings.pooling))
     stretch(config, folder, settings.rope_scaling)
     with torch.device("meta"), foreign_errors(partial(unreadable, folder)):
         return kind.from_config(config, dtype=dtype, trust_remote_code=False, **_OWN_IMPLEMENTATIONS)
 
 
-def read_config(folder: BaseFolder, objective: Any = None, media: str = "") -> tuple[Any, Any]:
-    """The base's config as transformers reads it, and the Auto class that opens it for the objective.
+def read_config(folder: BaseFolder, media: str = "", embeds: bool = False) -> tuple[Any, Any]:
+    """The base's config as transformers reads it, and the Auto class that opens it.
 
-    `media` is the kind of files that rows have. Raises ModelError for a type that is not trained here.
+    `media` is the kind of files that rows have; a base that `embeds` is opened without its head. Raises ModelError
+    for a type that is not trained here.
     """
     if folder.model_type not in transformers.CONFIG_MAPPING:
         raise unknown_type(folder, transformers.__version__)
@@ -90,7 +90,7 @@ def read_config(folder: BaseFolder, objective: Any = None, media: str = "") -> t
         config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
-    if isinstance(objective, Embedding):
+    if embeds:
         check_embedding(folder, config)
         return config, transformers.AutoModel
     check_kind(folder, config, media)

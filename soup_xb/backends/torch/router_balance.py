@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from soup_xb.backends.torch.head import BatchTensors, pass_through
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.backends.torch.task_loss import TaskLoss
 from soup_xb.core.errors import ConfigError
 from soup_xb.core.rows.batches import MicroBatch
-from soup_xb.core.run.session import StepSettings
 
 METRIC = "router_aux_loss"
 
@@ -41,20 +39,18 @@ class RouterBalance:
     of several micro-batches counts the choices in a forward beforehand, without gradients and dropout.
     """
 
-    def __init__(self, task: TaskLoss, coefficient: float, processes: Processes, place: torch.device) -> None:
-        """Add to `task`, with sums over all processes."""
-        self._task, self._coefficient = task, coefficient
+    def __init__(self, coefficient: float, processes: Processes, place: torch.device) -> None:
+        """Weigh the loss with `coefficient`, with sums over all processes."""
+        self._coefficient = coefficient
         self._processes, self._place = processes, place
-        self._divisor = 1
         # (3, experts): choices, probabilities, and the tokens of all layers, summed over what was seen.
         self._seen: Tensor | None = None
         self._chosen: Tensor | None = None
 
-    def begin(self, model: Any, batches: Sequence[MicroBatch]) -> None:
+    def begin(self, model: Any, batches: Sequence[MicroBatch], training: bool) -> None:
         """Count the choices of a training step whose micro-batches are computed one after the other."""
-        self._task.begin(model, batches)
         self._seen = self._chosen = None
-        if not torch.is_grad_enabled() or len(batches) < 2:
+        if not training or len(batches) < 2:
             return
         with torch.no_grad():
             for batch in batches:
@@ -63,42 +59,27 @@ class RouterBalance:
                 self._add(_routed(layers, batch, model.num_experts_per_tok))
         self._chosen, self._seen = self._shared(self._seen), None
 
-    def summed(self, model: Any, batch: MicroBatch) -> Tensor:
-        """The task's sum, in training with the micro-batch's part of the balancing loss times the divisor."""
+    def beside(self, model: Any, batch: MicroBatch, divisor: float, summed: Callable[[], Tensor]) -> Tensor:
+        """What `summed` computes by a forward of the model, plus the micro-batch's part of this loss times `divisor`.
+
+        The part is added in training alone.
+        """
         with router_logits(model) as layers:
-            loss = self._task.summed(model, batch)
+            loss = summed()
         routed = _routed(layers, batch, model.num_experts_per_tok)
         self._add(routed.detach())
         if not torch.is_grad_enabled():
             return loss
         if self._chosen is None:
             self._chosen = self._shared(routed.detach())
-        return loss + self._coefficient * self._divisor * _balance(self._chosen, routed)
+        return loss + self._coefficient * divisor * _balance(self._chosen, routed)
 
-    def divisor(self, step: StepSettings) -> int:
-        """The task's."""
-        self._divisor = self._task.divisor(step)
-        return self._divisor
-
-    def finish(self, training: bool) -> tuple[int, Mapping[str, float]]:
-        """The task's means, and the balancing loss itself: 1 is perfect balance, the number of experts the worst."""
-        examples, means = self._task.finish(training)
+    def means(self) -> dict[str, float]:
+        """The balancing loss itself: 1 is perfect balance, the number of experts the worst."""
         if self._seen is None:
-            return examples, means
+            return {}
         seen = self._shared(self._seen)
-        return examples, {**means, METRIC: _balance(seen, seen).item()}
-
-    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
-        """What the task trains."""
-        return self._task.parameters()
-
-    def state(self) -> Mapping[str, float]:
-        """The task's: nothing is carried from step to step."""
-        return self._task.state()
-
-    def load(self, state: Mapping[str, float]) -> None:
-        """Take over the task's."""
-        self._task.load(state)
+        return {METRIC: _balance(seen, seen).item()}
 
     def _add(self, routed: Tensor) -> None:
         self._seen = routed if self._seen is None else self._seen + routed
@@ -134,9 +115,8 @@ def router_logits(model: Any) -> Iterator[list[Tensor]]:
 
 def _routed(layers: Sequence[Tensor], batch: MicroBatch, choices: int) -> Tensor:
     """(3, experts), float32: each expert's choices and probabilities, and the tokens, over real tokens and layers."""
-    rows, length = batch.tokens.shape
-    lengths = torch.zeros(rows, dtype=torch.int64)
-    lengths[: len(batch.lengths)] = torch.from_numpy(batch.lengths)
+    length = batch.tokens.shape[1]
+    lengths = torch.from_numpy(batch.lengths)
     real = (torch.arange(length) < lengths.unsqueeze(1)).reshape(-1).to(layers[0].device)
     sums = []
     for logits in layers:

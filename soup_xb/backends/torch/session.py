@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from attrs import evolve
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from soup_xb.backends.torch.adapters import (
@@ -22,10 +20,9 @@ from soup_xb.backends.torch.adapters import (
     restart_adapters,
     save_adapters,
 )
-from soup_xb.backends.torch.base_kind import pooling_for, text_alone
+from soup_xb.backends.torch.base_kind import text_alone
 from soup_xb.backends.torch.device import Device, choose_device, memory_guard, peak_memory_bytes
-from soup_xb.backends.torch.embedding_task import embed
-from soup_xb.backends.torch.generation import continue_prompt, sample
+from soup_xb.backends.torch.generation import continue_prompt
 from soup_xb.backends.torch.injection import Factors
 from soup_xb.backends.torch.load import (
     describe_model,
@@ -34,40 +31,37 @@ from soup_xb.backends.torch.load import (
     outline_base,
     sharding_notices,
 )
-from soup_xb.backends.torch.merge import write_merged
+from soup_xb.backends.torch.merge import base_outputs, live_addition, write_merged
 from soup_xb.backends.torch.optimizer import Optimizer
+from soup_xb.backends.torch.outputs import (
+    OpenBase,
+    Outputs,
+    TorchScorer,
+    check_scorable,
+)
 from soup_xb.backends.torch.patches.expert_dropout import expert_dropout
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
-from soup_xb.backends.torch.preference_task import log_probabilities
-from soup_xb.backends.torch.probe import base_outputs, live_addition
 from soup_xb.backends.torch.processes import Processes, join_processes
-from soup_xb.backends.torch.reward_task import RewardTask, check_scorable
 from soup_xb.backends.torch.router_balance import RouterBalance, check_router
 from soup_xb.backends.torch.sharding import is_sharded
 from soup_xb.backends.torch.starts import weight_starts
-from soup_xb.backends.torch.task_loss import TaskLoss
-from soup_xb.backends.torch.task_state import (
-    load_parameters,
-    load_task_state,
-    save_parameters,
-    save_task_state,
-)
-from soup_xb.backends.torch.tasks import Surroundings, task_loss
+from soup_xb.backends.torch.step import Step
 from soup_xb.backends.torch.vera import VeraAdapters
-from soup_xb.core.adapter.peft_file import HEAD, check_factors
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.probe import LayerDelta
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import Problem
-from soup_xb.core.objectives.settings import Embedding
+from soup_xb.core.objectives.objective import StepState
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.rows.batches import MicroBatch
+from soup_xb.core.run.checkpoint import load_objective, save_objective
 from soup_xb.core.run.session import (
     BaseDescription,
     GenerationSettings,
     LossSum,
     RestartResult,
     RestartSettings,
+    Session,
     SessionSettings,
     StepResult,
     StepSettings,
@@ -93,8 +87,6 @@ class TorchSession:
     """See soup_xb.core.run.session.Session."""
 
     backend = "torch"
-    # How texts become vectors; empty where the base was not opened for embeddings.
-    pooling = ""
 
     def __init__(self, model: Any, settings: SessionSettings, device: Device, processes: Processes) -> None:
         """Take over an opened, frozen base."""
@@ -111,26 +103,17 @@ class TorchSession:
         self._description = describe_model(model, clippable.wrappers)
         self._adapters: Adapters | VeraAdapters | None = None
         self._optimizer: Optimizer | None = None
-        objective = settings.objective
-        if isinstance(objective, Embedding):
-            pooling, reason = pooling_for(objective.pooling, settings.base, model)
-            self._patch_notices.append(Problem("pooling", f"{pooling}: {reason}"))
-            self.pooling, objective = pooling, evolve(objective, pooling=pooling)
-        surroundings = Surroundings(
-            processes,
-            device.torch_device,
-            lambda: self._with_adapter(False),
-            self._description.hidden_size,
-            settings.seed,
-        )
-        self._loss: TaskLoss = task_loss(objective, surroundings)
-        # What a reward model's head is asked of, whatever stands before it.
-        self._judge = self._loss if isinstance(self._loss, RewardTask) else None
+        base = OpenBase(lambda: self.model, processes, device.torch_device, self._with_adapter)
+        self._outputs = outputs = Outputs.of(base, settings, self._description.hidden_size)
+        self.scorer, self.sampler = outputs.scorer, outputs.sampler
+        self.embedder, self.judge = outputs.embedder, outputs.judge
+        self._patch_notices += outputs.notices
+        router = None
         if settings.router_aux_loss_coef is not None:
             check_router(model)
-            self._loss = RouterBalance(
-                self._loss, settings.router_aux_loss_coef, processes, device.torch_device
-            )
+            router = RouterBalance(settings.router_aux_loss_coef, processes, device.torch_device)
+        state = StepState(settings.objective, TorchScorer(base))
+        self._step = Step(state, outputs, router, settings.seed)
         # The layers' outputs before restarts fold adapters into their weights.
         self._true_outputs: Mapping[str, Array] = {}
         # The same after a restart, of a base of which this process holds a part.
@@ -161,71 +144,20 @@ class TorchSession:
                 if plan.merges:
                     self._true_outputs = base_outputs(self._adapters)
             self._adapters.train(False)
-            if self._judge is not None:
+            if self.judge is not None:
                 check_scorable(self.model, plan)
-            trained = {**self._adapters.parameters(), **self._loss.parameters()}
+            trained = {**self._adapters.parameters(), **self._outputs.parameters()}
             self._optimizer = Optimizer(trained, self.settings.optimizer, self.settings.media)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """One update; dropout masks are a function of seed, step and process."""
-        optimizer = self._trained(self._optimizer)
-        adapters = self._trained(self._adapters)
-        divisor = self._loss.divisor(step)
-        with memory_guard("training"):
-            self._loss.begin(self.model, micro_batches)
-        torch.manual_seed(step_seed(self.settings.seed, "dropout", step.step, self.process))
-        total = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
-        optimizer.zero_grad()
-        adapters.train(True)
-        try:
-            with memory_guard("training"):
-                for batch in micro_batches:
-                    loss = self._loss.summed(self.model, batch)
-                    # Adapters in towers alone have no part in rows without files.
-                    if loss.requires_grad:
-                        (loss / divisor).backward()
-                    total += loss.detach()
-        finally:
-            adapters.train(False)
-        self._processes.sum_([total])
-        self._processes.sum_(optimizer.gradients())
-        mean = total.item() / divisor
-        _, means = self._loss.finish(training=True)
-        if not math.isfinite(mean):
-            return StepResult(mean, math.nan, applied=False)
-        norm, applied = optimizer.step(step.learning_rate)
-        optimizer.zero_grad()
-        return StepResult(mean, norm, applied, means)
+        adapters, optimizer = self._trained(self._adapters), self._trained(self._optimizer)
+        return self._step.train(micro_batches, step, adapters, optimizer)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
         """Loss without dropout; every process evaluates its share."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device.torch_device)
-        with torch.no_grad(), self._with_adapter(adapter), memory_guard("evaluating"):
-            self._loss.begin(self.model, micro_batches)
-            for batch in micro_batches:
-                totals[0] += self._loss.summed(self.model, batch)
-                totals[1] += batch.target_tokens
-        self._processes.sum_([totals])
-        examples, means = self._loss.finish(training=False)
-        return LossSum(float(totals[0].item()), int(totals[1].item()), examples, means)
-
-    def log_probabilities(self, shares: Sequence[tuple[Array, MicroBatch]], count: int) -> Array:
-        """Log-probability of each row's targets under the true base."""
-        found = torch.zeros(count, dtype=torch.float64, device=self._device.torch_device)
-        with torch.no_grad(), self._with_adapter(False), memory_guard("asking the base about the answers"):
-            for places, batch in shares:
-                values = log_probabilities(self.model, batch, self._device.torch_device)
-                found[torch.from_numpy(places).to(found.device)] = values.double()
-        self._processes.sum_([found])
-        result: Array = found.cpu().numpy()
-        return result
-
-    def embeddings(self, batch: MicroBatch, adapter: bool = True) -> Array:
-        """A unit vector for each row."""
-        with torch.no_grad(), self._with_adapter(adapter), memory_guard("embedding texts"):
-            vectors = embed(self.model, batch, self.pooling, self._device.torch_device)
-            result: Array = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
-        return result
+        with self._with_adapter(adapter):
+            return self._step.evaluate(micro_batches)
 
     def restart(self, settings: RestartSettings) -> RestartResult:
         """Prune the factors, or merge them into the base and begin new ones."""
@@ -241,17 +173,20 @@ class TorchSession:
         """Factors, what they started from, pieces of merges, and optimizer state."""
         save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
-        save_task_state(self._loss.state(), folder)
-        save_parameters(self._loss.parameters(), folder)
+        save_objective(self.settings.objective.state(), folder)
+        if self.judge is not None:
+            self.judge.save(folder)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         load_adapters(self._trained(self._adapters), folder)
         self._measure_merges()
-        load_parameters(self._loss.parameters(), folder)
+        if self.judge is not None:
+            self.judge.load(folder)
         if optimizer:
+            objective = self.settings.objective
             self._trained(self._optimizer).load(folder)
-            self._loss.load(load_task_state(self._loss.state(), folder))
+            objective.load(load_objective(objective.state(), folder))
 
     def factors(self) -> Mapping[str, Mapping[str, Array]]:
         """The adapter as a plain LoRA on the untouched base, or VeRA's vectors and projections."""
@@ -266,25 +201,6 @@ class TorchSession:
         """Set the adapter's factors."""
         self._trained(self._adapters).load(factors)
 
-    def head(self) -> Array:
-        """The reward model's head, a copy."""
-        result: Array = self._reward_task().head.detach().cpu().numpy().copy()
-        return result
-
-    def load_head(self, head: Array) -> None:
-        """Set the reward model's head."""
-        task = self._reward_task()
-        check_factors({HEAD: tuple(task.head.shape)}, {HEAD: head})
-        with torch.no_grad():
-            task.head.copy_(torch.from_numpy(head))
-
-    def scores(self, batch: MicroBatch) -> Array:
-        """What the reward model thinks of each row of this process's batch."""
-        with torch.no_grad(), memory_guard("scoring answers"):
-            scores = self._reward_task().scores(self.model, batch)
-        result: Array = scores[: len(batch.lengths)].cpu().numpy()
-        return result
-
     def logits(self, tokens: Array, adapter: bool = True) -> Array:
         """Float32 logits (rows, length, vocabulary)."""
         ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(self._device.torch_device)
@@ -297,11 +213,6 @@ class TorchSession:
         torch.manual_seed(step_seed(settings.seed, "generate"))
         with self._with_adapter(adapter), memory_guard("generating"):
             return continue_prompt(self.model, prompt, settings)
-
-    def sample(self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
-        """Continue each prompt, with the tokens that `chances` choose."""
-        with memory_guard("sampling answers"):
-            return sample(self.model, prompts, chances, settings)
 
     def save_merged(self, folder: Path) -> None:
         """Write the base with the adapter folded in."""
@@ -320,6 +231,7 @@ class TorchSession:
         self._patches.close()
         self._processes.leave()
         self._optimizer = self._adapters = self.model = None
+        self.scorer = self.sampler = self.embedder = self.judge = None
 
     def _measure_merges(self) -> None:
         # Every process is here, and at the end of a run the first one alone asks for them.
@@ -341,13 +253,12 @@ class TorchSession:
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
 
-    def _reward_task(self) -> RewardTask:
-        if self._judge is None:
-            raise RuntimeError("open the session for the task that trains a reward model")
-        return self._judge
-
     @staticmethod
     def _trained(part: Any) -> Any:
         if part is None:
             raise RuntimeError("attach adapters before training, saving or loading them")
         return part
+
+
+# Whether it offers what the protocol asks for, for type checkers.
+_: Callable[[SessionSettings], Session] = open_session

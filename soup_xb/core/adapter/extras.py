@@ -13,10 +13,11 @@ from attrs import asdict, frozen
 
 from soup_xb.core.adapter.peft_file import HEAD, HEAD_KEY, SETTINGS, WEIGHTS, read_adapter, write_tensors
 from soup_xb.core.base.folder import read_object
-from soup_xb.core.config.schema import MEDIA_TASKS, POOLINGS
+from soup_xb.core.config.schema import POOLINGS
 from soup_xb.core.disk import foreign_errors, write_text
 from soup_xb.core.errors import ModelError
 from soup_xb.core.random_numbers import uniform
+from soup_xb.core.tasks import TASKS
 
 # The deviation that most bases' new layers start with (`initializer_range`).
 _DEVIATION = 0.02
@@ -89,11 +90,11 @@ def read_media_task(folder: Path) -> str:
     if not file.is_file():
         return ""
     kind = read_object(file, "damaged-adapter").get("kind")
-    task = next((task for task, own in MEDIA_TASKS.items() if own == kind), "")
+    task = next((task.name for task in TASKS.values() if task.media and task.media == kind), "")
     if not task:
         raise ModelError(
             "damaged-adapter",
-            f"`kind` must be one of {', '.join(MEDIA_TASKS.values())}",
+            f"`kind` must be one of {', '.join(task.media for task in TASKS.values() if task.media)}",
             where=str(file),
             help="write the adapter again.",
         )

@@ -10,10 +10,9 @@ from attrs import frozen
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import LORA_RULES, SHARDING_RULES
 from soup_xb.core.config.run_rules import REWARD_RULES, RUN_RULES, STREAMING_RULES
-from soup_xb.core.config.schema import JUDGED, PAIRED, SAMPLED, Config, value_of
+from soup_xb.core.config.schema import KEYS, Config, value_of
 from soup_xb.core.errors import Problem
-
-PREFERENCES = (*PAIRED, *JUDGED)
+from soup_xb.core.tasks import tasks_with
 
 
 @frozen
@@ -108,57 +107,11 @@ DEPENDENCES = (
         "training.save_total_limit",
         help="write `training.save_steps` too, or remove this key.",
     ),
-    Dependence(
-        "training.beta",
-        "task",
-        (*PREFERENCES, *SAMPLED),
-        help="remove this key: the task has no preference and no reward to weigh.",
-    ),
+    # Keys of tasks: see core.tasks.
     *(
-        Dependence(f"training.{name}", "task", SAMPLED, help="remove this key: the task samples no answers.")
-        for name in (
-            "rewards",
-            "answer_pattern",
-            "group_size",
-            "max_new_tokens",
-            "temperature",
-            "scale_rewards",
-        )
-    ),
-    *_only(
-        "task",
-        "rlhf",
-        "training.reward_model",
-        help="remove this key; `task: rlhf` asks a reward model.",
-    ),
-    Dependence(
-        "training.label_smoothing",
-        "task",
-        ("dpo", "simpo"),
-        help="remove this key: the task's loss has no such term.",
-    ),
-    *_only("task", "simpo", "training.simpo_gamma", help="remove this key: the task's loss has no margin."),
-    *_only(
-        "task",
-        "kto",
-        "training.desirable_weight",
-        "training.undesirable_weight",
-        help="remove this key: the task does not weigh the two kinds of answers.",
-    ),
-    *(
-        Dependence(key, "task", ("embedding",), help="remove this key: the task embeds no texts.")
-        for key in (
-            "training.pooling",
-            "training.embedding_scale",
-            "data.query_prompt",
-            "data.document_prompt",
-        )
-    ),
-    Dependence(
-        "training.router_aux_loss_coef",
-        "task",
-        ("sft", "pretrain", *PREFERENCES),
-        help="remove this key: the task has no such term.",
+        Dependence(key, "task", tasks, help="remove this key: the task does not read it.")
+        for key in KEYS
+        if (tasks := tasks_with(key))
     ),
     Dependence(
         "training.warmup_ratio",

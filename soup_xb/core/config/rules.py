@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from attrs import frozen
 
 from soup_xb.core.config.loaded import LoadedConfig
-from soup_xb.core.config.schema import PREFERENCE_TASKS
 from soup_xb.core.errors import Problem
+from soup_xb.core.tasks import TASKS
 
 
 @frozen
@@ -171,8 +171,6 @@ LORA_RULES = (
 
 
 _SHARDING = "training.sharding"
-# Each runs the model as often on every process, which a model that is gathered block by block needs.
-SHARDED_TASKS = ("sft", "pretrain", *(task for task in PREFERENCE_TASKS if task != "reward"))
 
 _QUANTIZED = {
     "4bit": "bitsandbytes makes 4-bit weights out of whole matrices, so that every process would have to read all of "
@@ -198,10 +196,8 @@ def _no_dora(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _known_tasks(loaded: LoadedConfig) -> Iterator[Problem]:
-    if _sharded(loaded) and loaded.config.task not in SHARDED_TASKS:
-        reason = "the processes of a sharded base must run it equally often, which this task does not keep"
-        if loaded.config.task == "embedding":
-            reason = "encoders, and bases without their head, are not cut over processes here; most of them are small"
+    reason = TASKS[loaded.config.task].no_sharding
+    if _sharded(loaded) and reason:
         yield excluded(loaded, (_SHARDING, "`fsdp`"), "task", reason)
 
 

@@ -8,17 +8,10 @@ from collections.abc import Iterator
 
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import Rule, excluded
-from soup_xb.core.config.schema import (
-    JUDGED,
-    MEDIA_TASKS,
-    PAIRED,
-    PREFERENCE_TASKS,
-    SAMPLED,
-    TASKS,
-    task_formats,
-)
+from soup_xb.core.config.schema import value_of
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
+from soup_xb.core.tasks import TASKS, readers
 from soup_xb.core.text import did_you_mean
 
 _LOCAL_PATH = re.compile(
@@ -70,13 +63,6 @@ def _one_held_out_set(loaded: LoadedConfig) -> Iterator[Problem]:
         yield excluded(loaded, ("data.val_split", f"{data.val_split:g}"), "data.eval", reason)
 
 
-def _pretraining_reads_text(loaded: LoadedConfig) -> Iterator[Problem]:
-    data = loaded.config.data
-    if loaded.config.task == "pretrain" and data.format not in ("auto", "text"):
-        reason = "pretraining learns plain text, every token of it"
-        yield excluded(loaded, ("data.format", f"`{data.format}`"), "task", reason)
-
-
 def _evaluation_has_rows(loaded: LoadedConfig) -> Iterator[Problem]:
     data = loaded.config.data
     if loaded.config.training.eval_steps is not None and not data.eval and data.val_split == 0:
@@ -103,28 +89,21 @@ def _split_of_a_hub_dataset(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _format_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
-    task, written = loaded.config.task, loaded.config.data.format
-    if written == "auto" or written in task_formats(task):
+    task, written = TASKS[loaded.config.task], loaded.config.data.format
+    if written == "auto" or written in task.formats:
         return
-    readers = [one for one in TASKS if written in task_formats(one)]
     yield Problem(
         "contradiction",
-        f"`{written}` rows are for {', '.join(readers)}, and `task` is `{task}`",
+        f"`{written}` rows are for {', '.join(readers(written))}, and `task` is `{task.name}`",
         loaded.where("data.format"),
-        f"use `format: auto` with rows of {' or '.join(task_formats(task))}.",
+        f"use `format: auto` with rows of {' or '.join(task.formats)}.",
     )
 
 
-def _packing_keeps_files_apart(loaded: LoadedConfig) -> Iterator[Problem]:
-    if loaded.config.data.packing and loaded.config.task in MEDIA_TASKS:
-        reason = "pictures and sounds are matched to the tokens of a row, one row a sequence"
-        yield excluded(loaded, ("data.packing", "`true`"), "task", reason)
-
-
-def _packing_keeps_answers_apart(loaded: LoadedConfig) -> Iterator[Problem]:
-    if loaded.config.data.packing and loaded.config.task in (*PREFERENCE_TASKS, *SAMPLED, "embedding"):
-        reason = "what is compared are whole texts, each in a sequence of its own"
-        yield excluded(loaded, ("data.packing", "`true`"), "task", reason)
+def _packing_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
+    task = TASKS[loaded.config.task]
+    if loaded.config.data.packing and task.packing == "never":
+        yield excluded(loaded, ("data.packing", "`true`"), "task", task.no_packing)
 
 
 def _output_is_its_own(loaded: LoadedConfig) -> Iterator[Problem]:
@@ -152,7 +131,7 @@ def _rope_has_a_factor(loaded: LoadedConfig) -> Iterator[Problem]:
 
 def _vectors_from_the_base_as_it_stands(loaded: LoadedConfig) -> Iterator[Problem]:
     scaling = loaded.config.training.rope_scaling
-    if scaling.type != "none" and loaded.config.task == "embedding":
+    if scaling.type != "none" and TASKS[loaded.config.task].embeds:
         reason = "sentence-transformers opens the base as it stands"
         yield excluded(loaded, ("training.rope_scaling.type", f"`{scaling.type}`"), "task", reason)
 
@@ -182,7 +161,7 @@ def _evaluated_on_other_rows(loaded: LoadedConfig) -> Iterator[Problem]:
 
 def _template_is_used(loaded: LoadedConfig) -> Iterator[Problem]:
     data = loaded.config.data
-    plain = data.format in ("text", "prompt-completion") or loaded.config.task == "embedding"
+    plain = data.format in ("text", "prompt-completion") or TASKS[loaded.config.task].embeds
     if data.chat_template is not None and plain:
         yield Problem(
             "key-without-effect",
@@ -192,7 +171,6 @@ def _template_is_used(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 RUN_RULES = (
-    Rule(_pretraining_reads_text, ("task", "data.format")),
     Rule(_rewarm_fits, ("training.relora_steps", "training.relora_rewarm_steps", "training.relora_mode")),
     Rule(
         _merge_needs_an_open_base,
@@ -208,10 +186,9 @@ RUN_RULES = (
     Rule(_evaluation_has_rows, ("training.eval_steps", "data.eval", "data.val_split")),
     Rule(_split_of_a_hub_dataset, ("data.train", "data.split", "data.subset")),
     Rule(_format_fits_task, ("data.format", "task")),
-    Rule(_packing_keeps_answers_apart, ("data.packing", "task")),
+    Rule(_packing_fits_task, ("data.packing", "task")),
     Rule(_rope_has_a_factor, ("training.rope_scaling.type", "training.rope_scaling.factor")),
     Rule(_vectors_from_the_base_as_it_stands, ("training.rope_scaling.type", "task")),
-    Rule(_packing_keeps_files_apart, ("data.packing", "task")),
     Rule(_output_is_its_own, ("base", "adapter", "output")),
     Rule(_warmup_ends, ("training.warmup_steps", "training.max_steps"), warning=True),
     Rule(_evaluated_on_other_rows, ("data.train", "data.eval"), warning=True),
@@ -266,8 +243,8 @@ def _held_out_rows_are_at_hand(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _rows_are_whole(loaded: LoadedConfig) -> Iterator[Problem]:
-    kind = MEDIA_TASKS.get(loaded.config.task)
-    if loaded.config.data.streaming and kind is not None:
+    kind = TASKS[loaded.config.task].media
+    if loaded.config.data.streaming and kind:
         reason = f"its rows name {kind} files, which are read from a local folder when their step comes"
         yield excluded(loaded, (_STREAMING, "`true`"), "task", reason)
 
@@ -294,22 +271,12 @@ def file_function(reward: str) -> tuple[str, str] | None:
     return (match["path"], match["function"]) if match else None
 
 
-def _something_is_earned(loaded: LoadedConfig) -> Iterator[Problem]:
-    config = loaded.config
-    if config.task == "grpo" and not config.training.rewards:
-        yield Problem(
-            "missing-key",
-            "`task: grpo` learns from what answers earn, and no reward is named",
-            loaded.where("training.rewards"),
-            _REWARD_FORM,
-        )
-    if config.task == "rlhf" and config.training.reward_model is None:
-        yield Problem(
-            "missing-key",
-            "`task: rlhf` learns from what a reward model thinks, and none is named",
-            loaded.where("training.reward_model"),
-            "train one with `task: reward`, and write its output folder here.",
-        )
+def _required_keys_are_written(loaded: LoadedConfig) -> Iterator[Problem]:
+    task = TASKS[loaded.config.task]
+    for required in task.required:
+        if not value_of(loaded.config, required.key):
+            message = f"`task: {task.name}` {required.because}"
+            yield Problem("missing-key", message, loaded.where(required.key), required.help)
 
 
 def _rewards_are_known(loaded: LoadedConfig) -> Iterator[Problem]:
@@ -343,7 +310,7 @@ def _pattern_is_one(loaded: LoadedConfig) -> Iterator[Problem]:
 
 def _pattern_is_read(loaded: LoadedConfig) -> Iterator[Problem]:
     training = loaded.config.training
-    if "training.answer_pattern" not in loaded.written or loaded.config.task not in SAMPLED:
+    if "training.answer_pattern" not in loaded.written or not TASKS[loaded.config.task].samples:
         return
     if not set(training.rewards) & set(BUILT_IN):
         yield Problem(
@@ -355,16 +322,17 @@ def _pattern_is_read(loaded: LoadedConfig) -> Iterator[Problem]:
 
 
 def _only_rollouts_go_without_a_base(loaded: LoadedConfig) -> Iterator[Problem]:
-    if loaded.config.training.beta == 0 and loaded.config.task in (*PAIRED, *JUDGED):
+    task = TASKS[loaded.config.task]
+    if loaded.config.training.beta == 0 and "beta" in task.settings and not task.samples:
         yield Problem(
             "contradiction",
-            f"must be above 0 for `task: {loaded.config.task}`, got 0",
+            f"must be above 0 for `task: {task.name}`, got 0",
             loaded.where("training.beta"),
         )
 
 
 REWARD_RULES = (
-    Rule(_something_is_earned, ("task", "training.rewards", "training.reward_model")),
+    Rule(_required_keys_are_written, ("task", "training.rewards", "training.reward_model")),
     Rule(_rewards_are_known, ("training.rewards",)),
     Rule(_pattern_is_one, ("training.answer_pattern",)),
     Rule(_pattern_is_read, ("task", "training.rewards", "training.answer_pattern")),

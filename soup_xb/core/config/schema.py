@@ -23,26 +23,10 @@ from soup_xb.core.config.keys import (
 )
 from soup_xb.core.config.keys import targets as target_patterns
 from soup_xb.core.config.keys import text as words
+from soup_xb.core.tasks import FORMATS, TASKS
 from soup_xb.core.text import close_names
 
-# Tasks that compare two answers, tasks that judge one, and those that measure how far the model went from the base.
-PAIRED = ("dpo", "ipo", "orpo", "simpo")
-JUDGED = ("kto", "bco")
-REFERENCED = ("dpo", "ipo", "kto", "bco")
-PREFERENCE_TASKS = ("dpo", "ipo", "kto", "orpo", "simpo", "bco", "reward")
-# Tasks that learn from answers which the model itself gives to the rows' prompts.
-SAMPLED = ("grpo", "rlhf")
-TASKS = ("sft", "pretrain", *PREFERENCE_TASKS, *SAMPLED, "embedding", "vision", "audio")
-# Tasks whose rows hold files -> the kind that they read.
-MEDIA_TASKS: Mapping[str, str] = MappingProxyType({"vision": "image", "audio": "audio"})
-PROMPT_FORMATS = ("prompt",)
-PREFERENCE_FORMATS = ("preference", "unpaired-preference")
-ANSWER_FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text")
-EMBEDDING_FORMAT = "anchor-positive"
-FORMATS = (*ANSWER_FORMATS, *PREFERENCE_FORMATS, *PROMPT_FORMATS, EMBEDDING_FORMAT, "transcript")
 POOLINGS = ("auto", "mean", "cls", "last")
-VISION_FORMATS = ("messages", "sharegpt")
-AUDIO_FORMATS = ("transcript", "messages")
 EVERY_LINEAR = ("auto", "all-linear")
 AUTOMATIC = (*EVERY_LINEAR, "auto+experts")
 
@@ -111,7 +95,7 @@ class DataConfig:
 
     train: tuple[str, ...] = paths(NOTHING, "Training rows: a file, a list of files, or a hub dataset id.")
     eval: tuple[str, ...] = paths((), "Held-out rows to evaluate on: a file or a list of files.")
-    format: str = choice("auto", FORMATS, "How a row is written; `auto` looks at the columns.")
+    format: str = choice("auto", ("auto", *FORMATS), "How a row is written; `auto` looks at the columns.")
     split: str = words("train", "Split of a hub dataset.")
     subset: str | None = words(None, "Subset (configuration name) of a hub dataset.")
     streaming: bool = switch(
@@ -260,7 +244,7 @@ class Config:
     """A whole `soup.yaml`, immutable, every default filled in."""
 
     base: str = words(NOTHING, "The model to fine-tune: a hub id or a local folder.")
-    task: str = choice("sft", TASKS, "What to train for: `sft` learns answers, `pretrain` plain text.")
+    task: str = choice("sft", tuple(TASKS), "What to train for: `sft` learns answers, `pretrain` plain text.")
     backend: str = choice(
         "auto",
         ("auto", "torch", "mlx"),
@@ -272,23 +256,6 @@ class Config:
     )
     adapter: str | None = words(None, "Folder of a saved adapter to start from.")
     output: str = words("./output", "Folder that the run writes to.")
-
-
-def task_formats(task: str) -> tuple[str, ...]:
-    """The formats of rows that a task reads, `auto` aside.
-
-    >>> task_formats("dpo"), task_formats("kto")
-    (('preference',), ('preference', 'unpaired-preference'))
-    """
-    if task in JUDGED:
-        return PREFERENCE_FORMATS
-    if task == "embedding":
-        return (EMBEDDING_FORMAT,)
-    if task in ("vision", "audio"):
-        return VISION_FORMATS if task == "vision" else AUDIO_FORMATS
-    if task in SAMPLED:
-        return PROMPT_FORMATS
-    return PREFERENCE_FORMATS[:1] if task in PREFERENCE_TASKS else ANSWER_FORMATS[1:]
 
 
 KEYS: Mapping[str, Key] = MappingProxyType(dict(declared(Config)))

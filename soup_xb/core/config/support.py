@@ -8,8 +8,9 @@ from attrs import frozen
 
 from soup_xb.core.config.loaded import COMMAND_LINE, LoadedConfig
 from soup_xb.core.config.schema import KEYS, value_of
-from soup_xb.core.config.support_rows import BACKENDS, ROWS, No, Row
+from soup_xb.core.config.support_rows import BACKENDS, ROWS, Row
 from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.tasks.task import No
 
 SETTING_OF = "a setting of"
 _BY_NAME = {row.name: row for row in ROWS}

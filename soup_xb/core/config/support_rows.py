@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from soup_xb.core.config.schema import KEYS
+from soup_xb.core.tasks import FORMATS, TASKS, readers, tasks_with
+from soup_xb.core.tasks.task import No
+
 BACKENDS = ("torch", "mlx")
-
-
-@frozen
-class No:
-    """Why a backend refuses a feature, and what to do instead."""
-
-    because: str
-    instead: str
 
 
 @frozen
@@ -56,45 +52,28 @@ def _choices(key: str, *choices: str) -> tuple[Row, ...]:
     return _works(key, *(f"{key}={choice}" for choice in choices))
 
 
-_CHOSEN_ANSWERS = "train on the preferred answers alone: chat rows with `task: sft`."
-_WORKED_ANSWERS = "train on worked answers: chat rows with `task: sft`."
-_TEXT_ROWS = "`task: sft` on text rows is what this version trains."
-
-_NO_PREFERENCES = No("the mlx engine has no preference losses", _CHOSEN_ANSWERS)
-_NO_HEAD = No(
-    "the mlx engine has no scalar head, and MLX's own tools would not load one",
-    "use `--backend torch`, or `task: sft` on the preferred answers.",
-)
-_NO_ROLLOUTS = No(
-    "the mlx engine samples no answers while it trains",
-    f"use `--backend torch`, or {_WORKED_ANSWERS}",
-)
-
-_NO_EMBEDDINGS = No(
-    "the mlx engine opens no encoders and has no loss over texts that are compared with each other",
-    "train it with `backend: torch`; sentence-transformers then loads the result on a Mac's GPU too.",
-)
+def _refusal(tasks: tuple[str, ...], name: str) -> Row:
+    """The row of what belongs to some tasks: refused where all of them are, as a setting of the first."""
+    if not tasks or any(TASKS[task].mlx is None for task in tasks):
+        return Row(name)
+    first = TASKS[tasks[0]]
+    return Row(name, first.feature, mlx=first.mlx, follows=f"task={first.name}")
 
 
-def _of_embeddings(*names: str) -> tuple[Row, ...]:
-    return tuple(Row(name, "embedding", mlx=_NO_EMBEDDINGS, follows="task=embedding") for name in names)
+def _with_choices(key: str) -> tuple[Row, ...]:
+    """The rows of a key of some tasks, and of its choices."""
+    names = (key, *(f"{key}={choice}" for choice in KEYS[key].choices))
+    return tuple(_refusal(tasks_with(key), name) for name in names)
 
 
-_WORDS_ALONE = "train on the words alone: `task: sft` on text rows."
-_NO_PICTURES = No("mlx-lm opens the text part of a base, without the tower that sees", _WORDS_ALONE)
-_NO_SOUNDS = No("mlx-lm opens neither speech-to-text models nor the towers that hear", _WORDS_ALONE)
-
+# Refused for another reason than its tasks.
+_TOLD_APART = ("training.router_aux_loss_coef",)
 _TASKS = (
-    *_works("task", "task=sft", "task=pretrain"),
-    *(
-        Row(f"task={name}", name, mlx=_NO_PREFERENCES)
-        for name in ("dpo", "ipo", "kto", "orpo", "simpo", "bco")
-    ),
-    Row("task=reward", "reward", mlx=_NO_HEAD),
-    *(Row(f"task={name}", name, mlx=_NO_ROLLOUTS) for name in ("grpo", "rlhf")),
-    Row("task=embedding", "embedding", mlx=_NO_EMBEDDINGS),
-    Row("task=vision", "vision", mlx=_NO_PICTURES),
-    Row("task=audio", "audio", mlx=_NO_SOUNDS),
+    *_works("task"),
+    *(Row(f"task={task.name}", task.feature, mlx=task.mlx) for task in TASKS.values()),
+    *(row for key in KEYS if tasks_with(key) and key not in _TOLD_APART for row in _with_choices(key)),
+    *_works("data.format", "data.format=auto"),
+    *(_refusal(readers(name), f"data.format={name}") for name in FORMATS),
 )
 
 _RELORA_NO_MLX = No(
@@ -128,14 +107,6 @@ _DATA = (
     *_works(
         "data", "data.train", "data.eval", "data.split", "data.subset", "data.val_split", "data.max_length"
     ),
-    *_choices("data.format", "auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"),
-    *(
-        Row(f"data.format={name}", "preference", mlx=_NO_PREFERENCES)
-        for name in ("preference", "unpaired-preference")
-    ),
-    *_of_embeddings("data.format=anchor-positive", "data.query_prompt", "data.document_prompt"),
-    Row("data.format=transcript", "audio", mlx=_NO_SOUNDS, follows="task=audio"),
-    Row("data.format=prompt", "grpo", mlx=_NO_ROLLOUTS, follows="task=grpo"),
     *_works("data.packing", "data.chat_template", "data.streaming"),
 )
 
@@ -184,15 +155,6 @@ _TRAINING = (
     Row("training.sharding=fsdp", "fsdp", mlx=_NO_FSDP),
     Row("training.cpu_offload", "fsdp", mlx=_NO_FSDP, follows="training.sharding=fsdp"),
     Row("training.process_timeout", "process-timeout", mlx=_NO_TIMEOUT),
-    *(
-        Row(f"training.{name}", "preference", mlx=_NO_PREFERENCES)
-        for name in ("beta", "label_smoothing", "simpo_gamma", "desirable_weight", "undesirable_weight")
-    ),
-    *_of_embeddings(
-        "training.pooling",
-        *(f"training.pooling={name}" for name in ("auto", "mean", "cls", "last")),
-        "training.embedding_scale",
-    ),
     Row(
         "training.router_aux_loss_coef",
         "router-loss",
@@ -200,18 +162,6 @@ _TRAINING = (
             "the mlx engine opens no mixture of experts whose router could be balanced",
             "remove the key, or run with --backend torch.",
         ),
-    ),
-    *(
-        Row(f"training.{name}", "grpo", mlx=_NO_ROLLOUTS, follows="task=grpo")
-        for name in (
-            "rewards",
-            "reward_model",
-            "answer_pattern",
-            "group_size",
-            "max_new_tokens",
-            "temperature",
-            "scale_rewards",
-        )
     ),
     *_works(
         "training.eval_steps", "training.save_steps", "training.save_total_limit", "training.logging_steps"

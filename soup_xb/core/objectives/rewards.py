@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from attrs import frozen
 
 from soup_xb.core.errors import ConfigError, DataError
-from soup_xb.core.rows.prompts import PromptRow
+from soup_xb.core.rows.row import Row
 
 # For one text; a pattern that backtracks without end hits it.
 _SECONDS = 2.0
@@ -21,7 +21,7 @@ _ANSWER = "answer"
 class Answer:
     """What the model wrote to a row's prompt, as text without special tokens."""
 
-    row: PromptRow
+    row: Row
     text: str
 
 
@@ -32,7 +32,7 @@ class Reward(Protocol):
     def name(self) -> str:
         """What its mean is told by."""
 
-    def check(self, rows: Sequence[PromptRow]) -> None:
+    def check(self, rows: Sequence[Row]) -> None:
         """Raise DataError, before anything is sampled, for a row that it cannot judge."""
 
     def earned(self, answers: Sequence[Answer]) -> Sequence[float]:
@@ -47,7 +47,7 @@ class PatternReward:
     pattern: Any
     where: str
 
-    def check(self, rows: Sequence[PromptRow]) -> None:
+    def check(self, rows: Sequence[Row]) -> None:
         """An exact match needs something to match with."""
         missing = next((row for row in rows if self.name == "exact-match" and _expected(row) is None), None)
         if missing is not None:
@@ -76,15 +76,15 @@ class PatternReward:
         return [match[1 if self.pattern.groups else 0] or "" for match in matches]
 
 
-def _is_formatted(found: list[str], _row: PromptRow) -> bool:
+def _is_formatted(found: list[str], _row: Row) -> bool:
     return len(found) == 1
 
 
-def _matches(found: list[str], row: PromptRow) -> bool:
+def _matches(found: list[str], row: Row) -> bool:
     return bool(found) and same_answer(found[-1], str(_expected(row)))
 
 
-_EARNED: Mapping[str, Callable[[list[str], PromptRow], bool]] = MappingProxyType(
+_EARNED: Mapping[str, Callable[[list[str], Row], bool]] = MappingProxyType(
     {"exact-match": _matches, "format": _is_formatted}
 )
 
@@ -101,8 +101,8 @@ def same_answer(given: str, expected: str) -> bool:
     return given.split() == expected.split() or given.casefold().split() == expected.casefold().split()
 
 
-def _expected(row: PromptRow) -> Any:
-    value = row.columns.get(_ANSWER)
+def _expected(row: Row) -> Any:
+    value = row.extra.columns.get(_ANSWER)
     usable = isinstance(value, str | int | float) and not isinstance(value, bool)
     return value if usable and str(value).strip() else None
 

@@ -1,4 +1,4 @@
-"""What a data row means, before and after the tokenizer, with its pictures and sounds, as plain values."""
+"""What a row of a data file means, before the tokenizer, with its pictures and sounds, as plain values."""
 
 from __future__ import annotations
 
@@ -147,65 +147,6 @@ class PromptExample:
 
 
 AnyExample = Example | PreferenceExample | JudgedExample | EmbeddingExample | PromptExample
-
-
-def _token_ids(array: Any) -> np.ndarray[Any, Any]:
-    return _read_only(np.asarray(array, dtype=np.int32))
-
-
-def _marks(array: Any) -> np.ndarray[Any, Any]:
-    return _read_only(np.asarray(array, dtype=np.bool_))
-
-
-def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    view = array.view()
-    view.setflags(write=False)
-    return view
-
-
-@frozen(eq=False)
-class TokenRow:
-    """One tokenized row.
-
-    `tokens` is int32 (length,); `trained` is bool (length,): True where the token is a target, that is, where
-    the model learns to predict it. The first token is never a target, since nothing comes before it.
-    `documents` is where the documents in it begin; there is more than one after packing. `media` are the pictures or
-    sounds that its tokens tell of.
-    """
-
-    tokens: np.ndarray[Any, Any] = field(converter=_token_ids)
-    trained: np.ndarray[Any, Any] = field(converter=_marks)
-    source: Source
-    documents: tuple[int, ...] = (0,)
-    media: RowMedia | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return int(self.tokens.size)
-
-    @property
-    def target_tokens(self) -> int:
-        """Number of targets."""
-        return int(self.trained[1:].sum())
-
-    @property
-    def real_tokens(self) -> int:
-        """Number of tokens in all its sequences; here there is one."""
-        return self.length
-
-    @property
-    def sequences(self) -> tuple[TokenRow, ...]:
-        """What goes through the model for this row; here the row itself."""
-        return (self,)
-
-    @property
-    def position_ids(self) -> np.ndarray[Any, Any]:
-        """The place of each token in its own document, int32 (length,)."""
-        starts = np.array(self.documents)
-        lengths = np.diff(starts, append=self.length)
-        return np.arange(self.length, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
-
 
 Array = np.ndarray[Any, Any]
 # By the name of the model's argument, such as pixel_values.

@@ -13,21 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from soup_xb.core.errors import ModelError, Problem
-from soup_xb.core.rows.batches import collate
-from soup_xb.core.rows.examples import TokenRow
-from soup_xb.core.rows.preferences import LearnedRow
-from soup_xb.core.rows.row_facts import plain_facts
-from soup_xb.core.rows.rows import Rows, as_rows, combined
-from soup_xb.core.run.session import Session
+from soup_xb.core.errors import Problem
+from soup_xb.core.rows.row import Row, TokenSequence, plain_facts, text_row
+from soup_xb.core.rows.table import Rows, as_rows, combined
 
 Array = np.ndarray[Any, Any]
 
-# Two short documents show whether the second sees the first; rounding is far smaller than what that does.
-_PROBE = 48
 # Lengths that are Python numbers at one time.
 _BLOCK = 65_536
-_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 class Pieces(Rows):
@@ -46,7 +39,7 @@ class Pieces(Rows):
         targets = rows.facts.targets.astype(np.int64)[owners]
         for index in np.flatnonzero(counts > 1):
             first = np.searchsorted(owners, index)
-            marks = _document(rows.row(int(index))).trained
+            marks = rows.row(int(index)).sequences[0].trained
             for piece in range(first, first + counts[index]):
                 begin = starts[piece]
                 targets[piece] = marks[begin + 1 : begin + lengths[piece]].sum()
@@ -55,13 +48,14 @@ class Pieces(Rows):
         self._cut = counts[self._owners] > 1
         self.facts = plain_facts(lengths[kept], targets[kept])
 
-    def row(self, index: int) -> TokenRow:
+    def row(self, index: int) -> Row:
         """The piece of a number."""
-        document = _document(self._rows.row(int(self._owners[index])))
+        row = self._rows.row(int(self._owners[index]))
         if not self._cut[index]:
-            return document
+            return row
+        document = row.sequences[0]
         here = slice(int(self._starts[index]), int(self._starts[index] + self.facts.lengths[index]))
-        return TokenRow(document.tokens[here], document.trained[here], document.source)
+        return text_row(document.tokens[here], document.trained[here], document.source)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,11 +74,12 @@ class PackedRows(Rows):
         self._members, self._ends = _groups(rows.facts.lengths, length)
         self.facts = plain_facts(self._summed(rows.facts.lengths), self._summed(rows.facts.targets))
 
-    def row(self, index: int) -> TokenRow:
+    def row(self, index: int) -> Row:
         """The sequence of a number."""
         start = int(self._ends[index - 1]) if index else 0
         members = self._members[start : self._ends[index]]
-        return _joined([_document(self._rows.row(int(member))) for member in members])
+        documents = [self._rows.row(int(member)).sequences[0] for member in members]
+        return Row("tokens", (joined_documents(documents),))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,30 +87,25 @@ class PackedRows(Rows):
         return combined("packed", self._rows.fingerprint, self._members, self._ends)
 
     @property
-    def first_packed(self) -> TokenRow | None:
+    def first_packed(self) -> TokenSequence | None:
         """The first sequence that holds several documents."""
         several = np.flatnonzero(np.diff(self._ends, prepend=0) > 1)
-        return self.row(int(several[0])) if len(several) else None
+        return self.row(int(several[0])).sequences[0] if len(several) else None
 
     def _summed(self, values: Array) -> Array:
         totals = np.concatenate([[0], np.cumsum(values[self._members], dtype=np.int64)])
         return np.diff(totals[np.concatenate([[0], self._ends])])
 
 
-def split_long(rows: Sequence[LearnedRow], length: int) -> Rows:
+def split_long(rows: Sequence[Row], length: int) -> Rows:
     """Documents as pieces of at most `length` tokens."""
     known = as_rows(rows)
     return Pieces(known, length) if len(known) and known.facts.lengths.max() > length else known
 
 
-def pack(rows: Sequence[LearnedRow], length: int) -> Rows:
+def pack(rows: Sequence[Row], length: int) -> Rows:
     """Rows put together into sequences of at most `length` tokens. Raises ValueError for a row that is longer."""
     return PackedRows(as_rows(rows), length)
-
-
-def _document(row: LearnedRow) -> TokenRow:
-    assert isinstance(row, TokenRow)
-    return row
 
 
 def packing_notice(documents: int, sequences: Rows, length: int) -> Problem:
@@ -123,34 +113,6 @@ def packing_notice(documents: int, sequences: Rows, length: int) -> Problem:
     filled = int(sequences.facts.lengths.sum()) / (len(sequences) * length) if len(sequences) else 0.0
     text = f"{documents:,} documents in {len(sequences):,} sequences of {length:,} tokens, {filled:.1%} full"
     return Problem("packing", text)
-
-
-def check_apart(session: Session, rows: Sequence[LearnedRow], pad_id: int) -> None:
-    """Raise ModelError where the base lets a document see the one before it in its sequence.
-
-    Models with a recurrent state do. Two documents are evaluated together and one by one.
-    """
-    packed = as_rows(rows).first_packed
-    if packed is None:
-        return
-    first, second = (_probe(packed, index) for index in (0, 1))
-    together = session.evaluate([collate([_joined([first, second])], pad_id)]).total
-    alone = session.evaluate([collate([row], pad_id) for row in (first, second)]).total
-    if abs(together - alone) > _TOLERANCE[session.precision] * max(1.0, alone):
-        raise ModelError(
-            "documents-not-apart",
-            f"this base ({session.describe().model_type}) lets a document see the one before it in its sequence "
-            f"(loss {together:.4f} together, {alone:.4f} alone)",
-            where="data.packing",
-            help="such a base takes one document a row: remove `data.packing`, or use `task: sft` with text rows.",
-        )
-
-
-def _probe(row: TokenRow, index: int) -> TokenRow:
-    """The beginning of one document of a packed row, every token of it a target."""
-    starts = (*row.documents, row.length)
-    tokens = row.tokens[starts[index] : starts[index + 1]][:_PROBE]
-    return TokenRow(tokens, np.arange(tokens.size) > 0, row.source)
 
 
 def _groups(lengths: Array, length: int) -> tuple[Array, Array]:
@@ -202,11 +164,12 @@ class _BestFit:
         return group
 
 
-def _joined(rows: Sequence[TokenRow]) -> TokenRow:
+def joined_documents(rows: Sequence[TokenSequence]) -> TokenSequence:
+    """Sequences of one document each as one sequence; the first token of each is not learned."""
     trained = [row.trained.copy() for row in rows]
     for marks in trained:
         marks[0] = False
-    return TokenRow(
+    return TokenSequence(
         tokens=np.concatenate([row.tokens for row in rows]),
         trained=np.concatenate(trained),
         source=rows[0].source,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -269,3 +271,27 @@ def grouped(tensors: dict[str, Array], separator: str) -> dict[str, dict[str, Ar
         name, _, part = key.rpartition(separator)
         groups.setdefault(name, {})[part] = array
     return groups
+
+
+OBJECTIVE = "task.json"
+
+
+def save_objective(state: Mapping[str, float], folder: Path) -> None:
+    """Write what an objective carries from step to step; most carry nothing and have no file."""
+    if state:
+        (folder / OBJECTIVE).write_text(json.dumps(dict(state), indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def load_objective(expected: Mapping[str, float], folder: Path) -> Mapping[str, float]:
+    """Read back what `save_objective` wrote; `expected` has the names. Raises CheckpointError where it differs."""
+    if not expected:
+        return {}
+    file = folder / OBJECTIVE
+    try:
+        state = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError("checkpoint-damaged", f"cannot be read: {error}", where=str(file)) from error
+    whole = isinstance(state, dict) and state.keys() == expected.keys()
+    if not whole or not all(isinstance(value, float) and math.isfinite(value) for value in state.values()):
+        raise CheckpointError("foreign-checkpoint", "is not the state of this task", where=str(file))
+    return {str(name): float(value) for name, value in state.items()}

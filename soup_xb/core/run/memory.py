@@ -6,10 +6,11 @@ from attrs import frozen
 
 from soup_xb.core.adapter.vera import shared_entries
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.config.schema import PAIRED, SAMPLED, Config, TrainingConfig
+from soup_xb.core.config.schema import Config, TrainingConfig
 from soup_xb.core.objectives.head_chunks import positions_at_once
-from soup_xb.core.rows.row_facts import RowFacts
+from soup_xb.core.rows.row import RowFacts
 from soup_xb.core.run.session import BaseDescription
+from soup_xb.core.tasks import TASKS
 
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 # 4 bits and a scale for 64 weights that is quantized itself; 8 bits and a scale a row.
@@ -82,18 +83,16 @@ class LargestBatch:
         cls, config: Config, facts: RowFacts, vocabulary: int, backend: str, processes: int
     ) -> LargestBatch:
         """A run's, from its rows: both answers of a pair, all answers to a prompt, all texts of a row that embeds."""
-        task, training = config.task, config.training
+        task, training = TASKS[config.task], config.training
         rows = training.batch_size // processes
         longest = int(facts.lengths.max())
-        if task == "embedding":
+        if task.embeds:
             return cls(rows * int(facts.tokens.max()), 0, processes)
-        if task in SAMPLED:
-            answers = rows * training.group_size
-            # The tokens of all answers are weighed together.
-            new = training.max_new_tokens
-            return cls(answers * (longest + new), answers * new, processes)
-        if task == "reward":
+        if task.scores:
             return cls(2 * rows * longest, 2 * rows, processes)
-        tokens = rows * longest * (2 if task in PAIRED else 1)
-        together = tokens if backend == "mlx" else positions_at_once(tokens, vocabulary)
+        tokens = trained = rows * longest * (2 if task.kind == "pair" else 1)
+        if task.samples:
+            answers, new = rows * training.group_size, training.max_new_tokens
+            tokens, trained = answers * (longest + new), answers * new
+        together = trained if backend == "mlx" else positions_at_once(trained, vocabulary)
         return cls(tokens, together, processes)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.coverage import Coverage
 from soup_xb.core.base.coverage_text import coverage_json
 from soup_xb.core.base.modules import Resolution, group_adapters
-from soup_xb.core.config.schema import MEDIA_TASKS, SAMPLED, Config, TrainingConfig
+from soup_xb.core.config.schema import Config, TrainingConfig
 from soup_xb.core.errors import ConfigError, Problem
-from soup_xb.core.rows.batches import MicroBatch, epoch_batches, eval_batches
-from soup_xb.core.rows.embedding_rows import EmbeddingRow
-from soup_xb.core.rows.preference_batches import micro_batches
-from soup_xb.core.rows.preferences import JudgedRow, LearnedRow
-from soup_xb.core.rows.rows import Rows, as_rows
+from soup_xb.core.objectives.objective import OBJECTIVES, Objective, TokenObjective
+from soup_xb.core.rows.batches import MicroBatch, epoch_batches, eval_batches, micro_batches
+from soup_xb.core.rows.row import Row
+from soup_xb.core.rows.table import Rows, as_rows
 from soup_xb.core.run.memory import MemoryEstimate
 from soup_xb.core.run.reference import Reference
 from soup_xb.core.run.schedule import LearningRates, restart_steps, steps_every, warmup_steps
 from soup_xb.core.run.session import OptimizerSettings, RestartSettings
+from soup_xb.core.tasks import TASKS
 
 
 @frozen(eq=False)
@@ -46,6 +45,7 @@ class Plan:
     restart_steps: tuple[int, ...]
     warnings: tuple[Problem, ...]
     reference: Reference | None = None
+    _epochs: dict[int, Sequence[np.ndarray[Any, Any]]] = field(factory=dict, init=False)
 
     @property
     def epochs(self) -> float:
@@ -67,7 +67,7 @@ class Plan:
 
         A prompt counts once for each of its answers, whose own tokens are known when they are sampled.
         """
-        times = self.config.training.group_size if self.config.task in SAMPLED else 1
+        times = self.config.training.group_size if TASKS[self.config.task].samples else 1
         return times * sum(int(self.rows.facts.tokens[rows].sum()) for rows in self.step_rows(step))
 
     def examples(self, step: int) -> int:
@@ -93,20 +93,18 @@ class Plan:
         )
 
     def _epoch(self, epoch: int) -> Sequence[np.ndarray[Any, Any]]:
-        return _cached_epoch(self, epoch)
+        # The order of an epoch is made once: a step asks for it several times, the next epoch makes its own.
+        if epoch not in self._epochs:
+            training, lengths = self.config.training, self.rows.facts.lengths
+            if self.rows[0].kind == "judged":
+                # Good and bad answers often differ in length: sorted by it, a step would see one kind alone.
+                lengths = np.zeros_like(lengths)
+            self._epochs.clear()
+            self._epochs[epoch] = epoch_batches(lengths, training.batch_size, training.seed, epoch)
+        return self._epochs[epoch]
 
 
-@lru_cache(maxsize=2)
-def _cached_epoch(plan: Plan, epoch: int) -> Sequence[np.ndarray[Any, Any]]:
-    training = plan.config.training
-    lengths = plan.rows.facts.lengths
-    if isinstance(plan.rows[0], JudgedRow):
-        # Good and bad answers often differ in length: sorted by it, a step would see one kind alone.
-        lengths = np.zeros_like(lengths)
-    return epoch_batches(lengths, training.batch_size, training.seed, epoch)
-
-
-def held_out_batches(rows: Sequence[LearnedRow], batch_size: int, pad_id: int) -> Sequence[MicroBatch]:
+def held_out_batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Sequence[MicroBatch]:
     """Padded micro-batches of rows to evaluate outside a run."""
     known = as_rows(rows)
     return micro_batches(known, None, eval_batches(known.facts.lengths, batch_size), (0, 1), pad_id)
@@ -124,11 +122,24 @@ def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
     )
 
 
+def objective_of(config: Config) -> Objective:
+    """A new objective of the config's task; a key that the file leaves open has the default of the task's loss."""
+    task, training = TASKS[config.task], config.training
+    if not task.objective:
+        return TokenObjective()
+    names = [key.removeprefix("training.") for key in task.all_keys if key.startswith("training.")]
+    settings = {
+        name: task.setting(training, name) if name in task.settings else getattr(training, name)
+        for name in names
+    }
+    return OBJECTIVES[task.objective](task.loss, settings, task.measures)
+
+
 def make_plan(
     config: Config,
     resolution: Resolution,
-    rows: Sequence[LearnedRow],
-    evaluation: Sequence[LearnedRow],
+    rows: Sequence[Row],
+    evaluation: Sequence[Row],
     pad_id: int,
 ) -> Plan:
     """Decide a run. Raises ConfigError where a restart is asked for that would never happen."""
@@ -155,7 +166,7 @@ def make_plan(
             use_rslora=training.lora.use_rslora,
             seed=training.seed,
             merges=training.relora_steps is not None and training.relora_mode == "merge",
-            task_type=_task_type(config.task),
+            task_type=TASKS[config.task].peft_type,
         ),
         rows=rows,
         evaluation=evaluation,
@@ -173,7 +184,7 @@ def make_plan(
 def _check_negatives(config: Config, rows: Rows) -> None:
     """Raise ConfigError where no anchor of a micro-batch would have a wrong answer to tell from the right one."""
     alone = config.training.batch_size == 1 or len(rows) == 1
-    if not alone or not isinstance(rows[0], EmbeddingRow) or rows.facts.sequence_lengths.shape[1] > 2:
+    if not alone or rows[0].kind != "embedding" or rows.facts.sequence_lengths.shape[1] > 2:
         return
     raise ConfigError(
         "no-negatives",
@@ -181,12 +192,6 @@ def _check_negatives(config: Config, rows: Rows) -> None:
         where="training.batch_size",
         help="write 2 or more, better 32: the other rows of a micro-batch are the wrong answers.",
     )
-
-
-def _task_type(task: str) -> str | None:
-    if task in MEDIA_TASKS:
-        return None
-    return "FEATURE_EXTRACTION" if task == "embedding" else "CAUSAL_LM"
 
 
 def _learning_rates(training: TrainingConfig, total_steps: int, restarts: tuple[int, ...]) -> LearningRates:

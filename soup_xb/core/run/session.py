@@ -17,6 +17,7 @@ from soup_xb.core.adapter.probe import LayerDelta
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import Problem
+from soup_xb.core.objectives.objective import Objective, Scorer, TokenObjective
 from soup_xb.core.rows.batches import MicroBatch
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +39,8 @@ class OptimizerSettings:
 class SessionSettings:
     """How to open a base. `base` is a local folder; `weights=False` gives its structure alone.
 
-    `objective` is that of a task that compares texts (see core.objectives.settings), None where tokens are learned.
+    `objective` is what is optimized; it keeps state, so that each session has its own. `pooling` says which tokens a
+    text's vector is made of, for a base that is opened for embeddings; empty for all others.
     `router_aux_loss_coef` weighs the load-balancing loss of a router beside it, None for none. `sharding` is how
     several processes hold the base (see the config), `process_timeout` the seconds that one waits for the others.
     `rope_scaling` stretches the base's positions.
@@ -53,7 +55,8 @@ class SessionSettings:
     optimizer: OptimizerSettings
     seed: int
     weights: bool = True
-    objective: Any = None
+    objective: Objective = field(factory=TokenObjective)
+    pooling: str = ""
     router_aux_loss_coef: float | None = None
     sharding: str = "none"
     cpu_offload: bool = False
@@ -107,8 +110,8 @@ class StepSettings:
     """What one optimizer update needs to know.
 
     `target_tokens` counts the targets of the whole step, over all micro-batches and processes: the loss is the
-    sum over targets divided by it. `examples` counts its rows: the loss of a preference task is the sum over pairs,
-    or over judged answers, divided by it.
+    sum over targets divided by it, for an objective over tokens. `examples` counts its rows, which the losses of other
+    objectives are divided by.
     """
 
     step: int
@@ -160,8 +163,42 @@ class GenerationSettings:
     seed: int = 0
 
 
+class Sampler(Protocol):
+    """The model sampled from."""
+
+    def sample(
+        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings
+    ) -> Sequence[Array]:
+        """Continue each int32 (length,) prompt, all in one batch, without dropout: int32 ids, an end id included.
+
+        chances, float64 (prompts, max_new_tokens) in [0, 1), choose the tokens: by them alone, no generator has a part.
+        """
+
+
+class Embedder(Protocol):
+    """A model without its output head, as an embedding model."""
+
+    pooling: str
+
+    def embeddings(self, batch: MicroBatch, adapter: bool = True) -> Array:
+        """A unit vector for each row of the batch, float32 (rows, width)."""
+
+
+class Judge(Protocol):
+    """A reward model's scalar head."""
+
+    def head(self) -> Array:
+        """The head's weight, float32 (1, hidden size)."""
+
+    def load_head(self, head: Array) -> None:
+        """Set the head's weight. Raises ModelError where it does not fit the base."""
+
+    def scores(self, batch: MicroBatch) -> Array:
+        """The score of each row of this process's batch, float32 (rows,)."""
+
+
 class TrainingSession(Protocol):
-    """What the training loop asks of a session, or of what stands before one (see core.objectives.rollouts)."""
+    """What the training loop asks of a session, or of what stands before one (see core.run.rollouts)."""
 
     process: int
     processes: int
@@ -183,11 +220,27 @@ class TrainingSession(Protocol):
 
 
 class Session(TrainingSession, Protocol):
-    """One opened base with, later, adapters on it."""
+    """One opened base with, later, adapters on it; what it cannot do is None."""
 
     backend: str
     device: str
     precision: str
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Asks the model for log-probabilities; None for a base that was opened without its head."""
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Samples answers while the model is trained."""
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """Makes vectors of texts, for a base that was opened for embeddings."""
+
+    @property
+    def judge(self) -> Judge | None:
+        """The scalar head of a reward model, for a session that was opened to train or use one."""
 
     def notices(self) -> tuple[Problem, ...]:
         """What opening decided, with its reasons: device, precision, patches."""
@@ -240,47 +293,3 @@ class Session(TrainingSession, Protocol):
 
     def close(self) -> None:
         """Undo every patch and give the memory back."""
-
-
-class ScoringSession(Session, Protocol):
-    """A session that preference tasks can run on."""
-
-    def log_probabilities(self, shares: Sequence[tuple[Array, MicroBatch]], count: int) -> Array:
-        """Log-probability (nats) of each row's targets under the true base, float64 (count,).
-
-        `shares` are this process's batches, each with the places of its rows; the result is whole on every process.
-        """
-
-
-class EmbeddingSession(Session, Protocol):
-    """A session whose base was opened for embeddings: it has no head, and its logits and answers are refused."""
-
-    pooling: str
-
-    def embeddings(self, batch: MicroBatch, adapter: bool = True) -> Array:
-        """A unit vector for each row of the batch, float32 (rows, width)."""
-
-
-class JudgingSession(Session, Protocol):
-    """A session opened for the task that trains a reward model."""
-
-    def head(self) -> Array:
-        """The scalar head, float32 (1, hidden size)."""
-
-    def load_head(self, head: Array) -> None:
-        """Set the head. Raises ModelError where it does not fit the base."""
-
-    def scores(self, batch: MicroBatch) -> Array:
-        """The score of each row of this process's batch, float32 (rows,)."""
-
-
-class SamplingSession(Session, Protocol):
-    """A session that tasks which learn from their own answers can run on."""
-
-    def sample(
-        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings
-    ) -> Sequence[Array]:
-        """Continue each int32 (length,) prompt, all in one batch, without dropout: int32 ids, an end id included.
-
-        chances, float64 (prompts, max_new_tokens) in [0, 1), choose the tokens: by them alone, no generator has a part.
-        """

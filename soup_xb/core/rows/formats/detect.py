@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -144,7 +144,7 @@ def _read_alpaca(row: Mapping[str, Any], source: Source) -> Example:
     user = "\n\n".join(part for part in parts if part.strip())
     turns = [*_history(row, source), Message("user", user)]
     turns.append(Message("assistant", read_text(row, "output", where)))
-    return ChatExample(_with_system(row, turns, source), source)
+    return ChatExample(with_system(row, turns, source), source)
 
 
 def _history(row: Mapping[str, Any], source: Source) -> list[Message]:
@@ -166,9 +166,7 @@ def _history(row: Mapping[str, Any], source: Source) -> list[Message]:
     return turns
 
 
-def _with_system(
-    row: Mapping[str, Any], turns: list[Message] | tuple[Message, ...], source: Source
-) -> tuple[Message, ...]:
+def with_system(row: Mapping[str, Any], turns: Sequence[Message], source: Source) -> tuple[Message, ...]:
     """The turns with the column `system` in front, where there is one."""
     if row.get("system") is None:
         return tuple(turns)
@@ -189,7 +187,7 @@ def _read_conversation(column: str) -> Callable[[Mapping[str, Any], Source], Exa
     def read(row: Mapping[str, Any], source: Source) -> Example:
         turns, tools = read_turns(row, column, source), read_tools(row, source)
         check_declared(turns, tools, f"{source}: {column}")
-        return ChatExample(_with_system(row, turns, source), source, tools=tools)
+        return ChatExample(with_system(row, turns, source), source, tools=tools)
 
     return read
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from soup_xb.core.config.schema import EMBEDDING_FORMAT, MEDIA_TASKS, task_formats
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import (
     ChatExample,
@@ -75,7 +74,7 @@ def embedding_formats(query_prompt: str = "", document_prompt: str = "") -> Mapp
         )
 
     known = Format(("anchor", "positive"), read, ("negative",), aliases=_ALIASES)
-    return MappingProxyType({EMBEDDING_FORMAT: known})
+    return MappingProxyType({"anchor-positive": known})
 
 
 def _prompted(prompt: str, text: str) -> str:
@@ -86,12 +85,16 @@ def _prompted(prompt: str, text: str) -> str:
 _SIDES = ("chosen", "rejected")
 
 
-def formats_of(task: str) -> Mapping[str, Format]:
-    """The formats that a task reads, in the order in which detection asks."""
-    if task in MEDIA_TASKS:
-        return media_formats(task)
-    named = task_formats(task)
-    return MappingProxyType({name: known for name, known in EVERY_FORMAT.items() if name in named})
+def formats_named(
+    names: Sequence[str], media: str = "", prompts: tuple[str, str] = ("", "")
+) -> Mapping[str, Format]:
+    """The formats of these names, in their order, which is that in which detection asks.
+
+    `media` is the kind of files that rows hold; `prompts` stand before the texts of rows to embed, queries and
+    documents.
+    """
+    known = media_formats(media) if media else {**EVERY_FORMAT, **embedding_formats(*prompts)}
+    return MappingProxyType({name: known[name] for name in names})
 
 
 def _read_pair(row: Mapping[str, Any], source: Source) -> PreferenceExample:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from attrs import evolve
 
-from soup_xb.core.config.schema import MEDIA_TASKS
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Attachment, ChatExample, CompletionExample, Message, Source
 from soup_xb.core.rows.fields import mistyped, read_text
-from soup_xb.core.rows.formats.detect import Format
+from soup_xb.core.rows.formats.detect import Format, with_system
 from soup_xb.core.rows.turns import read_turn
 
 Parts = tuple[str | Attachment, ...]
@@ -23,9 +22,8 @@ _NOUNS = {"image": "image", "audio": "sound"}
 _MARKS = {"image": re.compile(r"\n?<image>\n?"), "audio": re.compile(r"\n?<audio>\n?")}
 
 
-def media_formats(task: str) -> Mapping[str, Format]:
-    """The formats of `vision` or `audio`, in the order in which detection asks."""
-    kind = MEDIA_TASKS[task]
+def media_formats(kind: str) -> Mapping[str, Format]:
+    """Every format of rows that hold files of a kind, image or audio."""
     columns = ("system", kind, f"{kind}s")
     known = {
         "messages": Format(("messages",), _conversation("messages", kind), columns, ("messages",)),
@@ -33,10 +31,8 @@ def media_formats(task: str) -> Mapping[str, Format]:
             ("conversations",), _conversation("conversations", kind), columns, ("conversations",)
         ),
     }
-    if task == "vision":
-        return MappingProxyType(known)
     transcript = Format(("audio", "text"), _read_transcript, ("language",))
-    return MappingProxyType({"transcript": transcript, "messages": known["messages"]})
+    return MappingProxyType({"transcript": transcript, **known})
 
 
 def _read_transcript(row: Mapping[str, Any], source: Source) -> CompletionExample:
@@ -63,20 +59,13 @@ def _conversation(column: str, kind: str) -> Callable[[Mapping[str, Any], Source
                 where=str(source),
                 help=f"write `<{kind}>` in a turn's text, or a part of type `{kind}`, once for each.",
             )
-        return ChatExample(_with_system(row, messages, source), source)
+        return ChatExample(with_system(row, messages, source), source)
 
     return read
 
 
 def _counted(count: int, kind: str) -> str:
     return f"{count} {_NOUNS[kind]}{'s' * (count != 1)}"
-
-
-def _with_system(row: Mapping[str, Any], turns: Sequence[Message], source: Source) -> tuple[Message, ...]:
-    if row.get("system") is None:
-        return tuple(turns)
-    system = read_text(row, "system", f"{source}: ")
-    return (Message("system", system), *turns) if system.strip() else tuple(turns)
 
 
 def _named(row: Mapping[str, Any], kind: str, source: Source) -> list[Attachment]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.config.schema import JUDGED, Config
+from soup_xb.core.config.schema import Config
 from soup_xb.core.errors import Problem
 from soup_xb.core.run.schedule import floor_share
+from soup_xb.core.tasks import TASKS
 
 Array = np.ndarray[Any, Any]
 
@@ -68,11 +69,11 @@ def streaming_goal(config: Config) -> Goal | None:
     if not data.streaming or training.max_steps is None:
         return None
     rows = training.max_steps * training.batch_size * training.gradient_accumulation_steps
-    if config.task == "pretrain" or data.packing:
+    if TASKS[config.task].packing == "always" or data.packing:
         # Documents are held out and not sequences: the share of their tokens is about the same.
         tokens = math.ceil(rows * data.max_length / (1 - data.val_split))
         return Goal("tokens", tokens, data.max_length)
-    unit = "answers" if config.task in JUDGED else "rows"
+    unit = "answers" if TASKS[config.task].kind == "judged" else "rows"
     return Goal(unit, _with_held_out(rows, data.val_split))
 
 

@@ -1,4 +1,4 @@
-"""Rows as a task learns them: kto and bco judge answers one by one, and kto measures drift on mismatched ones."""
+"""Rows as a task learns from them: judged answers out of pairs, mismatched answers, and numbered prompts."""
 
 from __future__ import annotations
 
@@ -9,29 +9,25 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 
-from soup_xb.core.config.schema import JUDGED, SAMPLED
-from soup_xb.core.rows.examples import TokenRow
-from soup_xb.core.rows.preferences import JudgedRow, LearnedRow, PairRow, first_target
-from soup_xb.core.rows.prompts import PromptRow
-from soup_xb.core.rows.row_facts import RowFacts
-from soup_xb.core.rows.rows import Rows, as_rows, combined
+from soup_xb.core.rows.row import Prompt, Row, RowFacts, TokenSequence
+from soup_xb.core.rows.table import Rows, as_rows, combined
 
 Array = np.ndarray[Any, Any]
 
 
-def rows_for_task(rows: Sequence[LearnedRow], task: str, max_length: int) -> Rows:
-    """The rows as a task learns them: kto and bco judge the two sides of a pair one by one.
+def learned_rows(rows: Sequence[Row], kind: str, max_length: int, mismatched: bool = False) -> Rows:
+    """The rows as a task of a row kind learns from them: the two sides of a pair are judged one by one for `judged`.
 
-    KTO's rows get their mismatched answers here, once for the whole set, so that neither the order of rows, nor
-    accumulation, nor the number of processes has a part in them.
+    With `mismatched` each judged answer gets a mismatched one here, once for the whole set, so that neither the order
+    of rows, nor accumulation, nor the number of processes has a part in them.
     """
     known = as_rows(rows)
-    if task in SAMPLED:
+    if kind == "prompt":
         return NumberedPrompts(known)
-    if task not in JUDGED or not known:
+    if kind != "judged" or not known:
         return known
     judged = JudgedAnswers(known)
-    return MismatchedAnswers(judged, max_length) if task == "kto" else judged
+    return MismatchedAnswers(judged, max_length) if mismatched else judged
 
 
 class NumberedPrompts(Rows):
@@ -40,10 +36,10 @@ class NumberedPrompts(Rows):
     def __init__(self, rows: Rows) -> None:
         self._rows, self.facts = rows, rows.facts
 
-    def row(self, index: int) -> LearnedRow:
+    def row(self, index: int) -> Row:
         """The row of a number."""
         row = self._rows.row(index)
-        return evolve(row, number=index) if isinstance(row, PromptRow) else row
+        return evolve(row, extra=Prompt(row.extra.columns, index))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,14 +68,13 @@ class JudgedAnswers(Rows):
             prompt_keys=facts.prompt_keys[one][:, None],
         )
 
-    def row(self, index: int) -> JudgedRow:
+    def row(self, index: int) -> Row:
         """The row of a number."""
         row = self._rows.row(int(self._owners[index]))
-        if isinstance(row, PairRow):
-            side = int(self._sides[index])
-            return JudgedRow(row.sequences[side], desirable=side == 0)
-        assert isinstance(row, JudgedRow)
-        return row
+        if row.kind != "pair":
+            return row
+        side = int(self._sides[index])
+        return Row("judged", (row.sequences[side],), extra=side == 0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,10 +103,11 @@ class MismatchedAnswers(Rows):
             prompt_keys=facts.prompt_keys,
         )
 
-    def row(self, index: int) -> JudgedRow:
+    def row(self, index: int) -> Row:
         """The row of a number."""
         row, other = self._rows.row(index), self._rows.row(int(self._partners[index]))
-        return JudgedRow(row.answer, row.desirable, _swapped(row.answer, other.answer, self._longest))
+        answer = row.sequences[0]
+        return evolve(row, sequences=(answer, _swapped(answer, other.sequences[0], self._longest)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,9 +129,11 @@ def mismatched_partners(prompts: Array) -> Array:
     return following[last_of_runs[runs]]
 
 
-def _swapped(row: TokenRow, other: TokenRow, max_length: int) -> TokenRow:
+def _swapped(row: TokenSequence, other: TokenSequence, max_length: int) -> TokenSequence:
     """The prompt of one row with the answer of another, cut from the right."""
-    start, answer = first_target(row), first_target(other)
-    tokens = np.concatenate([row.tokens[:start], other.tokens[answer:]])[:max_length]
-    trained = np.concatenate([np.zeros(start, dtype=np.bool_), other.trained[answer:]])[:max_length]
-    return TokenRow(tokens, trained, row.source)
+    answer = other.first_target
+    tokens = np.concatenate([row.prompt, other.tokens[answer:]])[:max_length]
+    trained = np.concatenate([np.zeros(row.first_target, dtype=np.bool_), other.trained[answer:]])[
+        :max_length
+    ]
+    return TokenSequence(tokens, trained, row.source)

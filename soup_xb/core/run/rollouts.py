@@ -11,14 +11,13 @@ from attrs import evolve, frozen
 from soup_xb.core.objectives.rewards import Answer, Reward
 from soup_xb.core.random_numbers import uniform
 from soup_xb.core.rows.batches import MicroBatch, collate
-from soup_xb.core.rows.examples import TokenRow
-from soup_xb.core.rows.prompts import PromptRow, Rollout
+from soup_xb.core.rows.row import Row, TokenSequence
 from soup_xb.core.run.session import (
     GenerationSettings,
     LossSum,
     RestartResult,
     RestartSettings,
-    SamplingSession,
+    Session,
     StepResult,
     StepSettings,
 )
@@ -48,19 +47,20 @@ class RolloutSession:
     An evaluation samples with the same numbers each time.
     """
 
-    def __init__(self, session: SamplingSession, rules: Rules) -> None:
+    def __init__(self, session: Session, rules: Rules) -> None:
         """Sample with `session` by `rules`."""
+        if session.sampler is None or session.scorer is None:
+            raise RuntimeError(f"the {session.backend} session samples no answers")
         self.process, self.processes = session.process, session.processes
         self._session, self._rules = session, rules
+        self._sampler, self._scorer = session.sampler, session.scorer
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """Answer the step's prompts with the model as it is, and do one update on the answers."""
         answered = [self._answered(batch, f"step {step.step}") for batch in micro_batches]
         result = self._session.train_step(answered, step)
-        answers = step.examples * self._rules.group_size
-        # The mean over all processes' answers, each of which knows its own alone.
-        sampled = round(result.means.get("completion_tokens", 0.0) * answers)
-        return evolve(result, sampled_tokens=sampled)
+        own = sum(float((batch.observed["completion_tokens"] * batch.counted).sum()) for batch in answered)
+        return evolve(result, sampled_tokens=round(float(self._scorer.sum(np.array([own]))[0])))
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSum:
         """Answer the prompts, and tell how the answers fare."""
@@ -77,29 +77,38 @@ class RolloutSession:
     def _answered(self, batch: MicroBatch, occasion: str) -> MicroBatch:
         """The batch with every prompt `group_size` times, each with an answer, and what the answers earned."""
         rules = self._rules
+        if not batch.counted.any():
+            # A process without a row of this micro-batch: what stands in for one earns nothing.
+            nothing = {name: np.zeros(len(batch.counted)) for name in self._judged([], [])}
+            return evolve(batch, constants={"rewards": nothing["reward"]}, observed=nothing)
         rows = [row for row in batch.prompts for _ in range(rules.group_size)]
-        if not rows:
-            # A process without a row of this micro-batch adds nothing to the same means.
-            return evolve(batch, rollout=self._judged(rows, []))
-        answers = self._session.sample(
-            [row.tokens for row in rows], self._chances(rows, occasion), rules.generation
+        answers = self._sampler.sample(
+            [row.sequences[0].tokens for row in rows], self._chances(rows, occasion), rules.generation
         )
-        sequences = [_joined(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        return evolve(collate(sequences, rules.pad_id), rollout=self._judged(rows, answers))
+        judged = self._judged(rows, answers)
+        sequences = [_joined(row.sequences[0], answer) for row, answer in zip(rows, answers, strict=True)]
+        batch = collate(sequences, rules.pad_id)
+        return evolve(batch, constants={"rewards": judged["reward"]}, observed=judged)
 
-    def _chances(self, rows: Sequence[PromptRow], occasion: str) -> Array:
+    def _chances(self, rows: Sequence[Row], occasion: str) -> Array:
         """Numbers in [0, 1) that choose the tokens, float64 (answers, max_new_tokens)."""
         size, generation = self._rules.group_size, self._rules.generation
         return np.stack(
             [
                 uniform(
-                    generation.max_new_tokens, "rollout", generation.seed, occasion, row.number, index % size
+                    generation.max_new_tokens,
+                    "rollout",
+                    generation.seed,
+                    occasion,
+                    row.extra.number,
+                    index % size,
                 )
                 for index, row in enumerate(rows)
             ]
         )
 
-    def _judged(self, rows: Sequence[PromptRow], answers: Sequence[Array]) -> Rollout:
+    def _judged(self, rows: Sequence[Row], answers: Sequence[Array]) -> dict[str, Array]:
+        """Metrics of each answer, float64 (answers,); the first is the whole reward."""
         rules = self._rules
         ends = rules.generation.end_ids
         texts = [
@@ -110,7 +119,7 @@ class RolloutSession:
         total = np.sum([np.zeros(len(rows)), *earned.values()], axis=0)
         groups = total.reshape(-1, rules.group_size)
         alike = np.repeat(np.ptp(groups, axis=1) == 0 if len(rows) else _numbers([]), rules.group_size)
-        told = {
+        return {
             "reward": total,
             # The one reward of a run is the sum.
             **({f"reward/{name}": values for name, values in earned.items()} if len(earned) > 1 else {}),
@@ -118,12 +127,11 @@ class RolloutSession:
             "cut_off": _numbers([answer[-1] not in ends for answer in answers]),
             "equal_groups": _numbers(alike),
         }
-        return Rollout(total, told)
 
 
-def _joined(row: PromptRow, answer: Array) -> TokenRow:
-    tokens = np.concatenate([row.tokens, answer])
-    return TokenRow(tokens, np.arange(tokens.size) >= row.length, row.source)
+def _joined(prompt: TokenSequence, answer: Array) -> TokenSequence:
+    tokens = np.concatenate([prompt.tokens, answer])
+    return TokenSequence(tokens, np.arange(tokens.size) >= prompt.length, prompt.source)
 
 
 def _numbers(values: Any) -> Array:

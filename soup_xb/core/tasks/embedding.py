@@ -1,0 +1,23 @@
+"""Embedding models, as sentence-transformers loads them."""
+
+from __future__ import annotations
+
+from soup_xb.core.objectives import losses
+from soup_xb.core.tasks.task import No, Task
+
+TASK = Task(
+    name="embedding",
+    about="Train vectors of texts: those that belong together are near each other.",
+    formats=("anchor-positive",),
+    kind="embedding",
+    loss=losses.embedding,
+    objective="embeddings",
+    keys=("training.pooling", "data.query_prompt", "data.document_prompt"),
+    peft_type="FEATURE_EXTRACTION",
+    no_sharding="encoders, and bases without their head, are not cut over processes here; most of them are small",
+    feature="embedding",
+    mlx=No(
+        "the mlx engine opens no encoders and has no loss over texts that are compared with each other",
+        "train it with `backend: torch`; sentence-transformers then loads the result on a Mac's GPU too.",
+    ),
+)
