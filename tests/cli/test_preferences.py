@@ -101,7 +101,7 @@ def test_a_resumed_run_reads_the_reference_and_ends_with_the_same_bytes(
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
-@pytest.mark.parametrize("task", ["dpo", "kto", "bco", "orpo"])
+@pytest.mark.parametrize("task", ["dpo", "kto", "bco", "orpo", "cpo"])
 def test_two_processes_train_what_one_trains(soupx: Soupx, config: Config, tmp_path: Path, task: str) -> None:
     file = config(task, eval_steps=3)
     assert soupx("train", file, "--output", tmp_path / "one").code == 0

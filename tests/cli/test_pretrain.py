@@ -78,7 +78,7 @@ def test_pretraining_reads_plain_text_alone(
 ) -> None:
     wrong = soupx("check", config("torch", format="alpaca"))
     assert wrong.code == 2
-    assert "pretraining learns plain text" in wrong.err
+    assert "use `format: auto` with rows of text" in wrong.err
     chats = soupx("train", config("torch"), "--set", f"data.train={chat_file}")
     assert chats.code == 3
     assert "text" in chats.err

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+# OpenBLAS goes in front of MLX's own before a test imports mlx.
+import soup_xb.backends.mlx  # noqa: F401
 from soup_xb.backends import open_session
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig

@@ -61,7 +61,7 @@ def test_every_number_of_a_loss_is_a_key_that_stands_by_default_and_refuses_what
                 objective(name, f"{setting}: -0.1")
     for task, text in (
         ("dpo", "label_smoothing: 0.5"),
-        *((task, "beta: 0") for task in ("dpo", "ipo", "orpo", "simpo", "kto", "bco")),
+        *((task, "beta: 0") for task in ("dpo", "ipo", "orpo", "simpo", "cpo", "kto", "bco")),
         ("embedding", "embedding_scale: 0"),
     ):
         with pytest.raises(ConfigError, match=text.split(":", maxsplit=1)[0]):

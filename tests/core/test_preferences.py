@@ -195,6 +195,8 @@ def test_other_weights_under_the_same_name_have_another_key(tmp_path: Any) -> No
         ("data: {train: x}\ntraining: {beta: 0.1}", "training.beta"),
         ("task: ipo\ndata: {train: x}\ntraining: {label_smoothing: 0.1}", "training.label_smoothing"),
         ("task: dpo\ndata: {train: x}\ntraining: {simpo_gamma: 0.1}", "training.simpo_gamma"),
+        ("task: dpo\ndata: {train: x}\ntraining: {cpo_alpha: 1}", "training.cpo_alpha"),
+        ("task: cpo\ndata: {train: x}\ntraining: {simpo_gamma: 0.1}", "training.simpo_gamma"),
         ("task: bco\ndata: {train: x}\ntraining: {desirable_weight: 2}", "training.desirable_weight"),
     ],
 )
@@ -203,3 +205,4 @@ def test_what_a_task_does_not_read_is_refused(text: str, where: str) -> None:
         parse_config(f"base: tiny\n{text}\n", "soup.yaml")
     [problem] = caught.value.problems
     assert problem.where.endswith(where)
+    assert problem.code == ("contradiction" if where.startswith("data") else "key-without-effect")

@@ -81,7 +81,7 @@ REFUSED = [
 
 
 REFUSED_ON_MLX = [
-    *((f"task={task}", task) for task in ("dpo", "ipo", "orpo", "simpo", "kto", "bco")),
+    *((f"task={task}", task) for task in ("dpo", "ipo", "orpo", "simpo", "cpo", "kto", "bco")),
     *((f"task={task}", task) for task in ("vision", "audio")),
     ("task=embedding", "embedding"),
     ("task=reward", "reward"),

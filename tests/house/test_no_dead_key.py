@@ -95,6 +95,7 @@ OTHERS: dict[str, Any] = {
     "training.beta": PAIRS | {"task": "dpo", "training.beta": 0.7},
     "training.label_smoothing": PAIRS | {"task": "dpo", "training.label_smoothing": 0.2},
     "training.simpo_gamma": PAIRS | {"task": "simpo", "training.simpo_gamma": 0.3},
+    "training.cpo_alpha": PAIRS | {"task": "cpo", "training.cpo_alpha": 0.3},
     "training.desirable_weight": PAIRS | {"task": "kto", "training.desirable_weight": 0.4},
     "training.undesirable_weight": PAIRS | {"task": "kto", "training.undesirable_weight": 0.4},
     "data.query_prompt": TEXTS | {"data.query_prompt": "query: "},
@@ -140,6 +141,7 @@ BESIDE = {
     "training.beta": PAIRS | {"task": "dpo"},
     "training.label_smoothing": PAIRS | {"task": "dpo"},
     "training.simpo_gamma": PAIRS | {"task": "simpo"},
+    "training.cpo_alpha": PAIRS | {"task": "cpo"},
     "training.desirable_weight": PAIRS | {"task": "kto"},
     "training.undesirable_weight": PAIRS | {"task": "kto"},
     **dict.fromkeys(

@@ -55,12 +55,17 @@ def test_the_loss_is_the_stock_models_on_the_words_of_the_answers_alone(
         (batch,) = run.plan.micro_batches(1)
         found = run.session.evaluate([batch])
         expected = torch.nn.functional.cross_entropy(
-            logits(model, batch, name)[torch.from_numpy(batch.positions)], torch.from_numpy(batch.targets)
+            logits(model, batch, name)[torch.from_numpy(batch.positions[batch.weights != 0])],
+            torch.from_numpy(batch.targets[batch.weights != 0]),
         )
         assert found.mean == pytest.approx(expected.item(), abs=1e-5)
-        words = [run.tokenizer.decode(row.tokens[row.trained], special=True) for row in run.plan.rows]
+        words = [
+            run.tokenizer.decode(one.tokens[one.trained], special=True)
+            for row in run.plan.rows
+            for one in row.sequences
+        ]
         marks = run.tokenizer.maker.ids
-        assert not np.isin(batch.targets, marks).any()
+        assert not np.isin(batch.targets[batch.weights != 0], marks).any()
     end = "<|endoftext|>" if name == "whisper" else "<|im_end|>"
     answers = [json.loads(line) for line in rows_of(name, pictures, tones)[1].read_text().splitlines()]
     told = [row["text"] if "text" in row else row["messages"][1]["content"] for row in answers]
@@ -77,7 +82,7 @@ def test_rows_together_give_the_logits_of_each_alone(
         together = run.session.evaluate([batch]).total
         alone = run.session.evaluate([one for row in run.plan.rows for one in single(row)]).total
         assert together == pytest.approx(alone, abs=1e-4)
-        changed = [one for row in run.plan.rows if row.media for one in single(row)]
+        changed = [one for row in run.plan.rows if row.sequences[0].media for one in single(row)]
         blind = logits_without_pictures(model, changed[0])
         assert not np.allclose(logits(model, changed[0], name).numpy(), blind, atol=1e-2)
 
@@ -85,7 +90,7 @@ def test_rows_together_give_the_logits_of_each_alone(
 def single(row: Any) -> list[Any]:
     from soup_xb.core.rows.batches import collate
 
-    return [collate([row], 0)]
+    return [collate(row.sequences, 0)]
 
 
 def logits_without_pictures(model: Any, batch: Any) -> np.ndarray[Any, Any]:
@@ -128,7 +133,8 @@ def test_a_pattern_reaches_the_tower_which_is_trained_and_loads_in_stock_peft(
         (batch, *_) = run.plan.micro_batches(1)
         live = run.session.evaluate([batch]).mean
         expected = torch.nn.functional.cross_entropy(
-            logits(model, batch, name)[torch.from_numpy(batch.positions)], torch.from_numpy(batch.targets)
+            logits(model, batch, name)[torch.from_numpy(batch.positions[batch.weights != 0])],
+            torch.from_numpy(batch.targets[batch.weights != 0]),
         )
         untrained = run.session.evaluate([batch], adapter=False).mean
     assert live == pytest.approx(expected.item(), abs=1e-5)

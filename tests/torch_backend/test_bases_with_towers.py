@@ -115,7 +115,7 @@ def test_text_trains_and_the_saved_adapter_fits_what_stock_peft_opens(
         assert np.abs(factors["lora_B"]).max() > 0, name
     names = reachable_names(session.describe().modules)
     write_adapter(tmp_path / "adapter", plan.adapters, session.factors(), str(base), names)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live = session.logits(tokens)
     np.testing.assert_allclose(stock_logits(base, tmp_path / "adapter", tokens), live, atol=1e-5)
     assert np.abs(live - session.logits(tokens, adapter=False)).max() > 1e-3

@@ -61,7 +61,7 @@ def first_loss(metrics: Path) -> float:
 
 
 def tokens_of(plan: Any) -> Any:
-    return plan.rows[0].tokens[None]
+    return plan.rows[0].sequences[0].tokens[None]
 
 
 def save(session: Any, plan: Any, base: Path, folder: Path) -> Path:

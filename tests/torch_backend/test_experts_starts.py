@@ -43,7 +43,7 @@ def losses(events: list[Any]) -> list[float]:
 
 
 def tokens_of(plan: Any) -> Any:
-    return plan.rows[0].tokens[None]
+    return plan.rows[0].sequences[0].tokens[None]
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -114,7 +114,7 @@ def test_every_expert_weight_is_found_trained_and_the_same_in_stock_peft(
         if parameter.ndim == 3 and "conv" not in name and ".lora_" not in name
     }
     assert all(is_decoder_linear(name) for name in stacks)
-    first, tokens = session._adapters.trained(), plan.rows[0].tokens[None]
+    first, tokens = session._adapters.trained(), plan.rows[0].sequences[0].tokens[None]
     run_loop(plan, session, Hooks(lambda event: None, lambda step: None, lambda: 0), 0)
     last = session._adapters.trained()
     for name in stacks:

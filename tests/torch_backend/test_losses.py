@@ -2,7 +2,7 @@
 
 Group advantages and the embedding loss have no counterpart in TRL that can be called: they are held against the
 papers' formulas in NumPy. The other losses are held against TRL in test_losses_trl, and all of them on every array
-namespace against float64 in core/test_losses.
+namespace against float64 in contract/test_losses_contract.
 """
 
 from __future__ import annotations
@@ -149,6 +149,23 @@ def test_orpo_adds_the_likelihood_of_the_chosen_answer() -> None:
     policy = Pair(tensor(math.log(0.5)), tensor(math.log(0.2)))
     expected = math.log(2) - 0.1 * math.log(1 / (1 + (0.2 / 0.8)))
     assert paired("orpo", policy)[0].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("task", ["cpo", "simpo"])
+def test_the_likelihood_beside_a_preference_is_each_chosen_answer_s_mean_whatever_its_length(
+    task: str,
+) -> None:
+    """Of two pairs the chosen answers have one token and three; over all four tokens the mean would be 3.25."""
+    logps = tensor(-1.0, 0.0, 0.0, -2.0, -4.0, -6.0, -3.0, 0.0, 0.0, -5.0, -5.0, -5.0).view(4, 3)
+    constants = {"weights": (logps != 0).to(logps.dtype)}
+    added, alone = (found(objective(task, cpo_alpha=alpha), logps, constants)[0] for alpha in (0.5, 0.0))
+    assert (added - alone).tolist() == pytest.approx([0.5, 2.0])
+
+
+def test_cpo_has_a_likelihood_where_nothing_is_said_and_simpo_has_none() -> None:
+    policy = Pair(tensor(-2.0), tensor(-5.0))
+    for task, alpha in (("cpo", 1.0), ("simpo", 0.0)):
+        assert paired(task, policy)[0].equal(paired(task, policy, cpo_alpha=alpha)[0])
 
 
 @pytest.mark.parametrize(
@@ -300,6 +317,7 @@ PAIRED: dict[str, Callable[[Pair], Losses]] = {
     "ipo": lambda pair: paired("ipo", pair, EQUAL),
     "orpo": lambda pair: paired("orpo", pair),
     "simpo": lambda pair: paired("simpo", pair),
+    "cpo": lambda pair: paired("cpo", pair),
     "reward": scored,
 }
 
@@ -340,7 +358,7 @@ def test_the_rewards_of_pairs_are_scaled_log_ratios() -> None:
         metrics = paired(task, policy, reference, beta=0.2)[1]
         assert metrics["reward_chosen"].item() == pytest.approx(0.2)
         assert metrics["reward_rejected"].item() == pytest.approx(-0.1)
-    for task in ("simpo", "orpo"):
+    for task in ("simpo", "orpo", "cpo"):
         assert paired(task, policy, beta=3.0)[1]["reward_chosen"].item() == pytest.approx(-9.0)
 
 
@@ -389,13 +407,13 @@ def test_constants_and_metrics_of_a_step_carry_no_gradient() -> None:
         assert all(type(mean) is float for mean in result.means.values())
 
 
-@pytest.mark.parametrize("task", ["dpo", "ipo", "orpo", "simpo"])
+@pytest.mark.parametrize("task", ["dpo", "ipo", "orpo", "simpo", "cpo"])
 def test_rewards_are_sums_over_an_answer_or_means_as_the_loss_takes_them(task: str) -> None:
     """The chosen answer has two tokens, the rejected one three."""
     logps = tensor(-1.0, -2.0, -9.0, -3.0, -3.0, -3.0).view(2, 3)
     constants = {"weights": tensor(1.0, 1.0, 0.0, 1.0, 1.0, 1.0).view(2, 3), "reference": tensor(-2.0, -6.0)}
     _, metrics = found(objective(task, beta=0.5), logps, constants)
-    expected = {"dpo": (-0.5, -1.5), "ipo": (-0.25, -0.5)}.get(task, (-0.75, -1.5))
+    expected = {"dpo": (-0.5, -1.5), "ipo": (-0.25, -0.5), "cpo": (-1.5, -4.5)}.get(task, (-0.75, -1.5))
     assert (metrics["reward_chosen"].item(), metrics["reward_rejected"].item()) == pytest.approx(expected)
 
 

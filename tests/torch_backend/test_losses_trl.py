@@ -1,6 +1,6 @@
 """The losses of preference and reinforcement tasks, with their gradients, against TRL's own code.
 
-Dpo, ipo, kto, bco, orpo (of which TRL has the odds term), simpo, reward and grpo. TRL is an oracle of the tests
+Dpo, ipo, kto, bco, orpo (of which TRL has the odds term), simpo, cpo, reward and grpo. TRL is an oracle of the tests
 alone.
 """
 
@@ -101,6 +101,12 @@ def compare(ours: Oracle, theirs: Oracle, *inputs: Tensor) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6)
 
 
+def two_words(tokens: Tensor) -> Tensor:
+    """Logits (rows, length + 1, 2) over two words, of which the first has the given log-probabilities."""
+    words = torch.stack([tokens, torch.log1p(-tokens.exp())], dim=-1)
+    return torch.cat([words, words.new_zeros(len(tokens), 1, 2)], dim=1)
+
+
 class Trl:
     """TRL's trainers without models and data: instances with the attributes that their losses read."""
 
@@ -156,9 +162,7 @@ class Trl:
         )
 
         def one(tokens: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
-            # Of two words the first has the log-probability that is asked for.
-            words = torch.stack([tokens, torch.log1p(-tokens.exp())], dim=-1)
-            logits = torch.cat([words, words.new_zeros(2, 1, 2)], dim=1)
+            logits = two_words(tokens)
             inputs = {
                 "input_ids": torch.zeros(logits.shape[:2], dtype=torch.int64),
                 "attention_mask": torch.ones(logits.shape[:2], dtype=torch.int64),
@@ -172,6 +176,43 @@ class Trl:
             count = len(tokens) // 2
             pairs = [torch.tensor([index, index + count]) for index in range(count)]
             return torch.stack([one(tokens[pair], mask[pair], reference[pair]) for pair in pairs])
+
+        return losses
+
+    def cpo(self, kind: str, settings: SimpleNamespace, together: bool) -> Oracle:
+        """The loss of a whole batch from CPOTrainer, which adds the likelihood of the chosen answers.
+
+        A function of tokens' log-probabilities (2n, length), chosen answers first, and of which count: one loss of a
+        batch of all pairs, or of one batch for each pair.
+        """
+        trainer = self.trainer(
+            "cpo",
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            simpo_gamma=getattr(settings, "simpo_gamma", 0.0),
+            cpo_alpha=settings.cpo_alpha,
+            loss_type=kind,
+            alpha=0.0,
+            is_encoder_decoder=False,
+            aux_loss_enabled=False,
+            pad_token_id=0,
+        )
+
+        def one(tokens: Tensor, mask: Tensor) -> Tensor:
+            labels = torch.nn.functional.pad(torch.where(mask, 0, -100), (1, 0), value=-100)
+            batch = {}
+            for side, part in zip(("chosen", "rejected"), labels.chunk(2), strict=True):
+                batch[f"{side}_input_ids"] = torch.zeros_like(part)
+                batch[f"{side}_attention_mask"] = torch.ones_like(part)
+                batch[f"{side}_labels"] = part
+            logits = two_words(tokens)
+            return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)[0]
+
+        def losses(tokens: Tensor, mask: Tensor) -> Tensor:
+            count = len(tokens) // 2
+            pairs = [torch.tensor([index, index + count]) for index in range(count)]
+            batches = [torch.arange(2 * count)] if together else pairs
+            return torch.stack([one(tokens[rows], mask[rows]) for rows in batches])
 
         return losses
 
@@ -395,6 +436,53 @@ def test_simpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, settings: Any) -> No
         chosen,
         rejected,
     )
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_the_preference_of_cpo_is_that_of_trl(trl: Trl, dtype: torch.dtype, label_smoothing: float) -> None:
+    settings = settings_of("cpo", beta=0.3, label_smoothing=label_smoothing, cpo_alpha=0.0)
+    trainer = trl.trainer("cpo", beta=0.3, label_smoothing=label_smoothing, loss_type="sigmoid", alpha=0.0)
+    compare(
+        lambda chosen, rejected: computed("cpo", settings, chosen, rejected, chosen / 8),
+        lambda *sides: trainer.cpo_loss(*sides)[0],
+        sums(CHOSEN, dtype)[0],
+        sums(REJECTED, dtype)[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "settings"),
+    [
+        ("sigmoid", "cpo", settings_of("cpo")),
+        ("sigmoid", "cpo", settings_of("cpo", beta=0.3, label_smoothing=0.2, cpo_alpha=0.4)),
+        ("sigmoid", "cpo", settings_of("cpo", cpo_alpha=0.0)),
+        ("simpo", "simpo", settings_of("simpo", cpo_alpha=0.5)),
+        (
+            "simpo",
+            "simpo",
+            settings_of("simpo", beta=1.5, simpo_gamma=0.4, label_smoothing=0.1, cpo_alpha=1.0),
+        ),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True], ids=["pair by pair", "answers of one length"])
+def test_the_likelihood_beside_a_preference_is_that_of_trl(
+    trl: Trl, dtype: torch.dtype, kind: str, task: str, settings: Any, together: bool
+) -> None:
+    """TRL averages over the tokens of a batch: the same if the batch is one pair or its answers are equally long."""
+    sides = [tokens_of(values, dtype) for values in (CHOSEN, REJECTED)]
+    if together:
+        sides = [
+            (tensor(*values, dtype=dtype)[:, None].expand(-1, 4) / 4, mask | True)
+            for values, (_, mask) in zip((CHOSEN, REJECTED), sides, strict=True)
+        ]
+    tokens, mask = (torch.cat(both) for both in zip(*sides, strict=True))
+
+    def losses(tokens: Tensor) -> Tensor:
+        each = objective(task, settings).losses(XP, tokens, {"weights": mask.to(dtype)}, {})[0]
+        return each.mean()[None] if together else each
+
+    oracle = trl.cpo(kind, settings, together)
+    compare(losses, lambda tokens: oracle(tokens, mask), tokens)
 
 
 def test_the_reward_loss_is_that_of_trl(trl: Trl, dtype: torch.dtype) -> None:

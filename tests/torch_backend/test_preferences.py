@@ -27,7 +27,7 @@ from soup_xb.core.run.reference import Reference
 from soup_xb.core.run.session import SessionSettings, StepResult, StepSettings
 from soup_xb.core.tasks import TASKS as ALL_TASKS
 
-TASKS = ("dpo", "ipo", "orpo", "simpo", "kto", "bco")
+TASKS = ("dpo", "ipo", "orpo", "simpo", "cpo", "kto", "bco")
 # A model that still is the base: -log sigmoid(0), (0 - 1 / (2 beta))^2, 1 - sigmoid(0).
 FIRST_LOSSES = {"dpo": math.log(2), "ipo": 25.0, "kto": 0.5, "bco": math.log(2)}
 WAYS: dict[str, dict[str, Any]] = {

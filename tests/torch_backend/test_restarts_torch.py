@@ -130,7 +130,7 @@ def test_restarts_work_under_accumulation_and_dropout(attached: Attached, precis
 @pytest.mark.parametrize("strategy", ["random", "pissa", "olora"])
 def test_a_merge_changes_no_output_and_the_base_can_still_be_had(attached: Attached, strategy: str) -> None:
     session, plan = attached({"init_strategy": strategy}, relora_steps=3, relora_mode="merge")
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     base = session.logits(tokens, adapter=False)
     session, plan = trained_for(attached, 4, {"init_strategy": strategy}, relora_steps=3, relora_mode="merge")
     for step in (4, 5):
@@ -154,7 +154,7 @@ def test_the_adapter_after_merges_is_one_plain_lora(
     events = train(session, plan)
     assert [event.pruned for event in restarts(events)] == [0, 0]
     assert all(event.loss_after == pytest.approx(event.loss_before, abs=1e-5) for event in restarts(events))
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live = session.logits(tokens)
     np.testing.assert_allclose(stock_logits(session, plan, tokens), live, atol=1e-4)
     pieces = 3 if strategy == "random" else 4

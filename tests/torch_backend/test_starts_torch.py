@@ -40,7 +40,7 @@ def test_the_start_is_the_base_to_the_bit(
     attached: Attached, strategy: str, quantization: str, precision: str
 ) -> None:
     session, plan = attached({"init_strategy": strategy}, quantization=quantization, precision=precision)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(session.logits(tokens), session.logits(tokens, adapter=False))
     assert all(np.abs(arrays["lora_A"]).max() > 0 for arrays in session.factors().values())
 
@@ -70,9 +70,11 @@ def test_factors_and_training_are_those_of_peft_s_own_start(
         losses = 0.0
         for batch in plan.micro_batches(step):
             logits = peft(torch.from_numpy(batch.tokens.astype(np.int64))).logits
-            picked = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(batch.positions)]
+            picked = logits.reshape(-1, logits.shape[-1])[
+                torch.from_numpy(batch.positions[batch.weights != 0])
+            ]
             losses += torch.nn.functional.cross_entropy(
-                picked, torch.from_numpy(batch.targets), reduction="sum"
+                picked, torch.from_numpy(batch.targets[batch.weights != 0]), reduction="sum"
             )
         loss = losses / plan.target_tokens(step)
         assert event.loss == pytest.approx(loss.item(), abs=2e-5)
@@ -90,7 +92,7 @@ def test_the_saved_adapter_is_plain_lora_on_the_untouched_base(
     lora = {"init_strategy": strategy, "use_rslora": rslora, "rank_pattern": {"q_proj": 3}, "r": 4}
     session, plan = attached(lora)
     train(session, plan)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live, base = session.logits(tokens), session.logits(tokens, adapter=False)
     np.testing.assert_allclose(stock_logits(session, plan, tokens), live, atol=1e-4)
     assert np.abs(live - base).max() > 1e-2
@@ -101,7 +103,7 @@ def test_the_saved_adapter_is_plain_lora_on_the_untouched_base(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_the_adapter_the_base_is_exact_after_training(attached: Attached, strategy: str) -> None:
     session, plan = attached({"init_strategy": strategy})
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     base, loss = session.logits(tokens), session.evaluate(plan.eval_micro_batches())
     answer = session.generate(tokens[0][:6], GenerationSettings(5, 0.0, (2,)))
     train(session, plan)
@@ -117,7 +119,7 @@ def test_the_merged_model_gives_the_live_logits(attached: Attached, tmp_path: Pa
     session, plan = attached({"init_strategy": strategy})
     train(session, plan)
     session.save_merged(tmp_path)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         merged = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
@@ -203,7 +205,7 @@ def test_a_conv1d_base_starts_from_its_transposed_weight(tmp_path: Path, attache
     weight = model.get_submodule(name).weight.detach().T.numpy().astype(np.float64)
     left, values, right = np.linalg.svd(weight, full_matrices=False)
     np.testing.assert_allclose(2.0 * start.b @ start.a, (left[:, :4] * values[:4]) @ right[:4], atol=1e-5)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(session.logits(tokens), session.logits(tokens, adapter=False))
 
 

@@ -84,7 +84,7 @@ def test_only_the_vectors_train_and_they_are_counted(attached: Attached) -> None
 @pytest.mark.parametrize("quantization", ["none", "4bit", "8bit"])
 def test_the_start_is_the_base_to_the_bit(attached: Attached, quantization: str, precision: str) -> None:
     session, plan = attached(VERA, quantization=quantization, precision=precision)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(session.logits(tokens), session.logits(tokens, adapter=False))
     train(session, plan)
     assert np.abs(session.logits(tokens) - session.logits(tokens, adapter=False)).max() > 1e-3
@@ -99,7 +99,7 @@ def test_stock_peft_gives_the_live_logits(
 ) -> None:
     session, plan = attached({**VERA, "target_modules": targets, "dropout": 0.1})
     train(session, plan)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live, base = session.logits(tokens), session.logits(tokens, adapter=False)
     np.testing.assert_allclose(stock_logits(session, plan, tokens), live, atol=1e-4)
     assert np.abs(live - base).max() > 1e-2
@@ -154,8 +154,8 @@ def test_training_is_that_of_peft_s_own_layers(attached: Attached, tiny_llama: P
     for step, event in enumerate(train(session, plan), 1):
         (batch,) = plan.micro_batches(step)
         logits = peft(torch.from_numpy(batch.tokens.astype(np.int64))).logits
-        picked = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(batch.positions)]
-        loss = torch.nn.functional.cross_entropy(picked, torch.from_numpy(batch.targets))
+        picked = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(batch.positions[batch.weights != 0])]
+        loss = torch.nn.functional.cross_entropy(picked, torch.from_numpy(batch.targets[batch.weights != 0]))
         assert event.loss == pytest.approx(loss.item(), abs=2e-5)
         optimizer.zero_grad()
         loss.backward()
@@ -204,7 +204,7 @@ def test_a_resumed_run_goes_on_to_the_same_bytes(attached: Attached, tmp_path: P
 
 def test_without_the_adapter_the_base_is_exact_after_training(attached: Attached) -> None:
     session, plan = attached(VERA)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     base, loss = session.logits(tokens), session.evaluate(plan.eval_micro_batches())
     train(session, plan)
     np.testing.assert_array_equal(session.logits(tokens, adapter=False), base)
@@ -219,7 +219,7 @@ def test_the_merged_model_gives_the_live_logits(
     session, plan = attached({**VERA, "target_modules": MIXED}, gradient_checkpointing=checkpointing)
     train(session, plan)
     session.save_merged(tmp_path)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         merged = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
@@ -236,7 +236,7 @@ def test_conv1d_layers_train_reload_and_merge(
         (320, 64),
     }
     train(session, plan)
-    tokens = plan.rows[0].tokens[None]
+    tokens = plan.rows[0].sequences[0].tokens[None]
     live = session.logits(tokens)
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         np.testing.assert_allclose(stock_logits(session, plan, tokens, tiny_gpt2), live, atol=1e-4)

@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "relora_mode": "merge",
     },
     "simpo accumulation": {"task": "simpo", "gradient_accumulation_steps": 3},
+    "cpo odd tail": {"task": "cpo", "batch_size": 7, "gradient_accumulation_steps": 2},
     "kto odd tail": {"task": "kto", "batch_size": 7, "gradient_accumulation_steps": 2},
     "bco": {"task": "bco", "eval_steps": 2},
     "embedding": {"task": "embedding", "eval_steps": 2, "lora": {"r": 4, "dropout": 0.2}},

@@ -183,17 +183,22 @@ class TrainingConfig:
     )
     beta: float | None = number(
         None,
-        "Preference tasks: scale of the rewards, by which the model is held to the base (orpo: weight of the odds "
-        "ratio). grpo, rlhf: weight of the KL divergence from the base, 0 for none. Absent: 0.1, for simpo 2, for grpo "
-        "and rlhf 0.04.",
+        "Preference tasks: scale of the rewards; with a reference, how strongly the model is held to the base (orpo: "
+        "weight of the odds ratio). grpo, rlhf: weight of the KL divergence from the base, 0 for none. Absent: 0.1, "
+        "for simpo 2, for grpo and rlhf 0.04.",
         Range(0, 1000),
     )
     label_smoothing: float = number(
         0.0,
-        "dpo, simpo: share of the pairs taken to be labelled the wrong way round.",
+        "dpo, simpo, cpo: share of the pairs taken to be labelled the wrong way round.",
         Range(0, 0.5, below=True),
     )
     simpo_gamma: float = number(1.0, "simpo: margin by which a chosen answer should win.", Range(0, 1000))
+    cpo_alpha: float | None = number(
+        None,
+        "cpo, simpo: weight of the likelihood of the chosen answer beside the preference. Absent: 1, for simpo 0.",
+        Range(0, 1000),
+    )
     desirable_weight: float = number(1.0, "kto: weight of the desirable answers.", Range(0, 1000))
     undesirable_weight: float = number(1.0, "kto: weight of the undesirable answers.", Range(0, 1000))
     pooling: str = choice(

@@ -48,8 +48,8 @@ def statistics(loss: Callable[..., X]) -> tuple[str, ...]:
 def settings(loss: Callable[..., X]) -> Mapping[str, float | None]:
     """The `training` keys that a loss takes, with its own default for a key that a file leaves open.
 
-    >>> dict(settings(simpo))
-    {'beta': 2.0, 'simpo_gamma': None, 'label_smoothing': None}
+    >>> dict(settings(dpo))
+    {'beta': 0.1, 'label_smoothing': None}
     """
     parameters = inspect.signature(loss).parameters.values()
     return {
@@ -76,7 +76,7 @@ def row_counts(xp: X, weights: X) -> X:
 
 
 def cross_entropy(xp: X, logps: X, weights: X) -> X:
-    """-log p of each row's trained tokens, times their weights: logps, weights (rows, width) -> (rows,)."""
+    """Cross-entropy: -log p of each trained token times its weight, summed over the row: (rows, width) -> (rows,)."""
     return -row_sums(xp, logps, weights)
 
 
@@ -130,13 +130,40 @@ def odds_margin(xp: X, chosen_mean: X, rejected_mean: X) -> X:
 
 
 def simpo(
-    xp: X, chosen_mean: X, rejected_mean: X, *, beta: float = 2.0, simpo_gamma: float, label_smoothing: float
+    xp: X,
+    chosen_mean: X,
+    rejected_mean: X,
+    *,
+    beta: float = 2.0,
+    simpo_gamma: float,
+    label_smoothing: float,
+    cpo_alpha: float = 0.0,
 ) -> X:
     """Simple preference optimization on means, without a reference (arXiv:2405.14734): -log sigmoid(m - gamma).
 
-    m = beta (log p_chosen - log p_rejected); label smoothing as in `dpo`.
+    m = beta (log p_chosen - log p_rejected); label smoothing as in `dpo`. `cpo_alpha` weighs the likelihood of the
+    chosen answer as in `cpo`.
     """
-    return _logistic(xp, beta * (chosen_mean - rejected_mean) - simpo_gamma, label_smoothing)
+    preference = _logistic(xp, beta * (chosen_mean - rejected_mean) - simpo_gamma, label_smoothing)
+    return preference - cpo_alpha * chosen_mean
+
+
+def cpo(
+    xp: X,
+    chosen: X,
+    rejected: X,
+    chosen_mean: X,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float,
+    cpo_alpha: float = 1.0,
+) -> X:
+    """Contrastive preference optimization on sums, without a reference (arXiv:2401.08417).
+
+    -log sigmoid(m) - alpha log p_chosen: m = beta (log p_chosen - log p_rejected), label smoothing as in `dpo`; the
+    second term is the answer's own mean per token, so that each pair weighs alike however a step is split.
+    """
+    return _logistic(xp, beta * (chosen - rejected), label_smoothing) - cpo_alpha * chosen_mean
 
 
 def kto(

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from soup_xb.core.tasks import (
     audio,
     bco,
+    cpo,
     dpo,
     embedding,
     grpo,
@@ -34,6 +35,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             kto,
             orpo,
             simpo,
+            cpo,
             bco,
             reward,
             grpo,

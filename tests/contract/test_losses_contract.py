@@ -106,6 +106,19 @@ CASES = {
     "simpo": Case(losses.simpo, MEANS, keys={"simpo_gamma": 0.5, "label_smoothing": 0.0}),
     "simpo, smoothed": Case(losses.simpo, MEANS, keys={"simpo_gamma": 1.0, "label_smoothing": 0.1}),
     "simpo, far": Case(losses.simpo, FAR, keys={"simpo_gamma": 1.0, "label_smoothing": 0.0}),
+    "simpo, likely": Case(
+        losses.simpo, MEANS, keys={"simpo_gamma": 0.5, "label_smoothing": 0.0, "cpo_alpha": 0.5}
+    ),
+    "cpo": Case(losses.cpo, (CHOSEN, REJECTED, MEANS[0]), keys={"label_smoothing": 0.0}),
+    "cpo, smoothed": Case(
+        losses.cpo,
+        (CHOSEN, REJECTED, MEANS[0]),
+        keys={"beta": 0.5, "label_smoothing": 0.2, "cpo_alpha": 0.25},
+    ),
+    "cpo, preference alone": Case(
+        losses.cpo, (CHOSEN, REJECTED, MEANS[0]), keys={"label_smoothing": 0.0, "cpo_alpha": 0.0}
+    ),
+    "cpo, far": Case(losses.cpo, (*FAR, FAR[0] / 8), keys={"label_smoothing": 0.0}),
     "kto": Case(
         losses.kto,
         (CHOSEN,),
