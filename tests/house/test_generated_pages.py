@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from soup_xb.core.config.pages import config_page, features_page, with_refused_rows
+from soup_xb.core.config.pages import config_page, features_page, tasks_page, with_refused_rows
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -17,6 +17,12 @@ def test_the_config_page_is_fresh() -> None:
 
 def test_the_features_page_is_fresh() -> None:
     assert (REFERENCE / "features.md").read_text("utf-8") == features_page(), (
+        "run python docs/reference/generate.py"
+    )
+
+
+def test_the_tasks_page_is_fresh() -> None:
+    assert (REFERENCE / "tasks.md").read_text("utf-8") == tasks_page(), (
         "run python docs/reference/generate.py"
     )
 

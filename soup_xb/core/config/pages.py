@@ -10,6 +10,8 @@ from attrs import NOTHING
 from soup_xb.core.config.keys import LONGEST_PATTERN, MOST_PATTERNS, Key, Range, key_of, shown
 from soup_xb.core.config.schema import KEYS, Config
 from soup_xb.core.config.support import SETTING_OF, Feature, features_table
+from soup_xb.core.tasks import TASKS
+from soup_xb.core.tasks.task import Task
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -123,6 +125,32 @@ def features_page() -> str:
         *(f"| `{feature.name}` | {feature.torch} | {feature.mlx} |" for feature in table),
     ]
     return "\n".join(lines) + "\n"
+
+
+def tasks_page() -> str:
+    """Every task as Markdown: what it trains, its rows, its loss and the keys that mean something for it alone."""
+    lines = ["# Tasks", "", _GENERATED, "", "| task | trains | formats of rows | mlx |", "|---|---|---|---|"]
+    for task in TASKS.values():
+        formats = ", ".join(f"`{name}`" for name in task.formats)
+        mlx = "yes" if task.mlx is None else f"no: {task.mlx.because}"
+        lines.append(f"| [`{task.name}`](#{task.name}) | {_cell(task.about)} | {formats} | {_cell(mlx)} |")
+    for task in TASKS.values():
+        lines += ["", f"## {task.name}", "", *_task_lines(task)]
+    return "\n".join(lines) + "\n"
+
+
+def _task_lines(task: Task) -> list[str]:
+    loss = (task.loss.__doc__ or "").partition("\n")[0]
+    told = [f"- Loss: {_cell(loss)}"]
+    if task.needs_reference:
+        told.append("- The reference is the base without its adapter, asked once before the first step.")
+    packed = {"always": "always", "optional": "with `data.packing: true`", "never": f"no: {task.no_packing}"}
+    told.append(f"- Rows packed into one sequence: {packed[task.packing]}.")
+    told.append(f"- `training.sharding: fsdp`: {f'no: {task.no_sharding}' if task.no_sharding else 'yes'}.")
+    for key in task.all_keys:
+        own = task.settings.get(key.rpartition(".")[2]) if key.startswith("training.") else None
+        told.append(f"- `{key}`: {_default(KEYS[key]) if own is None else f'`{shown(own)}`'} if absent.")
+    return told
 
 
 def refused_rows() -> str:
