@@ -50,6 +50,12 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.formats))
 
 
+_TASKS_OF: dict[str, tuple[str, ...]] = {}
+for _task in TASKS.values():
+    for _key in _task.all_keys:
+        _TASKS_OF[_key] = (*_TASKS_OF.get(_key, ()), _task.name)
+
+
 def readers(format: str) -> tuple[str, ...]:
     """The tasks that read rows of a format.
 
@@ -65,4 +71,4 @@ def tasks_with(key: str) -> tuple[str, ...]:
     >>> tasks_with("training.simpo_gamma")
     ('simpo',)
     """
-    return tuple(name for name, task in TASKS.items() if key in task.all_keys)
+    return _TASKS_OF.get(key, ())
