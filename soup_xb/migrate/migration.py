@@ -198,7 +198,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             do_predict predict_with_generate max_new_tokens temperature top_p top_k num_beams generate_samples*
             infer_* export_* default_system* eval eval.* advise advise.* merge_lora inference""",
         "one learning rate is used for the whole adapter": "loraplus_* lr_groups* embedding_lr*",
-        "a preference loss has no second term for the chosen answer's tokens here; orpo's has one of its own": """
+        "the task's loss has no second term for the chosen answer's tokens; those of orpo, simpo and cpo have one": """
             pref_ftx rpo_alpha cpo_alpha dpo_ftx""",
         "the reference is the base itself, without the adapter": """
             ref_model* create_ref_model precompute_ref_log_probs""",

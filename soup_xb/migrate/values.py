@@ -204,6 +204,7 @@ AXOLOTL_NAMES: Mapping[str, str] = MappingProxyType(
         "rl_beta": _BETA,
         "orpo_alpha": _BETA,
         "simpo_gamma": _GAMMA,
+        "cpo_alpha": "training.cpo_alpha",
         "dpo_label_smoothing": _NOISE,
         "kto_desirable_weight": _WEIGHTS[0],
         "kto_undesirable_weight": _WEIGHTS[1],
@@ -223,7 +224,7 @@ LLAMA_FACTORY_NAMES: Mapping[str, str] = MappingProxyType(
 def soup_names(task: str) -> Mapping[str, str]:
     """Soup names the scale of the rewards after its task (`dpo_beta`), and ipo's tau."""
     beta = _SOUP_BETAS.get(task, f"{task}_beta")
-    return {f"training.{beta}": _BETA, "training.simpo_gamma": _GAMMA}
+    return {f"training.{beta}": _BETA, "training.simpo_gamma": _GAMMA, "training.cpo_alpha": "training.cpo_alpha"}
 
 
 def read_preferences(account: Account, names: Mapping[str, str]) -> None:

@@ -45,6 +45,10 @@ data:
         (AXOLOTL + "rl: orpo\norpo_alpha: 0.4\n", {"beta": 0.4}),
         (AXOLOTL + "rl: simpo\nrl_beta: 2.5\n", {"beta": 2.5, "simpo_gamma": 0.5}),
         (
+            AXOLOTL + "rl: simpo\nrl_beta: 2.5\ncpo_alpha: 0.5\n",
+            {"beta": 2.5, "simpo_gamma": 0.5, "cpo_alpha": 0.5},
+        ),
+        (
             AXOLOTL + "rl: kto\nkto_desirable_weight: 0.2\nkto_undesirable_weight: 1.5\n",
             {"desirable_weight": 0.2, "undesirable_weight": 1.5},
         ),
@@ -71,7 +75,7 @@ def test_a_setting_of_the_loss_is_carried_over(
     text: str,
     ours: dict[str, float],
 ) -> None:
-    names = ("beta", "simpo_gamma", "label_smoothing", "desirable_weight", "undesirable_weight")
+    names = ("beta", "simpo_gamma", "cpo_alpha", "label_smoothing", "desirable_weight", "undesirable_weight")
     written = values(accounted(text))
     assert {name: written[f"training.{name}"] for name in names if f"training.{name}" in written} == ours
 
@@ -80,7 +84,8 @@ def test_a_setting_of_the_loss_is_carried_over(
     ("text", "key", "reason"),
     [
         (AXOLOTL + "rl: dpo\nsimpo_gamma: 1\n", "simpo_gamma", "it belongs to the loss of simpo"),
-        (AXOLOTL + "rl: simpo\ncpo_alpha: 1\n", "cpo_alpha", "no second term for the chosen answer's tokens"),
+        (AXOLOTL + "rl: dpo\ncpo_alpha: 1\n", "cpo_alpha", "it belongs to the loss of simpo or cpo"),
+        (AXOLOTL + "rl: dpo\nrpo_alpha: 1\n", "rpo_alpha", "no second term for the chosen answer's tokens"),
         (AXOLOTL + "rl: dpo\n", "datasets[0].type", "`prompt`, `chosen`, `rejected`"),
         (LLAMA_FACTORY + "stage: dpo\npref_ftx: 0.1\n", "pref_ftx", "no second term"),
         (LLAMA_FACTORY + "stage: dpo\nref_model: other\n", "ref_model", "the reference is the base itself"),
