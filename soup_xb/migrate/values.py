@@ -224,7 +224,11 @@ LLAMA_FACTORY_NAMES: Mapping[str, str] = MappingProxyType(
 def soup_names(task: str) -> Mapping[str, str]:
     """Soup names the scale of the rewards after its task (`dpo_beta`), and ipo's tau."""
     beta = _SOUP_BETAS.get(task, f"{task}_beta")
-    return {f"training.{beta}": _BETA, "training.simpo_gamma": _GAMMA, "training.cpo_alpha": "training.cpo_alpha"}
+    return {
+        f"training.{beta}": _BETA,
+        "training.simpo_gamma": _GAMMA,
+        "training.cpo_alpha": "training.cpo_alpha",
+    }
 
 
 def read_preferences(account: Account, names: Mapping[str, str]) -> None:
