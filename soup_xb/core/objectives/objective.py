@@ -258,12 +258,12 @@ class JudgedObjective(Objective):
             "desirable": desirable,
             **scalars,
         }
-        rewards = self._settings["beta"] * (known["policy"] - known["ref"])
-        lead = rewards - (
-            self._settings["beta"] * scalars["drift"] if "drift" in scalars else scalars["shift"]
-        )
+        beta = self._settings["beta"]
+        rewards = beta * (known["policy"] - known["ref"])
+        lead = rewards - (beta * scalars["drift"] if "drift" in scalars else scalars["shift"])
         one = 1.0 + 0.0 * rewards
-        right = xp.where(xp.where(desirable, lead, -lead) > 0, one, 0.0 * one)
+        noise = beta * _ROUNDING * abs(known["policy"])
+        right = xp.where(xp.where(desirable, lead, -lead) > noise, one, 0.0 * one)
         return _call(self._loss, xp, known, **self._settings), {
             "reward_accuracy": (right, one),
             "reward_chosen": (rewards, xp.where(desirable, one, 0.0 * one)),
