@@ -18,7 +18,9 @@ from soup_xb.core.errors import ConfigError, Problem, SoupError
 from soup_xb.core.process import python_command
 from soup_xb.core.run.events import Event, StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
+from soup_xb.core.tasks import TASKS
 from soup_xb.runs.open import open_run
+from soup_xb.runs.reference import computed_reference
 
 ENGINES = ("torch", "mlx")
 LOSS_BOUND = 1e-3
@@ -74,9 +76,9 @@ def measure(loaded: LoadedConfig, steps: int, folder: Path) -> None:
             if isinstance(event, StepEvent):
                 losses.append(event.loss)
 
-        shortened = evolve(
-            run.plan, total_steps=min(steps, run.plan.total_steps), eval_steps=(), save_steps=()
-        )
+        task = TASKS[loaded.config.task]
+        plan = evolve(run.plan, reference=computed_reference(run)) if task.needs_reference else run.plan
+        shortened = evolve(plan, total_steps=min(steps, plan.total_steps), eval_steps=(), save_steps=())
         run_loop(shortened, run.session, Hooks(emit=keep, save=lambda _: None, stop=lambda: 0))
     np.save(folder / _LOGITS, logits, allow_pickle=False)
     (folder / _LOSSES).write_text(json.dumps(losses), "utf-8")

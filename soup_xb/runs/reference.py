@@ -47,7 +47,7 @@ def plan_with_reference(run: OpenRun, writer: RunWriter) -> Plan:
     kept = (read_reference(place, key, shapes) for place in places)
     found = next((reference for reference in kept if reference is not None), None)
     if run.session.agree(int(found is None)) or found is None:
-        found = _computed(run)
+        found = computed_reference(run)
         if writer.folder is not None:
             answers = sum(rows * sequences for rows, sequences in shapes.values())
             text = f"the base's log-probabilities of {answers:,} answers are in `{REFERENCE}`"
@@ -57,7 +57,8 @@ def plan_with_reference(run: OpenRun, writer: RunWriter) -> Plan:
     return evolve(plan, reference=found)
 
 
-def _computed(run: OpenRun) -> Reference:
+def computed_reference(run: OpenRun) -> Reference:
+    """Log-probabilities of all answers under the base, the same on every process."""
     session, plan = run.session, run.plan
     if session.scorer is None:
         raise RuntimeError(f"the {session.backend} session computes no log-probabilities")

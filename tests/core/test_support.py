@@ -81,7 +81,6 @@ REFUSED = [
 
 
 REFUSED_ON_MLX = [
-    *((f"task={task}", task) for task in ("dpo", "ipo", "orpo", "simpo", "cpo", "kto", "bco")),
     *((f"task={task}", task) for task in ("vision", "audio")),
     ("task=embedding", "embedding"),
     ("task=reward", "reward"),
@@ -112,11 +111,11 @@ def test_what_is_not_built_is_refused_with_its_own_code(override: str, feature: 
 
 
 def test_all_refusals_come_at_once_with_their_lines() -> None:
-    loaded = load("  format: preference\ntask: dpo\ntraining:\n  lora: {use_vera: true}\n")
+    loaded = load("  format: preference\ntask: reward\ntraining:\n  lora: {use_vera: true}\n")
     with pytest.raises(ConfigError) as caught:
         check_supported(loaded, "mlx")
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
-        ("mlx-no-dpo", "soup.yaml:5: task"),
+        ("mlx-no-reward", "soup.yaml:5: task"),
         ("mlx-no-vera", "soup.yaml:7: training.lora.use_vera"),
     ]
 

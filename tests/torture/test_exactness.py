@@ -53,7 +53,7 @@ CELLS = [
     (backend, kind)
     for kind in KINDS
     for backend in ("torch", "mlx")
-    if backend == "torch" or not {"relora_steps", "task"} & KINDS[kind].keys()
+    if backend == "torch" or not ("relora_steps" in KINDS[kind] or KINDS[kind].get("task") == "embedding")
 ]
 SAMPLE = {
     ("torch", "relora merge"),

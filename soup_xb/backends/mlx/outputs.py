@@ -39,6 +39,7 @@ class MlxScorer:
 
     def token_logps(self, batch: MicroBatch, temperature: float = 1.0, adapter: bool = True) -> Array:
         """Log-probability of each target."""
+        self._base.check_length(batch.tokens.shape[1])
         with self._base.with_adapter(adapter), memory_guard("scoring answers"):
             return taken_back(batch, token_logps(self._base.model(), exact_grid(batch), temperature))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.objectives import losses
-from soup_xb.core.tasks.task import JUDGED, NO_PREFERENCES, Task
+from soup_xb.core.tasks.task import JUDGED, Task
 
 TASK = Task(
     name="kto",
@@ -14,5 +14,4 @@ TASK = Task(
     objective="judged",
     balances_router=True,
     feature="kto",
-    mlx=NO_PREFERENCES,
 )

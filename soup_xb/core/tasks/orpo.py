@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.objectives import losses
-from soup_xb.core.tasks.task import NO_PREFERENCES, PAIRS, Task
+from soup_xb.core.tasks.task import PAIRS, Task
 
 TASK = Task(
     name="orpo",
@@ -15,5 +15,4 @@ TASK = Task(
     measures={"log_odds": losses.odds_margin},
     balances_router=True,
     feature="orpo",
-    mlx=NO_PREFERENCES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.objectives import losses
-from soup_xb.core.tasks.task import NO_PREFERENCES, PAIRS, Task
+from soup_xb.core.tasks.task import PAIRS, Task
 
 TASK = Task(
     name="simpo",
@@ -14,5 +14,4 @@ TASK = Task(
     objective="pairs",
     balances_router=True,
     feature="simpo",
-    mlx=NO_PREFERENCES,
 )

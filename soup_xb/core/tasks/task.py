@@ -31,10 +31,6 @@ class No:
     instead: str
 
 
-NO_PREFERENCES = No(
-    "the mlx engine has no preference losses",
-    "train on the preferred answers alone: chat rows with `task: sft`.",
-)
 NO_ROLLOUTS = No(
     "the mlx engine samples no answers while it trains",
     "use `--backend torch`, or train on worked answers: chat rows with `task: sft`.",
