@@ -23,5 +23,7 @@ def command(adapter: Path, output: Path, base: str | None, precision: str, backe
     from soup_xb.runs.adapters import TrainedOptions
     from soup_xb.runs.export import merge_adapter
 
-    merge_adapter(TrainedOptions(available_backend(backend), adapter, base, precision), output)
+    options = TrainedOptions(available_backend(backend), adapter, base, precision)
+    for problem in merge_adapter(options, output):
+        click.echo(problem.render("note"), err=True)
     click.echo(str(output))

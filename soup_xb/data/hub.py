@@ -42,6 +42,32 @@ def resolve_base(name: str) -> Path:
     return _from_hub(name)
 
 
+def portable_name(name: str) -> str:
+    """What an adapter's settings name its base: the hub id, or the absolute path of a local folder."""
+    return str(local_path(name).absolute()) if _is_folder(name) else name
+
+
+def base_at_hand(name: str) -> Path | None:
+    """The local folder of a base, None where it would have to be downloaded first."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if _is_folder(name):
+        return local_path(name)
+    if not _HUB_ID.fullmatch(name):
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def _is_folder(name: str) -> bool:
+    with suppress(OSError):
+        return bool(name) and local_path(name).is_dir()
+    return False
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -64,7 +64,8 @@ class TrainedOptions:
 class LoadedAdapter:
     """A session with the adapter attached (if there is one) and its tokenizer; `embedding` for one that embeds.
 
-    `task` is vision or audio where the adapter was trained with its base's processor, else empty.
+    `task` is vision or audio where the adapter was trained with its base's processor, else empty. `opening` is how the
+    base was opened, None for the session of a run.
     """
 
     session: Session
@@ -73,6 +74,7 @@ class LoadedAdapter:
     has_adapter: bool
     embedding: EmbeddingFacts | None = None
     task: str = ""
+    opening: SessionSettings | None = None
 
     @property
     def formats(self) -> Formats:
@@ -85,7 +87,7 @@ class LoadedAdapter:
 
 
 @contextmanager
-def open_trained(options: TrainedOptions) -> Iterator[LoadedAdapter]:
+def open_trained(options: TrainedOptions, quantization: str = "none") -> Iterator[LoadedAdapter]:
     """Open a base with a saved adapter; closed on every exit.
 
     Raises ModelError for an adapter that is damaged or belongs to another base.
@@ -110,12 +112,25 @@ def open_trained(options: TrainedOptions) -> Iterator[LoadedAdapter]:
         session_on(base.path, precision, facts),
         rope_scaling=noted_scaling(saved.settings, folder) if saved and folder else None,
         media=TASKS[task].media if task else "",
+        quantization=quantization,
     )
     session = open_session(options.backend, settings)
     try:
         if saved is not None and folder is not None:
             attach_saved(session, saved, folder)
-        yield LoadedAdapter(session, tokenizer, base, saved is not None, facts, task)
+        yield LoadedAdapter(session, tokenizer, base, saved is not None, facts, task, settings)
+    finally:
+        session.close()
+
+
+@contextmanager
+def open_again(trained: LoadedAdapter, backend: str, folder: Path) -> Iterator[Session]:
+    """Open the model in `folder` as `trained` was opened, without an adapter; closed on every exit."""
+    if trained.opening is None:
+        raise RuntimeError("the session of a run is not opened again")
+    session = open_session(backend, evolve(trained.opening, base=folder, rope_scaling=None))
+    try:
+        yield session
     finally:
         session.close()
 
@@ -177,7 +192,7 @@ def plan_of(saved: SavedAdapter, folder: Path) -> AdapterPlan:
         modules=adapter_modules(saved, folder),
         dropout=0.0,
         init_strategy="random",
-        use_rslora=bool(saved.settings.get("use_rslora")),
+        use_rslora=saved.native.use_rslora if saved.native else saved.settings.get("use_rslora") is True,
         seed=0,
         task_type=_task_type(saved),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -10,10 +10,13 @@ from attrs import frozen
 from soup_xb import __version__
 from soup_xb.core import disk
 from soup_xb.core.adapter.extras import check_head, write_head
+from soup_xb.core.adapter.foreign_settings import read_settings
 from soup_xb.core.adapter.model_card import CardFacts, model_card
-from soup_xb.core.adapter.peft_file import Factors, write_adapter
+from soup_xb.core.adapter.peft_file import SETTINGS, saved_form, write_adapter
 from soup_xb.core.adapter.proof import check_effect, prove
+from soup_xb.core.adapter.readers import Misread, SavedForm, has_universal_form, misreadings, scales_rounded
 from soup_xb.core.base.coverage_text import coverage_rows
+from soup_xb.core.base.folder import has_tied_head
 from soup_xb.core.base.modules import group_adapters, reachable_names
 from soup_xb.core.base.rope import asked_scaling, note_scaling
 from soup_xb.core.config.load import dump_config
@@ -27,16 +30,12 @@ from soup_xb.core.run.record import RunRecord
 from soup_xb.core.run.report import ModuleRow, ReportFacts, Sample, write_report
 from soup_xb.core.run.session import GenerationSettings
 from soup_xb.core.tasks import TASKS
+from soup_xb.data.hub import portable_name
 from soup_xb.runs.adapters import LoadedAdapter, continue_chat, save_embedding_model, trained_facts
 from soup_xb.runs.open import OpenRun
 from soup_xb.runs.writer import checkpoint_bytes
 
 ANSWER_TOKENS = 120
-_VERA_FORMAT = Problem(
-    "vera-format",
-    "the adapter is in PEFT's VeRA format, which mlx-lm, vLLM and llama.cpp do not read; `soupx export` writes the "
-    "plain LoRA that it equals",
-)
 _OF_A_STRETCHED_BASE = Problem(
     "stretched-base",
     "the adapter belongs to the base with `training.rope_scaling`: its README says how to load that; `soupx merge`, "
@@ -73,12 +72,14 @@ def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
     factors = run.session.factors()
     names = reachable_names([module for module in run.session.describe().modules if not module.experts])
     with disk.published(folder.adapter) as staged, disk_errors(folder.adapter, checkpoint_bytes(run.plan)):
-        write_adapter(staged, run.plan.adapters, factors, run.loaded.config.base, names)
+        base = portable_name(run.loaded.config.base)
+        saved = saved_form(run.plan.adapters, factors)
+        write_adapter(staged, saved, base, names)
         if run.session.judge is not None:
             head = run.session.judge.head()
             write_head(staged, head)
             check_head(staged, head)
-        proof = prove(run.session, run.plan.adapters, staged, factors)
+        proof = prove(run.session, run.plan.adapters, staged, saved)
         if not proof.has_effect:
             check_rewards(read_events(folder.metrics), run.loaded.where("training.rewards"))
         check_effect(proof, run.plan, staged)
@@ -88,12 +89,24 @@ def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
             save_embedding_model(staged, trained_facts(run), run.session, run.tokenizer)
         else:
             run.tokenizer.save(staged)
-        rank = run.plan.adapters.modules[0].rank if run.plan.adapters.use_vera else _largest_rank(factors)
-        card = _card(run, read_events(folder.metrics), rank)
+        settings = read_settings(staged / SETTINGS)
+        misread = misreadings(settings, saved.plan.modules, has_tied_head(run.base))
+        card = _card(run, read_events(folder.metrics), saved, misread)
         write_text(staged / "README.md", card)
-    notices = [*proof.notices(), *([_VERA_FORMAT] if run.plan.adapters.use_vera else [])]
+    notices = [*proof.notices(), *_form_notices(saved, misread, run.loaded.config.output)]
     notices += [_OF_A_STRETCHED_BASE] if scaling is not None else []
     return (*map(Notice, notices), *(Notice(problem, warning=True) for problem in proof.warnings()))
+
+
+def _form_notices(saved: SavedForm, misread: Sequence[Misread], output: str) -> Iterator[Problem]:
+    """What the form of the saved adapter means to those who load it elsewhere."""
+    if saved.rounded:
+        yield scales_rounded(saved)
+    if misread:
+        other = saved.plan.use_vera or (has_universal_form(saved.plan) and not saved.is_universal)
+        help = f"`soupx export {output} --to peft --output NEW` writes the plain LoRA that all of them read."
+        text = f"the adapter is not for {'; not for '.join(map(str, misread))}"
+        yield Problem("not-for-every-reader", text, help=help if other else "")
 
 
 def answer_prompts(run: OpenRun, prompts: Sequence[str]) -> tuple[Sample, ...]:
@@ -120,11 +133,7 @@ def save_report(run: OpenRun, folder: RunFolder, record: RunRecord, samples: Seq
     write_report(folder, facts)
 
 
-def _largest_rank(factors: Factors) -> int:
-    return max(int(arrays["lora_A"].shape[-2]) for arrays in factors.values())
-
-
-def _card(run: OpenRun, events: Sequence[Event], saved_rank: int) -> str:
+def _card(run: OpenRun, events: Sequence[Event], saved: SavedForm, misread: Sequence[Misread]) -> str:
     steps = [event for event in events if isinstance(event, StepEvent)]
     evals = [event for event in events if isinstance(event, EvalEvent)]
     config = run.loaded.config
@@ -134,7 +143,8 @@ def _card(run: OpenRun, events: Sequence[Event], saved_rank: int) -> str:
         data=", ".join(Path(source).name for source in config.data.train),
         steps=run.plan.total_steps,
         modules=_module_rows(run),
-        saved_rank=saved_rank,
+        saved_rank=max(module.rank for module in saved.plan.modules),
+        misread=misread,
         rope=scaling.described() if scaling else None,
         kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
         embeds=TASKS[config.task].embeds,

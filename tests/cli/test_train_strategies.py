@@ -171,3 +171,27 @@ def test_a_merge_with_dora_is_refused(soupx: Soupx, config: Callable[..., Path])
     done = soupx("check", config({"use_dora": True}, relora_steps=3, relora_mode="merge"))
     assert done.code == 2
     assert "error[contradiction]" in done.err and "DoRA" in done.err
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alpha", [32, 12], ids=["exact", "rounded"])
+def test_a_warm_start_from_either_form_of_an_adapter_is_the_same(
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, backend: str, alpha: int
+) -> None:
+    lora = {"rank_pattern": {"down_proj": 2, "q_proj": 8}, "alpha_pattern": {"q_proj": alpha}}
+    file = config(lora, max_steps=3)
+    assert soupx("train", file, "--backend", backend).code == 0
+    done = soupx("export", tmp_path / "out", "--to", "peft", "--compact", "--output", tmp_path / "compact")
+    assert done.code == 0, done.err
+    settings = json.loads((tmp_path / "compact" / "adapter_config.json").read_text())
+    assert sorted(set(settings["rank_pattern"].values())) == [2, 8]
+    losses, saved = [], []
+    for form in ("out", "compact"):
+        output = tmp_path / f"from-{form}"
+        asked = ["--set", f"adapter={tmp_path / form}", "--set", f"output={output}"]
+        assert soupx("train", file, "--backend", backend, *asked).code == 0
+        losses.append([step["loss"] for step in events(output, "step")])
+        saved.append((output / "adapter" / "adapter_model.safetensors").read_bytes())
+    if alpha == 32:
+        assert saved[0] == saved[1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attrs import evolve
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import read_stored, saved_form, write_adapter
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.config.schema import LoraConfig
@@ -47,17 +48,18 @@ def trained(opener: Opener, backend: str, lora: Mapping[str, Any], **training: A
 
 def save(session: Session, plan: Plan, folder: Path) -> Path:
     names = reachable_names([module for module in session.describe().modules if not module.experts])
-    write_adapter(folder, plan.adapters, session.factors(), "base", names)
+    write_adapter(folder, saved_form(plan.adapters, session.factors()), "base", names)
     return folder
 
 
 def proof(session: Session, plan: Plan, folder: Path) -> Proof:
     """Of the folder as it is: what was written into it is taken to be what lies there."""
     try:
-        factors = read_adapter(folder).factors
+        factors = read_stored(folder).factors
     except ModelError:
         factors = {}
-    return prove(session, plan.adapters, folder, factors)
+    written = evolve(saved_form(plan.adapters, session.factors()), factors=factors)
+    return prove(session, plan.adapters, folder, written)
 
 
 def tamper(
@@ -134,7 +136,7 @@ def test_a_trained_adapter_is_proven(
     session, plan = trained(opener, backend, lora)
     tokens = plan.rows[0].sequences[0].tokens[None]
     before, factors = session.logits(tokens), session.factors()
-    found = prove(session, plan.adapters, save(session, plan, tmp_path), factors)
+    found = prove(session, plan.adapters, save(session, plan, tmp_path), saved_form(plan.adapters, factors))
     assert len(found.deviations) == len(plan.adapters.modules)
     assert found.largest.relative < 5e-6
     assert [problem.code for problem in found.notices()] == ["adapter-proven"] and not found.warnings()
@@ -222,7 +224,7 @@ def test_bytes_that_are_not_those_that_were_written_are_told_apart(
     folder = save(session, plan, tmp_path)
     tamper(folder, lambda found: found[key(FIRST, "lora_B")].__imul__(np.float32(1 + 1e-6)), unchanged)
     with pytest.raises(ModelError) as caught:
-        prove(session, plan.adapters, folder, session.factors())
+        prove(session, plan.adapters, folder, saved_form(plan.adapters, session.factors()))
     assert caught.value.problems[0].code == "adapter-not-saved"
 
 

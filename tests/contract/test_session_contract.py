@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 import transformers
 
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import CheckpointError, ModelError
@@ -138,7 +138,7 @@ def test_a_saved_adapter_gives_the_live_logits_in_stock_peft(
     session, plan = opener(backend, lora=lora)
     train(session, plan)
     names = [module.name for module in session.describe().modules]
-    write_adapter(tmp_path, plan.adapters, session.factors(), str(tiny_llama), names)
+    write_adapter(tmp_path, saved_form(plan.adapters, session.factors()), str(tiny_llama), names)
     tokens = plan.rows[0].sequences[0].tokens[None]
     live, base = session.logits(tokens), session.logits(tokens, adapter=False)
     stock = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path)

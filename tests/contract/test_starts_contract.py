@@ -13,14 +13,14 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import CheckpointError, ModelError
 from soup_xb.core.rows.batches import collate_rows
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import GenerationSettings, Session, StepResult, StepSettings
-from soup_xb.runs.export import export_adapter
+from soup_xb.runs.export import ExportOptions, export_adapter
 
 Opener = Callable[..., tuple[Session, Plan]]
 Arrays = Mapping[str, np.ndarray]
@@ -62,7 +62,7 @@ def start_product(arrays: Arrays) -> np.ndarray:
 
 def save(session: Session, plan: Plan, base: Path, folder: Path) -> Path:
     names = [module.name for module in session.describe().modules]
-    write_adapter(folder, plan.adapters, session.factors(), str(base), names)
+    write_adapter(folder, saved_form(plan.adapters, session.factors()), str(base), names)
     return folder
 
 
@@ -119,7 +119,7 @@ def test_the_saved_adapter_gives_the_live_logits_in_stock_peft_and_mlx_lm(
     with torch.no_grad():
         loaded = stock(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
     np.testing.assert_allclose(loaded, live, atol=5e-5)
-    export_adapter(saved, tmp_path / "mlx-lm", "mlx-lm")
+    export_adapter(saved, tmp_path / "mlx-lm", ExportOptions("mlx-lm"))
     model, _ = load(str(tiny_llama), adapter_path=str(tmp_path / "mlx-lm"))
     loaded = np.array(model(mx.array(tokens.astype(np.int32))).astype(mx.float32))
     np.testing.assert_allclose(loaded, live, atol=5e-5)

@@ -8,6 +8,7 @@ from attrs import evolve
 from ruamel.yaml import YAML
 
 from soup_xb.core.adapter.model_card import CardFacts, model_card
+from soup_xb.core.adapter.readers import Misread
 from soup_xb.core.run.report import ModuleRow
 
 FACTS = CardFacts(
@@ -16,6 +17,7 @@ FACTS = CardFacts(
     steps=1200,
     modules=[ModuleRow("self_attn.q_proj", 30, 8, 16, 2.0, 276_480)],
     saved_rank=24,
+    misread=(),
     settings="base: org/base-1B\ntraining:\n  lr: 1e-4\n",
     version="0.1.0",
     train_loss=1.23456,
@@ -48,7 +50,10 @@ def test_the_card_tells_data_losses_modules_settings_and_loading() -> None:
         "```yaml\nbase: org/base-1B\ntraining:\n  lr: 1e-4\n```",
         "PeftModel.from_pretrained(base,",
         "vllm serve org/base-1B --enable-lora --max-lora-rank 32 --lora-modules",
-        "mlx_lm.generate --model merged",
+        "soupx export PATH/TO/THIS/FOLDER --to mlx-lm --output mlx-adapter",
+        "mlx_lm.generate --model org/base-1B --adapter-path mlx-adapter",
+        "convert_lora_to_gguf.py --base BASE_FOLDER PATH/TO/THIS/FOLDER",
+        "soupx merge PATH/TO/THIS/FOLDER --output merged",
     ):
         assert expected in card
 
@@ -83,7 +88,29 @@ def test_foreign_text_stays_in_its_place() -> None:
 
 def test_the_python_lines_are_python() -> None:
     blocks = re.findall(r"```python\n(.*?)\n```", model_card(evolve(FACTS, base='we"ird')), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 1
     for block in blocks:
         compile(block, "card", "exec")
     assert json.dumps("PATH/TO/BASE") in blocks[0]
+
+
+def test_a_card_prints_no_command_that_its_program_refuses() -> None:
+    refusing = Misread(("vLLM", "llama.cpp"), "they refuse DoRA's magnitudes")
+    card = model_card(evolve(FACTS, misread=(refusing,)))
+    assert "**Not for vLLM, llama.cpp: they refuse DoRA's magnitudes.**" in card
+    assert "vllm serve" not in card
+    assert "convert_lora_to_gguf" not in card
+    assert "mlx_lm.generate" in card
+
+
+def test_a_version_that_reads_it_keeps_its_command() -> None:
+    older = Misread(("vLLM before 0.32",), "they read one rank")
+    card = model_card(evolve(FACTS, misread=(older,)))
+    assert "vllm serve" in card
+    assert "Not for vLLM before 0.32" in card
+
+
+def test_a_local_base_has_to_be_named_again_for_the_whole_model() -> None:
+    assert "soupx merge PATH/TO/THIS/FOLDER --base PATH/TO/BASE" in model_card(
+        evolve(FACTS, base="/home/me/tiny")
+    )

@@ -150,6 +150,28 @@ EVERYWHERE = {
     },
 }
 
+EVERYWHERE |= {
+    "an adapter in mlx-lm's form": {
+        "arrange": content(SETTINGS, '{"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}'),
+        "code": "mlx-lm-adapter",
+        "words": "in mlx-lm's form",
+        "help": "soupx export ad --to peft",
+    },
+    "trained biases beside the factors": {
+        "arrange": tensors(
+            lambda found: found.update({Q_PROJ.replace("lora_A.weight", "bias"): np.ones(3, "f4")})
+        ),
+        "code": "more-than-factors",
+        "words": "biases",
+        "help": "merge_and_unload",
+    },
+    "an adapter that acts after some tokens alone": {
+        "arrange": settings(alora_invocation_tokens=[1, 2]),
+        "code": "foreign-adapter",
+        "words": "alora_invocation_tokens",
+    },
+}
+
 # What only shows where the factors are brought together or set.
 PAIRS = {
     "half of the pairs": {
@@ -180,7 +202,7 @@ PAIRS = {
 }
 
 ANOTHER_BASE = {
-    "generate": {"code": "adapter-of-another-base", "words": ("layers.7", "./base"), "help": "--base"},
+    "generate": {"code": "adapter-of-another-base", "words": ("layers.7", "/base`"), "help": "--base"},
     "train": {"code": "adapter-does-not-fit", "words": "layers."},
 }
 
@@ -287,6 +309,22 @@ MLX_LM = {
         "code": "damaged-adapter",
     },
     "factors cut off": {"arrange": content("x/adapters.safetensors", b"\0" * 9), "code": "damaged-adapter"},
+    "experts": {
+        "arrange": lambda place: save_file(
+            {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": np.zeros((2, 3, 4), np.float32)},
+            place / "x" / "adapters.safetensors",
+        ),
+        "code": "no-counterpart",
+        "words": "experts",
+        "help": "mlx_lm.fuse",
+    },
+    "an embedding": {
+        "arrange": lambda place: save_file(
+            {"model.embed_tokens.lora_a": np.zeros((3, 4), np.float32)}, place / "x" / "adapters.safetensors"
+        ),
+        "code": "no-counterpart",
+        "words": "is an embedding",
+    },
 }
 
 

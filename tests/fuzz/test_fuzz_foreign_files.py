@@ -113,7 +113,7 @@ def read_adapter_folder(place: Path, text: bytes) -> None:
 def read_mlx_lm_folder(place: Path, text: bytes) -> None:
     (place / "adapter_config.json").write_bytes(text)
     (place / "adapters.safetensors").write_bytes(save(MLX_TENSORS))
-    read_mlx_lm(place)
+    read_mlx_lm(place, "")
 
 
 def read_base(place: Path, text: bytes) -> None:

@@ -179,11 +179,11 @@ def stock_logits(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         import transformers
         from peft import PeftModel
 
-        from soup_xb.core.adapter.peft_file import write_adapter
+        from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 
         folder = tmp_path_factory.mktemp("adapter")
         names = [module.name for module in session.describe().modules if not module.experts]
-        write_adapter(folder, plan.adapters, session.factors(), str(base), names)
+        write_adapter(folder, saved_form(plan.adapters, session.factors()), str(base), names)
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         stock = PeftModel.from_pretrained(model, folder)
         with torch.no_grad():

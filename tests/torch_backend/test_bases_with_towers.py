@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.backends.torch.session import open_session
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
 from soup_xb.core.run.plan import Plan
@@ -114,7 +114,7 @@ def test_text_trains_and_the_saved_adapter_fits_what_stock_peft_opens(
     for name, factors in session.factors().items():
         assert np.abs(factors["lora_B"]).max() > 0, name
     names = reachable_names(session.describe().modules)
-    write_adapter(tmp_path / "adapter", plan.adapters, session.factors(), str(base), names)
+    write_adapter(tmp_path / "adapter", saved_form(plan.adapters, session.factors()), str(base), names)
     tokens = plan.rows[0].sequences[0].tokens[None]
     live = session.logits(tokens)
     np.testing.assert_allclose(stock_logits(base, tmp_path / "adapter", tokens), live, atol=1e-5)

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from soup_xb.backends.torch.session import TorchSession, open_session
 from soup_xb.backends.torch.step import XP
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.base.modules import resolve_adapters
 from soup_xb.core.config.schema import Config, DataConfig, LoraConfig, TrainingConfig
 from soup_xb.core.errors import ModelError
@@ -129,7 +129,7 @@ def test_stock_libraries_give_the_live_vectors(
     assert session.embedder.pooling == {"encoder": "mean", "decoder": "last"}[base]
     train(session, plan)
     names = [module.name for module in session.describe().modules]
-    write_adapter(tmp_path, plan.adapters, session.factors(), str(path), names)
+    write_adapter(tmp_path, saved_form(plan.adapters, session.factors()), str(path), names)
     model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32)
     stock = PeftModel.from_pretrained(model, tmp_path).eval()
     assert stock.peft_config["default"].task_type == "FEATURE_EXTRACTION"

@@ -19,12 +19,12 @@ from soup_xb.backends.torch.device import choose_device
 from soup_xb.backends.torch.injection import lora_layers
 from soup_xb.backends.torch.load import load_base
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import adapter_modules, read_adapter, saved_form, write_adapter
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.runs.adapters import TrainedOptions, open_trained
-from soup_xb.runs.export import export_adapter
+from soup_xb.runs.export import ExportOptions, export_adapter
 
 Attached = Callable[..., Any]
 Bases = Callable[..., Path]
@@ -66,7 +66,7 @@ def tokens_of(plan: Any) -> Any:
 
 def save(session: Any, plan: Any, base: Path, folder: Path) -> Path:
     names = [module.name for module in session.describe().modules if not module.experts]
-    write_adapter(folder, plan.adapters, session.factors(), str(base), names)
+    write_adapter(folder, saved_form(plan.adapters, session.factors()), str(base), names)
     return folder
 
 
@@ -285,7 +285,7 @@ def test_a_saved_adapter_is_opened_again_on_its_base_and_on_no_other(
     ):
         pass
     with pytest.raises(ModelError, match="3-D stacks of experts") as caught:
-        export_adapter(folder, tmp_path / "exported", "mlx-lm")
+        export_adapter(folder, tmp_path / "exported", ExportOptions("mlx-lm"))
     assert caught.value.problems[0].code == "experts-not-exported"
 
 

@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.backends.torch.injection import lora_layers
-from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import read_adapter, saved_form, write_adapter
 from soup_xb.core.base.modules import is_decoder_linear
 from soup_xb.core.run.loop import Hooks, run_loop
 
@@ -123,7 +123,7 @@ def test_every_expert_weight_is_found_trained_and_the_same_in_stock_peft(
         )
     factors = session.factors()
     names = [module.name for module in session.describe().modules if not module.experts]
-    write_adapter(tmp_path, plan.adapters, factors, str(base), names)
+    write_adapter(tmp_path, saved_form(plan.adapters, factors), str(base), names)
     saved = read_adapter(tmp_path).factors
     assert saved.keys() == factors.keys()
     for name in stacks:

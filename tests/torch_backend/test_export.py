@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import RopeScaling, note_scaling
 from soup_xb.core.errors import ModelError, ResourceError
 from soup_xb.runs.adapters import TrainedOptions, open_trained
-from soup_xb.runs.export import export_adapter, merge_adapter
+from soup_xb.runs.export import ExportOptions, export_adapter, merge_adapter
 
 TOKENS = np.array([[5, 9, 40, 77, 200, 31, 8]])
 
@@ -39,7 +39,7 @@ def save_random_adapter(base: Path, folder: Path, dora: bool = False) -> None:
             magnitude = rng.uniform(0.5, 2.0, module.out_features).astype(np.float32)
             factors[module.name]["lora_magnitude_vector"] = magnitude
     plan = AdapterPlan(tuple(adapters), 0.0, "random", use_rslora=False, seed=0)
-    write_adapter(folder, plan, factors, str(base), names(modules))
+    write_adapter(folder, saved_form(plan, factors), str(base), names(modules))
 
 
 def names(modules: list[Module]) -> list[str]:
@@ -74,15 +74,15 @@ def test_stock_mlx_lm_gives_the_logits_of_the_exported_adapter(
 ) -> None:
     source, target = tmp_path / "adapter", tmp_path / "exported"
     save_random_adapter(tiny_llama, source, dora)
-    export_adapter(source, target, "mlx-lm")
+    export_adapter(source, target, ExportOptions("mlx-lm"))
     live, base = live_logits(tiny_llama, source)
     np.testing.assert_allclose(stock_mlx_lm_logits(tiny_llama, target), live, atol=1e-4)
     assert np.abs(live - base).max() > 1e-2
 
 
 def test_an_adapter_comes_back_from_mlx_lm_s_form(adapter: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    export_adapter(adapter, tmp_path / "there", "mlx-lm")
-    export_adapter(tmp_path / "there", tmp_path / "back", "peft", str(tiny_llama))
+    export_adapter(adapter, tmp_path / "there", ExportOptions("mlx-lm"))
+    export_adapter(tmp_path / "there", tmp_path / "back", ExportOptions("peft", str(tiny_llama)))
     np.testing.assert_allclose(
         live_logits(tiny_llama, tmp_path / "back")[0], live_logits(tiny_llama, adapter)[0], atol=1e-5
     )
@@ -95,7 +95,7 @@ def test_stock_mlx_lm_stretches_positions_as_the_exported_adapter_says(
 ) -> None:
     note_scaling(adapter, RopeScaling(kind, 4.0, original))
     target = tmp_path / "exported"
-    [notice] = export_adapter(adapter, target, "mlx-lm", str(tiny_llama))
+    notice, _ = export_adapter(adapter, target, ExportOptions("mlx-lm", str(tiny_llama)))
     written = re.search(r"model_config=({.*})\)\n", (target / "README.md").read_text())
     assert written
     assert written[1] in notice.message
@@ -103,14 +103,14 @@ def test_stock_mlx_lm_stretches_positions_as_the_exported_adapter_says(
     live, _ = live_logits(tiny_llama, adapter)
     np.testing.assert_allclose(stretched, live, atol=1e-4)
     assert np.abs(stock_mlx_lm_logits(tiny_llama, target) - live).max() > 1e-2
-    export_adapter(target, tmp_path / "back", "peft", str(tiny_llama))
+    export_adapter(target, tmp_path / "back", ExportOptions("peft", str(tiny_llama)))
     np.testing.assert_allclose(live_logits(tiny_llama, tmp_path / "back")[0], live, atol=1e-5)
 
 
 def test_positions_that_mlx_lm_stretches_otherwise_are_refused(adapter: Path, tmp_path: Path) -> None:
     note_scaling(adapter, RopeScaling("dynamic", 2.0))
     with pytest.raises(ModelError, match="which mlx-lm computes otherwise"):
-        export_adapter(adapter, tmp_path / "exported", "mlx-lm")
+        export_adapter(adapter, tmp_path / "exported", ExportOptions("mlx-lm"))
     assert not (tmp_path / "exported").exists()
 
 
@@ -124,12 +124,12 @@ def test_the_merged_model_stands_alone(adapter: Path, tiny_llama: Path, tmp_path
 
 def test_nothing_is_written_over(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="already exists"):
-        export_adapter(adapter, tmp_path, "mlx-lm")
+        export_adapter(adapter, tmp_path, ExportOptions("mlx-lm"))
 
 
 def test_an_export_to_the_form_that_it_has_is_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="already is in peft's form"):
-        export_adapter(adapter, tmp_path / "new", "peft")
+        export_adapter(adapter, tmp_path / "new", ExportOptions("peft"))
     assert not (tmp_path / "new").exists()
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_mlx_lm_adapter_is_named(
     adapter: Path, tmp_path: Path, settings: object, words: str
 ) -> None:
     folder = tmp_path / "there"
-    export_adapter(adapter, folder, "mlx-lm")
+    export_adapter(adapter, folder, ExportOptions("mlx-lm"))
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=words):
-        export_adapter(folder, tmp_path / "back", "peft")
+        export_adapter(folder, tmp_path / "back", ExportOptions("peft"))

@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from soup_xb.backends.torch.patches.gemma4_clippable import clippable_linears
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import StepSettings
@@ -74,7 +74,7 @@ def shake(session: Any) -> None:
 
 def save(session: Any, plan: Plan, base: Path, folder: Path) -> Path:
     names = reachable_names(session.describe().modules)
-    write_adapter(folder, plan.adapters, session.factors(), str(base), names)
+    write_adapter(folder, saved_form(plan.adapters, session.factors()), str(base), names)
     return folder
 
 

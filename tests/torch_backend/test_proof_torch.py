@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from attrs import evolve
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import read_stored, saved_form, write_adapter
 from soup_xb.core.adapter.proof import Proof, check_effect, prove
 from soup_xb.core.base.modules import reachable_names
 from soup_xb.core.errors import ModelError
@@ -30,13 +31,14 @@ def train(session: Any, plan: Any, save: Callable[[int], None] = lambda step: No
 
 def save(session: Any, plan: Any, folder: Path) -> Path:
     names = reachable_names([module for module in session.describe().modules if not module.experts])
-    write_adapter(folder, plan.adapters, session.factors(), "base", names)
+    write_adapter(folder, saved_form(plan.adapters, session.factors()), "base", names)
     return folder
 
 
 def proof(session: Any, plan: Any, folder: Path) -> Proof:
     """Of the folder as it is: what was written into it is taken to be what lies there."""
-    return prove(session, plan.adapters, folder, read_adapter(folder).factors)
+    written = evolve(saved_form(plan.adapters, session.factors()), factors=read_stored(folder).factors)
+    return prove(session, plan.adapters, folder, written)
 
 
 def trained(attached: Attached, folder: Path, lora: dict[str, Any], **training: Any) -> tuple[Any, Any, Path]:

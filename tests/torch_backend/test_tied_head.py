@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from soup_xb.core.adapter.peft_file import write_adapter
+from soup_xb.core.adapter.peft_file import saved_form, write_adapter
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import ModelError
 from soup_xb.core.run.events import StepEvent
@@ -90,7 +90,7 @@ def test_either_engine_reads_the_merged_model(
 def test_mlx_says_that_it_has_no_tied_head(attached: Attached, tiny_llama: Path, tmp_path: Path) -> None:
     session, plan = attached(HEAD)
     names = [module.name for module in session.describe().modules]
-    write_adapter(tmp_path, plan.adapters, session.factors(), str(tiny_llama), names)
+    write_adapter(tmp_path, saved_form(plan.adapters, session.factors()), str(tiny_llama), names)
     with open_trained(TrainedOptions("torch", tmp_path)) as opened:
         assert opened.has_adapter
     with pytest.raises(ModelError) as caught, open_trained(TrainedOptions("mlx", tmp_path)):

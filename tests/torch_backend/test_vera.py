@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.core.adapter.peft_file import read_adapter, write_adapter
+from soup_xb.core.adapter.peft_file import read_adapter, saved_form, write_adapter
 from soup_xb.core.adapter.vera import SHARED, first_factors, shared_entries
 from soup_xb.core.base.modules import AdapterModule, Module, resolve_adapters
 from soup_xb.core.config.load import parse_config
@@ -23,7 +23,7 @@ from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.runs.adapters import TrainedOptions, open_trained
-from soup_xb.runs.export import export_adapter, merge_adapter
+from soup_xb.runs.export import ExportOptions, export_adapter, merge_adapter
 from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.train import train as run_file
 
@@ -129,7 +129,7 @@ def test_the_projections_are_the_seed_s_and_cut_for_each_module() -> None:
 def test_the_file_is_what_stock_peft_writes(attached: Attached, tiny_llama: Path, tmp_path: Path) -> None:
     session, plan = attached({**VERA, "target_modules": MIXED})
     names = [module.name for module in session.describe().modules]
-    write_adapter(tmp_path / "ours", plan.adapters, session.factors(), str(tiny_llama), names)
+    write_adapter(tmp_path / "ours", saved_form(plan.adapters, session.factors()), str(tiny_llama), names)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     PeftModel.from_pretrained(model, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     ours, theirs = read_adapter(tmp_path / "ours"), read_adapter(tmp_path / "theirs")
@@ -146,7 +146,7 @@ def test_the_file_is_what_stock_peft_writes(attached: Attached, tiny_llama: Path
 def test_training_is_that_of_peft_s_own_layers(attached: Attached, tiny_llama: Path, tmp_path: Path) -> None:
     session, plan = attached({**VERA, "target_modules": MIXED}, max_steps=3, max_grad_norm=0.0)
     names = [module.name for module in session.describe().modules]
-    write_adapter(tmp_path, plan.adapters, session.factors(), "base", names)
+    write_adapter(tmp_path, saved_form(plan.adapters, session.factors()), "base", names)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     peft = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
@@ -292,7 +292,8 @@ def test_a_run_leaves_a_vera_adapter_and_says_where_it_can_be_read(
 ) -> None:
     done = soupx("train", config())
     assert done.code == 0, done.err
-    assert "mlx-lm, vLLM and llama.cpp do not read; `soupx export` writes" in done.err
+    assert "not for vLLM, SGLang, llama.cpp, mlx-lm: they do not read VeRA's format" in done.err
+    assert f"`soupx export {tmp_path / 'out'} --to peft --output NEW` writes the plain LoRA" in done.err
     trained = tmp_path / "out"
     settings = json.loads((trained / "adapter" / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"]) == ("VERA", 8)
@@ -445,8 +446,8 @@ def test_the_dense_layers_of_a_model_of_experts_are_adapted_and_exported(
     train(session, plan)
     live = session.logits(TOKENS)
     names = [module.name for module in session.describe().modules if not module.experts]
-    write_adapter(tmp_path / "vera", plan.adapters, session.factors(), str(base), names)
-    export_adapter(tmp_path / "vera", tmp_path / "plain", "peft")
+    write_adapter(tmp_path / "vera", saved_form(plan.adapters, session.factors()), str(base), names)
+    export_adapter(tmp_path / "vera", tmp_path / "plain", ExportOptions("peft"))
     for folder in ("vera", "plain"):
         np.testing.assert_allclose(stock_peft_logits(base, tmp_path / folder), live, atol=1e-4)
     np.testing.assert_allclose(opened_logits("torch", base, tmp_path / "plain"), live, atol=1e-4)
@@ -493,5 +494,5 @@ def test_a_damaged_vera_adapter_is_named(
 
 def test_an_adapter_of_another_base_is_named(trained: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such module"):
-        export_adapter(trained, tmp_path / "plain", "peft", str(tiny_gpt2))
+        export_adapter(trained, tmp_path / "plain", ExportOptions("peft", str(tiny_gpt2)))
     assert not (tmp_path / "plain").exists()

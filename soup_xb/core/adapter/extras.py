@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from attrs import asdict, frozen
 
-from soup_xb.core.adapter.peft_file import HEAD, HEAD_KEY, SETTINGS, WEIGHTS, read_adapter, write_tensors
+from soup_xb.core.adapter.peft_file import HEAD, HEAD_KEY, SETTINGS, WEIGHTS, read_adapter
+from soup_xb.core.adapter.tensors import read_tensors, write_tensors
 from soup_xb.core.base.folder import read_object
 from soup_xb.core.config.schema import POOLINGS
 from soup_xb.core.disk import foreign_errors, write_text
@@ -34,9 +35,8 @@ def head_start(width: int, seed: int) -> Array:
 
 def write_head(folder: Path, head: Array) -> None:
     """Put the head into an adapter that was just written, which becomes one for sequence classification."""
-    from safetensors.numpy import load_file
-
-    write_tensors(folder / WEIGHTS, {**load_file(folder / WEIGHTS), HEAD_KEY: head})
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, {**tensors, HEAD_KEY: head}, metadata)
     file = folder / SETTINGS
     settings = json.loads(file.read_text("utf-8")) | {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,26 @@ MOST_PATTERNS = 4096
 LARGEST_NUMBER = 1e6
 # Starts of PEFT's that leave the base as it is. After the others the base that the adapter belongs to is another.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Settings of PEFT's LoRA under which the factors are not all that the model is.
+_OTHER_MODELS = {
+    "layer_replication": "layers of the base are used several times",
+    "alora_invocation_tokens": "the adapter acts only after certain tokens of a row (aLoRA)",
+    "arrow_config": "a router chooses among several adapters (Arrow)",
+    "use_qalora": "the inputs are pooled before A (QALoRA)",
+    "use_bdlora": "the factors are block-diagonal (BD-LoRA)",
+}
+# Tensors that an adapter file may hold beside the factors of linear layers, by their names: what they are called.
+_BESIDE = (
+    (re.compile(r"\.lora_embedding_[AB]$"), "LoRA factors of an embedding"),
+    (re.compile(r"\.token_adapter\."), "trained rows of an embedding (`trainable_token_indices`)"),
+    (re.compile(r"\.lora_[AB]\.bias$"), "a bias in the factors (`lora_bias`)"),
+    (re.compile(r"\.bias$"), "trained biases of the base (`bias`)"),
+    (re.compile(r"\.lora_[AB]\.\w+\.weight$"), "factors under an adapter's name, as no saved file has them"),
+    (
+        re.compile(r"^(?!.*\.lora_(A|B|magnitude_vector)\.weight$).*\.weight$"),
+        "whole weights (`modules_to_save`, or an embedding)",
+    ),
+)
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -52,8 +74,14 @@ def check_peft_settings(settings: dict[str, Any], file: Path) -> None:
             where=str(file),
             help="save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA.",
         )
-    if settings.get("layer_replication"):
-        raise ModelError("foreign-adapter", "`layer_replication` builds another base", where=str(file))
+    for key, what in _OTHER_MODELS.items():
+        if settings.get(key):
+            raise ModelError(
+                "foreign-adapter",
+                f"`{key}`: {what}",
+                where=str(file),
+                help="use it with PEFT; it cannot be written as a LoRA on the untouched base.",
+            )
 
 
 def check_number(value: Any, what: str, file: Path) -> float:
@@ -64,6 +92,20 @@ def check_number(value: Any, what: str, file: Path) -> float:
     if abs(value) > LARGEST_NUMBER:
         raise damaged(file, f"{what} must be at most {LARGEST_NUMBER:g}")
     return value
+
+
+def check_keys(keys: Iterable[str], file: Path) -> None:
+    """Raise ModelError for tensors that are trained and no factors of linear layers: what they are, and a way out."""
+    for key in keys:
+        what = next((what for pattern, what in _BESIDE if pattern.search(key)), None)
+        if what is not None:
+            raise ModelError(
+                "more-than-factors",
+                f"holds more than the factors of linear layers: {what}, first `{key}`",
+                where=str(file),
+                help="fold it into its base with PEFT (`PeftModel.from_pretrained(model, FOLDER).merge_and_unload()`, "
+                "then `save_pretrained`), and use the result as `base`.",
+            )
 
 
 def damaged(file: Path, message: str) -> ModelError:

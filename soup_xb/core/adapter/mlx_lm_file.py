@@ -1,4 +1,4 @@
-"""mlx-lm's adapter folder: one rank and one scale for all modules, factors transposed, and stretched positions."""
+"""mlx-lm's adapter folder: one rank and scale, factors transposed, its module names, and stretched positions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,55 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.adapter.foreign_settings import check_number, damaged, read_settings
-from soup_xb.core.adapter.peft_file import Factors, SavedAdapter, adapter_modules
+from soup_xb.core.adapter.peft_file import MLX_LM_WEIGHTS, Factors, SavedAdapter, adapter_modules
 from soup_xb.core.adapter.plan import AdapterPlan
+from soup_xb.core.adapter.readers import universal_form
+from soup_xb.core.adapter.tensors import read_tensors
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import ModelError, Problem
 
-WEIGHTS = "adapters.safetensors"
+WEIGHTS = MLX_LM_WEIGHTS
 SETTINGS = "adapter_config.json"
+# Model types whose linear layers have the same names in both libraries, found by comparing their weights.
+_SAME_NAMES = frozenset({
+    "afmoe", "apertus", "cohere", "cohere2", "deepseek_v2", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
+    "exaone_moe", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe",
+    "gpt_bigcode", "gpt_oss", "granite", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jamba",
+    "lfm2", "llama", "llama4", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "ministral3",
+    "mistral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "qwen3_next", "recurrent_gemma", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+})  # fmt: skip
+# Types with the same names but for these (by their last part): split, renamed or another kind of layer in mlx-lm.
+_OTHER_LAYERS = {
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "mistral4"),
+        ("kv_b_proj",),
+    ),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid"), ("router", "layer")),
+    **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), ("gate", "router")),
+    "lfm2_moe": ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"),
+}
+# Types whose language model lies elsewhere: its place in transformers, and in mlx-lm.
+_MULTIMODAL = (
+    "gemma3", "gemma4", "gemma4_unified", "lfm2_vl", "llava", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
+    "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+)  # fmt: skip
+_PLACES = {
+    **dict.fromkeys(_MULTIMODAL, ("model.language_model.", "language_model.model.")),
+    "gemma3n": ("model.", "model.language_model."),
+    "llama4_text": ("model.", "language_model.model."),
+    "muse_glimmer": ("model.language_model.", "model."),
+}
+_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "word_embeddings",
+    "embeddings",
+    "embedding",
+    "tok_embeddings",
+)
 # mlx-lm's name of a factor, ours, in that order; A and B are transposed, the magnitude is not.
 _FACTORS = (("lora_a", "lora_A"), ("lora_b", "lora_B"), ("m", "lora_magnitude_vector"))
 
@@ -38,11 +79,13 @@ def is_mlx_lm_adapter(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file()
 
 
-def to_mlx_lm(saved: SavedAdapter, folder: Path) -> MlxLmAdapter:
+def to_mlx_lm(saved: SavedAdapter, folder: Path, base: str, model_type: str) -> MlxLmAdapter:
     """A saved adapter (read from `folder`) in mlx-lm's form.
 
     Ranks are padded with zeros to the largest; B takes what its own scale has over the common one. The keys
-    are whole module names, so that mlx-lm adapts these modules and no other. Raises ModelError for factors of experts.
+    are whole module names, so that mlx-lm adapts these modules and no other. `base` is the base's name,
+    `model_type` its type, empty where it is not known. Raises ModelError for factors of experts, and for modules
+    that mlx-lm has no counterpart of.
     """
     modules = adapter_modules(saved, folder)
     experts = [module.name for module in modules if module.experts]
@@ -54,30 +97,26 @@ def to_mlx_lm(saved: SavedAdapter, folder: Path) -> MlxLmAdapter:
             where=str(folder),
             help="write the whole model with `soupx merge`, and convert that with `mlx_lm.convert`.",
         )
-    rank = max(module.rank for module in modules)
-    scale = modules[0].scale
+    names = {module.name: _mlx_lm_name(module.name, model_type, folder) for module in modules}
+    saved_plan = AdapterPlan(modules, 0.0, "random", use_rslora=False, seed=0)
+    form = universal_form(saved_plan, saved.factors)
+    rank, scale = form.plan.modules[0].rank, form.plan.modules[0].scale
     tensors: dict[str, Array] = {}
     for module in modules:
-        arrays = saved.factors[module.name]
-        a, b = (
-            np.zeros((module.in_features, rank), np.float32),
-            np.zeros((rank, module.out_features), np.float32),
-        )
-        a[:, : module.rank] = arrays["lora_A"].T
-        b[: module.rank] = arrays["lora_B"].T * np.float32(module.scale / scale)
-        tensors |= {f"{module.name}.lora_a": a, f"{module.name}.lora_b": b}
+        arrays, name = form.factors[module.name], names[module.name]
+        tensors |= {f"{name}.lora_a": arrays["lora_A"].T, f"{name}.lora_b": arrays["lora_B"].T}
         if "lora_magnitude_vector" in arrays:
-            tensors[f"{module.name}.m"] = arrays["lora_magnitude_vector"]
+            tensors[f"{name}.m"] = arrays["lora_magnitude_vector"]
     settings = {
         "fine_tune_type": "dora" if saved.settings.get("use_dora") else "lora",
-        "model": saved.settings.get("base_model_name_or_path"),
+        "model": base,
         # Whole names are found from the model's root; no block is searched by short names.
         "num_layers": 0,
         "lora_parameters": {
             "rank": rank,
             "scale": scale,
             "dropout": 0.0,
-            "keys": [module.name for module in modules],
+            "keys": list(names.values()),
         },
     }
     return MlxLmAdapter(tensors, settings)
@@ -94,12 +133,19 @@ def write_mlx_lm(folder: Path, adapter: MlxLmAdapter) -> None:
     (folder / SETTINGS).write_text(text, "utf-8")
 
 
-def read_mlx_lm(folder: Path) -> tuple[AdapterPlan, Factors]:
-    """An adapter that mlx-lm wrote, as modules and factors in PEFT's shapes.
+def mlx_lm_base(folder: Path) -> str:
+    """The base that an adapter of mlx-lm names in its settings, empty where it names none."""
+    named = _read_settings(folder / SETTINGS).get("model")
+    return named if isinstance(named, str) else ""
 
-    Raises ModelError for a folder that is damaged or holds fully trained weights and no adapter.
+
+def read_mlx_lm(folder: Path, model_type: str) -> tuple[AdapterPlan, Factors]:
+    """An adapter that mlx-lm wrote, as modules and factors in PEFT's shapes and transformers' names.
+
+    `model_type` is the base's, empty where it is not known. Raises ModelError for a folder that is damaged or holds
+    fully trained weights and no adapter, and for modules that transformers has no counterpart of.
     """
-    settings, tensors = _read_settings(folder / SETTINGS), _read_tensors(folder / WEIGHTS)
+    settings, tensors = _read_settings(folder / SETTINGS), read_tensors(folder / WEIGHTS)[0]
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     scale = check_number(scale, "`lora_parameters.scale`", folder / SETTINGS)
@@ -111,13 +157,58 @@ def read_mlx_lm(folder: Path) -> tuple[AdapterPlan, Factors]:
         ours = dict(_FACTORS).get(leaf)
         if ours is None:
             raise damaged(folder / WEIGHTS, f"`{key}` is not a factor of a linear layer")
-        factors.setdefault(name, {})[ours] = (
-            array.astype(np.float32) if leaf == "m" else array.T.astype(np.float32)
-        )
+        if array.ndim == 3:
+            raise _no_counterpart(
+                f"`{name}` is a stack of experts, which transformers keeps in other modules", folder
+            )
+        name = _transformers_name(name, model_type, folder)
+        factors.setdefault(name, {})[ours] = array if leaf == "m" else array.T
     dora = settings.get("fine_tune_type") == "dora"
     modules = (_module(name, arrays, float(scale), folder) for name, arrays in factors.items())
     modules = (evolve(module, dora=dora) for module in modules)
     return AdapterPlan(tuple(modules), 0.0, "random", use_rslora=False, seed=0), factors
+
+
+def _mlx_lm_name(name: str, model_type: str, folder: Path) -> str:
+    _check_name(name, model_type, folder)
+    ours, theirs = _PLACES.get(model_type, ("", ""))
+    if not name.startswith(ours):
+        raise _no_counterpart(f"`{name}` lies outside of `{model_type}`'s language model", folder)
+    return theirs + name.removeprefix(ours)
+
+
+def _transformers_name(name: str, model_type: str, folder: Path) -> str:
+    _check_name(name, model_type, folder)
+    ours, theirs = _PLACES.get(model_type, ("", ""))
+    if not name.startswith(theirs):
+        raise _no_counterpart(f"`{name}` lies outside of `{model_type}`'s language model", folder)
+    return ours + name.removeprefix(theirs)
+
+
+def _check_name(name: str, model_type: str, folder: Path) -> None:
+    """Raise ModelError for a module that the other library knows under another name, or not as a linear layer."""
+    last = name.rpartition(".")[2]
+    if last in _EMBEDDINGS:
+        raise _no_counterpart(f"`{name}` is an embedding", folder)
+    known = {*_SAME_NAMES, *_OTHER_LAYERS, *_PLACES}
+    if model_type and model_type not in known:
+        raise _no_counterpart(
+            f"the modules of `{model_type}` have other names in mlx-lm than in transformers", folder
+        )
+    if last in _OTHER_LAYERS.get(model_type, ()):
+        raise _no_counterpart(
+            f"`{name}` of `{model_type}` is another layer in mlx-lm than in transformers", folder
+        )
+
+
+def _no_counterpart(message: str, folder: Path) -> ModelError:
+    return ModelError(
+        "no-counterpart",
+        message,
+        where=str(folder),
+        help="train without these modules in `target_modules`, or fold the adapter into its base (`soupx merge`, or "
+        "`mlx_lm.fuse` for one of mlx-lm's) and use the whole model.",
+    )
 
 
 def _module(name: str, arrays: Mapping[str, Array], scale: float, folder: Path) -> AdapterModule:
@@ -145,17 +236,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
             help="whole trained weights are a model of their own; use them as a base.",
         )
     return settings
-
-
-def _read_tensors(file: Path) -> dict[str, Array]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        tensors: dict[str, Array] = load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(file, f"cannot be read: {error}") from error
-    return tensors
 
 
 @frozen

@@ -10,16 +10,13 @@ from typing import Any
 
 from attrs import frozen
 
+from soup_xb.core.adapter.readers import Misread, misread_by
 from soup_xb.core.run.report import ModuleRow
 from soup_xb.core.text import count_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The ranks that vLLM allocates for.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_MERGE_CODE = '''\
-model.merge_and_unload().save_pretrained("merged")  # the model from above
-tokenizer.save_pretrained("merged")  # then: mlx_lm.generate --model merged --prompt "…"'''
-
 _EMBEDDING_CODE = """\
 from sentence_transformers import SentenceTransformer
 
@@ -36,7 +33,7 @@ class CardFacts:
     `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
     saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. `embeds`: the model makes vectors
     of texts; `scores`: it is a reward model. `rope` is what was changed of the base's rope parameters. Losses are None
-    where there were none.
+    where there were none. `misread` names the programs that the adapter is not for.
     """
 
     base: str
@@ -44,6 +41,7 @@ class CardFacts:
     steps: int
     modules: Sequence[ModuleRow]
     saved_rank: int
+    misread: Sequence[Misread]
     settings: str
     version: str
     kind: str = "LoRA"
@@ -117,18 +115,44 @@ def _loading(base: str, facts: CardFacts) -> str:
             f"setting**, {_code(json.dumps(dict(facts.rope)))}. On the base as it stands it says something else. "
             f"A model with both in one, which needs no setting: {_code('soupx merge')}.",
         )
-    folder = "PATH/TO/THIS/FOLDER"
+    folder, misread = "PATH/TO/THIS/FOLDER", facts.misread
+    parts += [f"**Not for {one}.**" for one in misread]
     if facts.kind == "VeRA":
-        folder = "plain-lora"
+        folder, misread = "plain-lora", ()
         export = f"soupx export PATH/TO/THIS/FOLDER --to peft --output {folder}"
         parts.append(
-            "The frozen random projections that VeRA shares between modules are in the file. mlx-lm, vLLM and "
-            "llama.cpp do not read this format; the same adapter as a plain LoRA of rank "
-            f"{facts.saved_rank}, which they do read:\n\n{_fenced(export, 'bash')}"
+            "VeRA's frozen random projections, which all modules share, are in the file; PEFT reads it from version "
+            f"0.21 on. The same adapter as a plain LoRA of rank {facts.saved_rank}, which the programs below read:"
+            f"\n\n{_fenced(export, 'bash')}"
         )
-    parts.append(f"With mlx-lm, which reads merged models:\n\n{_fenced(_MERGE_CODE, 'python')}")
-    return "\n\n".join(
-        [*parts, f"With vLLM:\n\n{_fenced(_vllm_command(base, facts.saved_rank, folder), 'bash')}"]
+    if not misread_by(misread, "mlx-lm"):
+        parts.append(f"With mlx-lm:\n\n{_fenced(_mlx_lm_commands(base, folder), 'bash')}")
+    if not misread_by(misread, "llama.cpp"):
+        parts.append(f"With llama.cpp:\n\n{_fenced(_llama_cpp_commands(base, folder), 'bash')}")
+    if not misread_by(misread, "vLLM"):
+        parts.append(f"With vLLM:\n\n{_fenced(_vllm_command(base, facts.saved_rank, folder), 'bash')}")
+    merge = f"soupx merge PATH/TO/THIS/FOLDER{base_option(base)} --output merged"
+    parts.append(f"As a whole model, for every program that reads the base:\n\n{_fenced(merge, 'bash')}")
+    return "\n\n".join(parts)
+
+
+def base_option(base: str) -> str:
+    """`--base` for a base that only its owner's disk has."""
+    return " --base PATH/TO/BASE" if base == "PATH/TO/BASE" else ""
+
+
+def _mlx_lm_commands(base: str, folder: str) -> str:
+    return (
+        f"soupx export {folder} --to mlx-lm --output mlx-adapter\n"
+        f'mlx_lm.generate --model {base} --adapter-path mlx-adapter --prompt "…"'
+    )
+
+
+def _llama_cpp_commands(base: str, folder: str) -> str:
+    return (
+        "python convert_hf_to_gguf.py BASE_FOLDER --outfile base.gguf  # the base, as a folder\n"
+        f"python convert_lora_to_gguf.py --base BASE_FOLDER {folder} --outfile tuned.gguf\n"
+        'llama-cli -m base.gguf --lora tuned.gguf -p "…"'
     )
 
 

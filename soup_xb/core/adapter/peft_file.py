@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
-from soup_xb.core.adapter.foreign_settings import check_peft_settings, damaged, read_settings
+from soup_xb.core.adapter.foreign_settings import check_keys, check_peft_settings, damaged, read_settings
 from soup_xb.core.adapter.pieces import saved_plan
 from soup_xb.core.adapter.plan import AdapterPlan, adapter_settings, pattern_values, short_names
+from soup_xb.core.adapter.readers import (
+    LARGEST_GROWTH,
+    NativeRanks,
+    SavedForm,
+    compact_form,
+    growth,
+    has_universal_form,
+    native_factors,
+    read_native,
+    universal_form,
+)
+from soup_xb.core.adapter.tensors import read_tensors, write_tensors
 from soup_xb.core.adapter.vera import (
     check_vera,
     plain_factors,
@@ -29,6 +40,9 @@ from soup_xb.core.errors import ConfigError, ModelError
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."
+# What tells a folder that mlx-lm wrote, whose settings file has the same name.
+MLX_LM_WEIGHTS = "adapters.safetensors"
+MLX_LM_KEYS = frozenset({"lora_parameters", "fine_tune_type"})
 # The scalar head of a reward model, by transformers' name for it.
 HEAD = "score"
 HEAD_KEY = f"{PREFIX}{HEAD}.weight"
@@ -41,12 +55,14 @@ Factors = Mapping[str, Mapping[str, Array]]
 class SavedAdapter:
     """An adapter read from a folder: `factors` by module name, and the settings file as it is.
 
-    `head` is that of a reward model, float32 (1, hidden size).
+    `head` is that of a reward model, float32 (1, hidden size). With `native` the factors have the ranks and scales that
+    they were trained with, which the settings file does not tell.
     """
 
     factors: Factors
     settings: Mapping[str, Any]
     head: Array | None = None
+    native: NativeRanks | None = None
 
     @property
     def is_vera(self) -> bool:
@@ -64,64 +80,75 @@ class SavedAdapter:
         return SavedAdapter(plain_factors(self.factors, modules, folder / WEIGHTS), settings, self.head)
 
 
-def write_adapter(folder: Path, plan: AdapterPlan, factors: Factors, base: str, names: Sequence[str]) -> None:
+def write_adapter(folder: Path, saved: SavedForm, base: str, names: Sequence[str]) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
 
     `names` are the names of the base's linear modules: `target_modules` is written in its short form (`q_proj`)
     only where that reaches the adapted modules and no other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors writes memory as it lies: a transposed view would come back scrambled.
+    plan = saved.plan
     tensors = {
-        _key(name, factor): np.ascontiguousarray(array)
-        for name, arrays in file_factors(factors, plan.modules).items()
+        _key(name, factor): array
+        for name, arrays in file_factors(saved.factors, plan.modules).items()
         for factor, array in arrays.items()
     }
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors, saved.metadata)
     if plan.use_vera:
         settings = vera_settings(plan, base, short_names([adapter.name for adapter in plan.modules], names))
     else:
-        settings = adapter_settings(saved_plan(plan, factors), base, names)
+        settings = adapter_settings(plan, base, names)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Array]) -> None:
-    """Write a file of weights as PEFT's readers expect it."""
-    from safetensors.numpy import save_file
+def saved_form(plan: AdapterPlan, factors: Factors, form: str = "auto") -> SavedForm:
+    """The adapter in the form in which it is written: `universal` (see core.adapter.readers) or `compact`.
 
-    save_file(dict(tensors), file, metadata={"format": "pt"})
-    # safetensors writes with mode 0600 whatever the umask says.
-    _take_umask(file)
+    `auto` is the universal one where it is not much larger. Experts and VeRA have the compact one alone.
+    """
+    if not has_universal_form(plan):
+        return compact_form(plan if plan.use_vera else saved_plan(plan, factors), factors)
+    native = saved_plan(plan, factors)
+    if form == "compact" or (form == "auto" and growth(native) > LARGEST_GROWTH):
+        return compact_form(native, factors)
+    return universal_form(native, factors)
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
-    """Read an adapter in PEFT's layout. Raises ModelError naming the file and what is wrong with it."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """Read an adapter in PEFT's layout, with the ranks and scales that it was trained with.
 
+    Raises ModelError naming the file and what is wrong with it.
+    """
+    saved, metadata = _read_file(folder)
+    try:
+        native = None if saved.is_vera else read_native(metadata)
+    except ValueError as error:
+        raise damaged(folder / WEIGHTS, str(error)) from error
+    if native is None:
+        return saved
+    scales = {module.name: module.scale for module in adapter_modules(saved, folder)}
+    factors = native_factors(saved.factors, native, scales)
+    return saved if factors is None else evolve(saved, factors=factors, native=native)
+
+
+def read_stored(folder: Path) -> SavedAdapter:
+    """Read an adapter as its file has it, padding and all, as other programs do. Raises as `read_adapter`."""
+    return _read_file(folder)[0]
+
+
+def _read_file(folder: Path) -> tuple[SavedAdapter, dict[str, str]]:
     settings = _read_settings(folder)
     if not (folder / WEIGHTS).is_file():
         raise _no_weights(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        cure = (
-            "save it in float32 or float16 safetensors with PEFT."
-            if isinstance(error, TypeError | KeyError)
-            else ""
-        )
-        raise ModelError(
-            "damaged-adapter", f"cannot be read: {error}", where=str(folder / WEIGHTS), help=cure
-        ) from error
+    tensors, metadata = read_tensors(folder / WEIGHTS)
     if not tensors:
         raise damaged(folder / WEIGHTS, "holds no factors")
     head = _read_head(tensors, folder / WEIGHTS)
+    check_keys(tensors, folder / WEIGHTS)
     factors: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
         name, factor = _split_key(key, settings["peft_type"], folder / WEIGHTS)
-        # What is beyond float32 becomes infinite, which is refused below.
-        with np.errstate(over="ignore"):
-            factors.setdefault(name, {})[factor] = array.astype(np.float32)
+        factors.setdefault(name, {})[factor] = array
     for name, arrays in factors.items():
         for factor, array in arrays.items():
             if not np.isfinite(array).all():
@@ -133,9 +160,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 )
     if settings["peft_type"] == "VERA":
         check_vera(factors, folder / WEIGHTS)
-        return SavedAdapter(factors, settings, head)
+        return SavedAdapter(factors, settings, head), metadata
     try:
-        return SavedAdapter(named_factors(factors, settings), settings, head)
+        return SavedAdapter(named_factors(factors, settings), settings, head), metadata
     except ValueError as error:
         raise damaged(folder / WEIGHTS, str(error)) from error
     except ConfigError as error:
@@ -188,8 +215,9 @@ def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, .
 
     Raises ModelError for factors that do not belong together, and for a pattern that is none or runs away.
     """
-    alphas = saved.settings.get("alpha_pattern") or {}
-    rslora = saved.settings.get("use_rslora") is True
+    native = saved.native
+    alphas = {} if native else saved.settings.get("alpha_pattern") or {}
+    rslora = native.use_rslora if native else saved.settings.get("use_rslora") is True
     dora = saved.settings.get("use_dora") is True
     by_weight = by_weight_names(saved.factors, saved.settings)
     names = [f"{name}.weight" if name in by_weight else name for name in saved.factors]
@@ -203,7 +231,7 @@ def adapter_modules(saved: SavedAdapter, folder: Path) -> tuple[AdapterModule, .
         if sizes is None:
             raise damaged(folder / WEIGHTS, f"the factors of `{module}` do not belong together")
         out, width, rank, experts = sizes
-        alpha = values.get(name, saved.settings.get("lora_alpha", 8))
+        alpha = native.modules[module][1] if native else values.get(name, saved.settings.get("lora_alpha", 8))
         scale = adapter_scale(alpha, rank, rslora)
         kind = {"by_weight": module in by_weight, "dora": dora}
         modules.append(AdapterModule(module, out, width, rank, alpha, scale, experts, **kind))
@@ -249,6 +277,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             help="name a folder that holds adapter_config.json, or a run's output folder.",
         )
     settings = read_settings(file)
+    if "peft_type" not in settings and (MLX_LM_KEYS & settings.keys() or (folder / MLX_LM_WEIGHTS).is_file()):
+        raise ModelError(
+            "mlx-lm-adapter",
+            "is an adapter in mlx-lm's form, and one in PEFT's is read here",
+            where=str(folder),
+            help=f"write it in PEFT's form first: `soupx export {folder} --to peft --output NEW`.",
+        )
     if settings.get("peft_type") not in ("LORA", "VERA"):
         raise ModelError("foreign-adapter", "is not a LoRA or VeRA adapter in PEFT's layout", where=str(file))
     check_peft_settings(settings, file)
@@ -284,12 +319,6 @@ def _split_key(key: str, kind: str, file: Path) -> tuple[str, str]:
 def _split_lora_key(key: str) -> tuple[str, str] | None:
     match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?", key)
     return (match[1], match[2]) if match else None
-
-
-def _take_umask(file: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
 
 
 _NESTED = re.compile(r"(\.base_layer)+$")

@@ -107,6 +107,20 @@ def deviation(adapter: AdapterModule, factors: Mapping[str, Array], live: LayerD
     )
 
 
+def share_off(
+    one: tuple[AdapterModule, Mapping[str, Array]], other: tuple[AdapterModule, Mapping[str, Array]]
+) -> float:
+    """How far two forms of one module's factors are apart, as a share of what the first adds, in float64."""
+    added, squares = [], []
+    for module, factors in (one, other):
+        inputs = probe_inputs(module.name, module.in_features).astype(np.float64)
+        a, b = (factors[name].astype(np.float64) for name in ("lora_A", "lora_B"))
+        added.append(module.scale * _through(inputs, a, b))
+        squares.append(module.scale**2 * _through(inputs**2, a**2, b**2))
+    terms = math.sqrt(squares[0].sum())
+    return float(np.sqrt(((added[0] - added[1]) ** 2).sum())) / terms if terms else 0.0
+
+
 def _through(inputs: Array, a: Array, b: Array) -> Array:
     """(rows, in) through A (rank, in) and B (out, rank), or through a stack of such pairs."""
     product: Array = inputs @ np.swapaxes(a, -1, -2) @ np.swapaxes(b, -1, -2)

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 from attrs import frozen
 
-from soup_xb.core.adapter.peft_file import Factors, adapter_modules, read_adapter
+from soup_xb.core.adapter.peft_file import Factors, adapter_modules, read_stored
 from soup_xb.core.adapter.plan import AdapterPlan, pattern_values, target_name
 from soup_xb.core.adapter.probe import Deviation, deviation
+from soup_xb.core.adapter.readers import SavedForm, is_universal
 from soup_xb.core.base.modules import AdapterModule, reachable_names
 from soup_xb.core.errors import ConfigError, ModelError, Problem
 from soup_xb.core.run.plan import Plan
@@ -81,14 +82,15 @@ class Proof:
         return Problem("inert-modules", text)
 
 
-def prove(session: Session, plan: AdapterPlan, folder: Path, factors: Factors) -> Proof:
-    """Read the adapter in `folder` back and compare it with `factors`, which were written, and with the live layers.
+def prove(session: Session, plan: AdapterPlan, folder: Path, written: SavedForm) -> Proof:
+    """Read the adapter in `folder` back and compare it with what was written, and with the live layers.
 
-    Names, ranks, scales and targets are those that the folder's own files give a reader. Raises ModelError
-    `adapter-not-saved` where the bytes are not those that were written, and `adapter-not-proven` naming the module.
+    Names, ranks, scales and targets are those that the folder's own files give a reader: PEFT by its patterns, and in
+    the universal form also programs that read one rank and one alpha. Raises ModelError `adapter-not-saved` where the
+    bytes are not those that were written, and `adapter-not-proven` naming the module.
     """
-    saved = _read(lambda: read_adapter(folder), folder)
-    _check_written(saved.factors, factors, folder)
+    saved = _read(lambda: read_stored(folder), folder)
+    _check_written(saved.factors, written.factors, folder)
     plain = _read(lambda: saved.plain(plan.modules, folder), folder)
     modules = _read(lambda: adapter_modules(plain, folder), folder)
     _check_names(modules, plan, folder)
@@ -107,6 +109,8 @@ def prove(session: Session, plan: AdapterPlan, folder: Path, factors: Factors) -
             f"{worst.relative:.2g} of it, and rounding explains {_bound(worst):.2g}",
             folder,
         )
+    if written.is_universal:
+        _check_readers(saved.settings, modules, folder)
     return Proof(tuple(deviations), plan.merges)
 
 
@@ -172,6 +176,17 @@ def _check_ranks(settings: Mapping[str, Any], modules: Sequence[AdapterModule], 
             raise _not_proven(
                 f"the settings give `{name}` the rank {rank}, and its factors have {module.rank}", folder
             )
+
+
+def _check_readers(settings: Mapping[str, Any], modules: Sequence[AdapterModule], folder: Path) -> None:
+    """Programs that read one rank and one alpha must come to the scales that PEFT comes to."""
+    odd = [module.name for module in modules if not is_universal(settings, [module])]
+    if odd:
+        raise _not_proven(
+            f"programs that read one rank and one alpha give {len(odd)} modules another scale than PEFT, first "
+            f"`{odd[0]}`",
+            folder,
+        )
 
 
 def _check_targets(

@@ -67,6 +67,25 @@ class BaseFolder:
         return str(written.get("quant_method") or "mlx") if isinstance(written, dict) else "unknown"
 
 
+def has_tied_head(base: BaseFolder) -> bool:
+    """Whether the output head is the embedding: the config says so, or the files hold no weight for a head."""
+    from safetensors import safe_open
+
+    parts = (base.config, base.config.get("text_config"))
+    told = [
+        part["tie_word_embeddings"]
+        for part in parts
+        if isinstance(part, dict) and "tie_word_embeddings" in part
+    ]
+    if told:
+        return told[-1] is True
+    for file in weight_files(base.path):
+        with safe_open(str(file), framework="numpy") as tensors:
+            if any(name.rpartition(".")[0].endswith(("lm_head", "embed_out")) for name in tensors.keys()):  # noqa: SIM118
+                return False
+    return True
+
+
 def inspect_base(path: Path, weights: bool = True) -> BaseFolder:
     """Check a base folder: its config, and with `weights` every safetensors file's header and size.
 
