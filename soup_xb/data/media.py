@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from soup_xb.core.rows.examples import (
     RowMedia,
 )
 from soup_xb.core.rows.row import Row
-from soup_xb.core.text import mask_file
-from soup_xb.data.media_inputs import KEPT_FILES, find_files, open_processor, read_image, read_sound, unusable
+from soup_xb.data.media_inputs import find_files, open_processor, read_image, read_sound, unusable
+from soup_xb.data.model_files import copy_processor
 from soup_xb.data.spans import Markup, Span
 from soup_xb.data.tokenizer import ChatTokenizer, Tokenized, open_tokenizer
 
@@ -50,14 +49,11 @@ class MediaTokenizer(ChatTokenizer):
         """They do."""
         return True
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, pad_token: str = "") -> None:
         """Write the tokenizer's files, the processor's settings as the base has them, and the kind of the files."""
-        super().save(folder)
+        super().save(folder, pad_token)
         write_media_kind(folder, self.maker.kind)
-        for name in KEPT_FILES:
-            if (self.base / name).is_file():
-                shutil.copyfile(self.base / name, folder / name)
-                mask_file(folder / name)
+        copy_processor(self.base, folder, self.new_template)
 
     def _markup(self, example: Example) -> Markup:
         markup = super()._markup(_as_conversation(example))

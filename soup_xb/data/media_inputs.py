@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 # In the order in which AutoProcessor asks them for the processor's class.
 CONFIG_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-# What an adapter's folder keeps of its base's processor, beside the tokenizer.
-KEPT_FILES = (*CONFIG_FILES[:2], "video_preprocessor_config.json", "chat_template.json")
 
 
 def open_processor(base: Path) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.base.folder import read_object
+from soup_xb.core.base.model_config import CONFIG
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.rows.examples import ChatExample, Example, Message, Source
 from soup_xb.core.rows.row import Row, text_row
-from soup_xb.core.text import mask_file
 from soup_xb.data.chat_template import (
     ChatTemplate,
     RenderError,
@@ -26,11 +25,18 @@ from soup_xb.data.chat_template import (
     own_template,
     read_template,
 )
+from soup_xb.data.model_files import (
+    ANY_CLASS,
+    GENERATION,
+    TokenizerChanges,
+    base_end_ids,
+    change_tokenizer,
+    copy_tokenizer,
+    read_as_it_stands,
+    write_generation,
+)
 from soup_xb.data.spans import Array, Encoder, EndTokens, Markup, mark_assistant_turns, turn_end
 
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
-TOKENIZER = "tokenizer_config.json"
 _CUT_AWAY = "everything to learn lies beyond max_length"
 
 
@@ -54,19 +60,24 @@ class Tokenized:
 class ChatTokenizer:
     """The tokenizer of a base. Made by `open_tokenizer`.
 
-    `prefix` are the ids that the tokenizer puts before a plain text by itself (bos), `end_ids` all ids that end
-    a turn or a generation, the tokenizer's own eos first. `turn_end` is what the chat template writes after an
-    assistant's words: empty for nothing, None where there is no template or it cannot be told.
+    `model` is the folder of the model that it belongs to, which may be another than its own. `prefix` are the ids that
+    the tokenizer puts before a plain text by itself (bos), `end_ids` all ids that end a turn or a generation, the
+    tokenizer's own eos first; `base_ends` are those of them that the base's own files name. `turn_end` is what the chat
+    template writes after an assistant's words: empty for nothing, None where there is no template or it cannot be told.
+    `new_template` is the template's text where the tokenizer's files hold another one or none.
     """
 
     base: Path
+    model: Path
     hf: Any
     encoder: Encoder
     template: ChatTemplate | None
     ends: EndTokens
     prefix: tuple[int, ...]
     end_ids: tuple[int, ...]
+    base_ends: tuple[int, ...]
     turn_end: str | None
+    new_template: str
 
     @property
     def fingerprint(self) -> str:
@@ -134,18 +145,44 @@ class ChatTokenizer:
         )
         return text
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, with the chat template in use, and what the base says of generation.
+    @property
+    def unnamed_end(self) -> str:
+        """The token that ends a turn and is none of the ends that the base's own files name; empty if it is."""
+        ids = [token for token in self.end_ids if token not in self.base_ends]
+        return str(self.hf.convert_ids_to_tokens(ids[0])) if ids else ""
 
-        That file names end tokens too; without it an adapter folder's answers would run on.
+    def save(self, folder: Path, pad_token: str = "") -> None:
+        """Write the tokenizer's own files, with the chat template in use, and a generation_config.json with all ends.
+
+        transformers opens them beside an adapter and beside a model (config.json written before), and gives the same
+        tokens. `pad_token` is for a tokenizer that has none.
         """
-        self.hf.save_pretrained(str(folder))
-        generation = self.base / GENERATION
-        if generation.is_file():
-            shutil.copyfile(generation, folder / GENERATION)
-        for name in (TOKENIZER, GENERATION):
-            if (folder / name).is_file():
-                mask_file(folder / name)
+        alone = not (folder / CONFIG).is_file()
+        name = type(self.hf).__name__
+        changes = TokenizerChanges(
+            template=self.new_template,
+            pad_token=pad_token,
+            class_name="" if not alone else ANY_CLASS if name == "TokenizersBackend" else name,
+            plain_start=self.hf.bos_token_id not in _prefix(self.hf, self.encoder),
+        )
+        copy_tokenizer(self.base, folder, changes)
+        if not self._opens_alike(folder):
+            # Without the model's type, or with another one, transformers may take another class and build it anew.
+            read_as_it_stands(folder)
+            if not self._opens_alike(folder):
+                self.hf.save_pretrained(str(folder))
+                change_tokenizer(folder, changes)
+        generation, config = _generation_files(self.base, self.model)
+        write_generation(generation, config, folder, self.end_ids)
+
+    def _opens_alike(self, folder: Path) -> bool:
+        """Whether transformers makes the same tokens of the files in a folder."""
+        try:
+            again = _load(folder)
+        except ModelError:
+            return False
+        same: bool = Encoder.of(again).engine.to_str() == self.encoder.engine.to_str()
+        return same and again("a").input_ids == self.hf("a").input_ids
 
     def _chat_template(self) -> ChatTemplate:
         if self.template is None:
@@ -210,10 +247,13 @@ class ChatTokenizer:
             )
 
 
-def open_tokenizer(base: Path, chat_template: str | None = None, processor: Any = None) -> ChatTokenizer:
+def open_tokenizer(
+    base: Path, chat_template: str | None = None, processor: Any = None, model: Path | None = None
+) -> ChatTokenizer:
     """The tokenizer in a local folder. `chat_template` (text, or the path of a .jinja file) wins over the base's.
 
     With `processor` (see media.processor) it is that processor's tokenizer, and turns reach the template as parts.
+    `model` is the folder of its model where that is another one, an adapter's base.
 
     Raises ModelError for a folder without a usable tokenizer, or a broken or oversized chat template, and
     ConfigError for a template file that cannot be read. No code in the folder is run.
@@ -225,21 +265,28 @@ def open_tokenizer(base: Path, chat_template: str | None = None, processor: Any 
     template = (
         ChatTemplate(text, hf.special_tokens_map, where, in_parts=processor is not None) if text else None
     )
+    own = hf.chat_template.get("default") if isinstance(hf.chat_template, dict) else hf.chat_template
     if template is not None:
         check_template(template)
         hf.chat_template = template.text
     ends = EndTokens(token.content for token in hf.added_tokens_decoder.values())
     end = turn_end(template, ends) if template else None
     encoder = Encoder.of(hf)
+    generation, config = _generation_files(base, model or base)
+    base_ends = _unique([hf.eos_token_id, *base_end_ids(generation, config)])
+    token = ends.first(end or "")
     return ChatTokenizer(
         base=base,
+        model=model or base,
         hf=hf,
         encoder=encoder,
         template=template,
         ends=ends,
         prefix=_prefix(hf, encoder),
-        end_ids=_end_ids(hf, base, ends.first(end or "")),
+        end_ids=_unique([*base_ends, hf.convert_tokens_to_ids(token.group()) if token else None]),
+        base_ends=base_ends,
         turn_end=end,
+        new_template=template.text if template and template.text != own else "",
     )
 
 
@@ -310,23 +357,12 @@ def _prefix(hf: Any, encoder: Encoder) -> tuple[int, ...]:
     return ()
 
 
-def _end_ids(hf: Any, base: Path, turn_end_token: Any) -> tuple[int, ...]:
-    ids = [hf.eos_token_id, *_generation_end_ids(base / GENERATION)]
-    if turn_end_token is not None:
-        ids.append(hf.convert_tokens_to_ids(turn_end_token.group()))
+def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
-def _generation_end_ids(file: Path) -> list[int]:
-    if not file.is_file():
-        return []
-    try:
-        eos = json.loads(file.read_bytes()).get("eos_token_id")
-    except (ValueError, AttributeError, RecursionError, OSError) as error:
-        raise ModelError("base-config", f"is not a JSON object: {error}", where=str(file)) from error
-    ids = eos if isinstance(eos, list) else [eos]
-    if any(type(token) is not int and token is not None for token in ids):
-        raise ModelError(
-            "base-config", "`eos_token_id` must be a number or a list of numbers", where=str(file)
-        )
-    return [token for token in ids if token is not None]
+def _generation_files(base: Path, model: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """The generation_config.json beside a tokenizer or its model, if there is one, and the model's config.json."""
+    files = (folder / GENERATION for folder in (base, model))
+    config = read_object(model / CONFIG, "base-config") if (model / CONFIG).is_file() else {}
+    return next((file for file in files if file.is_file()), None), config

@@ -250,7 +250,7 @@ def _tokenizer(base: BaseFolder, folder: Path | None, task: str) -> ChatTokenize
         # The processor is the base's; the template may be one that the run was given.
         template = folder / "chat_template.jinja"
         return open_tokenizer_for(TASKS[task].media, base.path, str(template) if template.is_file() else None)
-    return open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path)
+    return open_tokenizer(folder if folder and _holds_tokenizer(folder) else base.path, model=base.path)
 
 
 def _holds_tokenizer(folder: Path) -> bool:
@@ -331,9 +331,10 @@ def save_embedding_model(
 ) -> None:
     """Write sentence-transformers' files and the tokenizer, which needs a padding token where several texts meet."""
     write_embedding_files(folder, facts, session.describe().hidden_size)
+    pad_token = ""
     if tokenizer.hf.pad_token is None:
-        tokenizer.hf.pad_token = tokenizer.hf.convert_ids_to_tokens(tokenizer.pad_id)
-    tokenizer.save(folder)
+        tokenizer.hf.pad_token = pad_token = str(tokenizer.hf.convert_ids_to_tokens(tokenizer.pad_id))
+    tokenizer.save(folder, pad_token)
 
 
 def refuse_embeddings(saved: SavedAdapter, folder: Path, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from soup_xb.core.adapter.mlx_lm_file import (
     mlx_lm_base,
     read_mlx_lm,
     to_mlx_lm,
+    tokenizer_readme,
     write_mlx_lm,
 )
 from soup_xb.core.adapter.peft_file import (
@@ -44,7 +46,7 @@ from soup_xb.core.adapter.readers import (
     is_universal,
     scales_rounded,
 )
-from soup_xb.core.base.folder import has_tied_head, inspect_base
+from soup_xb.core.base.folder import has_tied_head, inspect_base, read_object
 from soup_xb.core.base.rope import RopeScaling, note_scaling, noted_scaling
 from soup_xb.core.disk import disk_errors, write_text
 from soup_xb.core.errors import ModelError, Problem, ResourceError
@@ -55,6 +57,7 @@ from soup_xb.core.run.record import RECORD, read_record
 from soup_xb.core.text import mask_file
 from soup_xb.data.hub import base_at_hand, portable_name, resolve_base
 from soup_xb.data.media_inputs import is_processor_folder
+from soup_xb.data.model_files import copy_processor, copy_saved_tokenizer, read_saved_chat
 from soup_xb.runs.adapters import (
     LoadedAdapter,
     TrainedOptions,
@@ -112,6 +115,7 @@ def _from_mlx_lm(folder: Path, target: Path, options: ExportOptions) -> tuple[Pr
     with _published(target) as staged:
         # Without the base no short name is known to reach the adapted modules alone.
         write_adapter(staged, form, portable_name(name), names=())
+        copy_saved_tokenizer(folder, staged)
         if scaling is not None:
             note_scaling(staged, scaling)
         return (*notices, *_form_notices(form), _deviation(plan, factors, read_stored(staged), staged))
@@ -132,12 +136,19 @@ def _to_mlx_lm(saved: SavedAdapter, folder: Path, target: Path, base: str | None
     if saved.is_vera:
         notices = (*notices, _plain_notice(adapter.settings["lora_parameters"]["rank"]))
     stretched = None if scaling is None else _stretched(scaling, name)
+    chat, readme = read_saved_chat(folder), []
     with _published(target) as staged:
         write_mlx_lm(staged, adapter)
+        copy_saved_tokenizer(folder, staged)
         if stretched is not None:
             note_scaling(staged, stretched.scaling)
-            write_text(staged / "README.md", stretched.readme())
+            readme.append(stretched.readme())
             notices = (*notices, stretched.notice(target))
+        if chat.differs:
+            load = stretched.code(".") if stretched else f'mlx_lm.load({json.dumps(name)}, adapter_path=".")'
+            readme.append(tokenizer_readme(load, name, chat.end_ids, chat.new_template))
+        if readme:
+            write_text(staged / "README.md", "\n".join(readme))
         back, factors = read_mlx_lm(staged, model_type)
         read = SavedAdapter(
             factors, {}, native=NativeRanks(False, {m.name: (m.rank, m.alpha) for m in back.modules})
@@ -305,6 +316,11 @@ def merge_adapter(options: TrainedOptions, target: Path) -> tuple[Problem, ...]:
             outputs = [_outputs(trained, adapter) for adapter in (True, False) if probed]
             trained.session.save_merged(staged)
             mask_file(staged / "config.json")
+            if (
+                read_object(staged / "config.json", "base-config").get("model_type")
+                == trained.base.model_type
+            ):
+                copy_processor(trained.base.path, staged, trained.tokenizer.new_template)
             if trained.embedding is None:
                 trained.tokenizer.save(staged)
             else:

@@ -95,6 +95,7 @@ def save_adapter(run: OpenRun, folder: RunFolder) -> tuple[Notice, ...]:
         write_text(staged / "README.md", card)
     notices = [*proof.notices(), *_form_notices(saved, misread, run.loaded.config.output)]
     notices += [_OF_A_STRETCHED_BASE] if scaling is not None else []
+    notices += [_other_end(run.tokenizer.unnamed_end)] if _has_other_end(run) else []
     return (*map(Notice, notices), *(Notice(problem, warning=True) for problem in proof.warnings()))
 
 
@@ -107,6 +108,22 @@ def _form_notices(saved: SavedForm, misread: Sequence[Misread], output: str) -> 
         help = f"`soupx export {output} --to peft --output NEW` writes the plain LoRA that all of them read."
         text = f"the adapter is not for {'; not for '.join(map(str, misread))}"
         yield Problem("not-for-every-reader", text, help=help if other else "")
+
+
+def _has_other_end(run: OpenRun) -> bool:
+    """Whether the tuned model ends its turns with a token that clients of the base do not stop at."""
+    task = TASKS[run.loaded.config.task]
+    return bool(run.tokenizer.unnamed_end) and not (task.embeds or task.scores)
+
+
+def _other_end(token: str) -> Problem:
+    return Problem(
+        "turn-end-not-eos",
+        f"turns end with `{token}`, which the base's own files do not name as an end: generation_config.json beside "
+        "the adapter and beside a merged model names both",
+        help="transformers and mlx-lm stop at it with a merged model; with the adapter, vLLM takes "
+        f"`--generation-config FOLDER`, mlx_lm.generate `--extra-eos-token '{token}'`.",
+    )
 
 
 def answer_prompts(run: OpenRun, prompts: Sequence[str]) -> tuple[Sample, ...]:
@@ -146,6 +163,8 @@ def _card(run: OpenRun, events: Sequence[Event], saved: SavedForm, misread: Sequ
         saved_rank=max(module.rank for module in saved.plan.modules),
         misread=misread,
         rope=scaling.described() if scaling else None,
+        new_template=bool(run.tokenizer.new_template),
+        other_end=_has_other_end(run),
         kind="VeRA" if run.plan.adapters.use_vera else "LoRA",
         embeds=TASKS[config.task].embeds,
         scores=TASKS[config.task].scores,

@@ -114,3 +114,12 @@ def test_a_local_base_has_to_be_named_again_for_the_whole_model() -> None:
     assert "soupx merge PATH/TO/THIS/FOLDER --base PATH/TO/BASE" in model_card(
         evolve(FACTS, base="/home/me/tiny")
     )
+
+
+def test_a_template_of_its_own_and_another_end_are_given_to_every_client() -> None:
+    card = model_card(evolve(FACTS, new_template=True, other_end=True))
+    folder = "PATH/TO/THIS/FOLDER"
+    assert f'model.generation_config = GenerationConfig.from_pretrained("{folder}")' in card
+    assert f"--chat-template {folder}/chat_template.jinja --generation-config {folder}" in card
+    plain = model_card(FACTS)
+    assert "GenerationConfig" not in plain and "--chat-template" not in plain

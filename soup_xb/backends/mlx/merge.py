@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,8 @@ from soup_xb.backends.mlx.load import Opened, read_arrays
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.core.adapter.pieces import beyond_format
 from soup_xb.core.adapter.probe import LayerDelta, probe_inputs
-from soup_xb.core.base.folder import weight_files
+from soup_xb.core.base.folder import weight_files, write_index
+from soup_xb.core.base.model_config import ConfigChanges
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
 
@@ -81,15 +80,11 @@ def _dora_addition(
     )
 
 
-# What belongs to a model besides its weights; code is left behind.
-_COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-
-
-def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
+def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> ConfigChanges:
     """Write the full model, weight + scale * B A, in the files, names and dtypes of the base.
 
-    Raises ModelError for a quantized base, whose rounded weights the sum does not fit into, and for a sum that
-    the dtype cannot hold.
+    Gives what its config changes. Raises ModelError for a quantized base, whose rounded weights the sum does not fit
+    into, and for a sum that the dtype cannot hold.
     """
     layers = adapters.layers.values()
     if opened.folder.quantization or any("scales" in layer.linear for layer in layers):
@@ -99,9 +94,13 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
             help="merge onto the plain base: run again with `--set training.quantization=none`.",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    left = set(adapters.layers)
-    for file in weight_files(opened.folder.path):
+    left, files = set(adapters.layers), weight_files(opened.folder.path)
+    places: dict[str, str] = {}
+    size = 0
+    for file in files:
         weights = read_arrays(file)
+        places |= dict.fromkeys(weights, file.name)
+        size += sum(array.nbytes for array in weights.values())
         for name in sorted(left):
             if f"{name}.weight" in weights:
                 weights[f"{name}.weight"] = _merged(adapters, name, weights[f"{name}.weight"])
@@ -114,20 +113,9 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> None:
             where=str(opened.folder.path),
             help="merge with --backend torch.",
         )
-    for companion in sorted(opened.folder.path.iterdir()):
-        if companion.is_file() and companion.suffix in _COMPANIONS:
-            shutil.copyfile(companion, folder / companion.name)
-    if opened.reading.stretched is not None:
-        _stretch(folder / "config.json", opened.reading.stretched)
-
-
-def _stretch(file: Path, parameters: Mapping[str, Any]) -> None:
-    """Write positions that were stretched for the training into the merged model's config."""
-    config = json.loads(file.read_text("utf-8"))
-    for older in ("rope_scaling", "rope_theta"):
-        config.pop(older, None)
-    config["rope_parameters"] = dict(parameters)
-    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if len(files) > 1:
+        write_index(folder, places, size)
+    return ConfigChanges(rope_parameters=opened.reading.stretched)
 
 
 def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:

@@ -50,7 +50,9 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int, where: str) -> Rope:
     if allowed is None:
         raise refused(where, f"rope_parameters.rope_type: {kind}")
     odd = sorted(
-        key for key in set(parameters) - allowed - {"rope_type", "rope_theta"} if parameters[key] is not None
+        key
+        for key in set(parameters) - allowed - {"rope_type", "type", "rope_theta"}
+        if parameters[key] is not None
     )
     if odd:
         raise refused(where, f"rope_parameters.{odd[0]}")

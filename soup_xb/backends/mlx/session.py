@@ -22,6 +22,7 @@ from soup_xb.backends.mlx.starts import weight_starts
 from soup_xb.backends.mlx.step import Step
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.probe import LayerDelta
+from soup_xb.core.base.model_config import write_config
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.errors import ConfigError, ModelError, Problem
@@ -155,7 +156,8 @@ class MlxSession:
 
     def save_merged(self, folder: Path) -> None:
         """Write the base with the adapter folded in."""
-        write_merged(self._opened, self._trained(self._adapters), folder)
+        changes = write_merged(self._opened, self._trained(self._adapters), folder)
+        write_config(folder, self.settings.base, changes)
 
     def peak_memory_bytes(self) -> int:
         """The most memory this process held."""

@@ -23,6 +23,8 @@ from soup_xb.backends.torch.starts import weight_matrix
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.pieces import beyond_format
 from soup_xb.core.adapter.probe import LayerDelta, probe_inputs
+from soup_xb.core.base.folder import read_object
+from soup_xb.core.base.model_config import CONFIG, ConfigChanges
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import ModelError
 
@@ -172,8 +174,8 @@ def _array(tensor: torch.Tensor) -> Array:
     return array
 
 
-def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) -> None:
-    """Write the full model, weight + scale * B A, as safetensors in the base's dtype.
+def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) -> ConfigChanges:
+    """Write the full model, weight + scale * B A, as safetensors in the base's dtype; gives what its config changes.
 
     An adapted output head that shares its weight with the embedding gets one of its own. Raises ModelError for a
     quantized base, whose rounded weights the sum does not fit into, for any other weight that modules share, and for a
@@ -197,13 +199,38 @@ def write_merged(model: Any, adapters: Adapters | VeraAdapters, folder: Path) ->
         state[name] = _merged_weight(adapters, adapter.name)
         if not state[name].isfinite().all():
             raise beyond_format(adapter.name, str(state[name].dtype).removeprefix("torch."))
-    with _own_head(model, adapters):
+    with _own_head(model, adapters) as own_head, _without_generation(model):
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    written = read_object(folder / CONFIG, "base-config")
+    return ConfigChanges(
+        dtype=str(model.dtype).removeprefix("torch."),
+        architectures=written.get("architectures") or (),
+        own_head=own_head,
+        instead=written,
+    )
 
 
 @contextmanager
-def _own_head(model: Any, adapters: Adapters | VeraAdapters) -> Iterator[None]:
-    """Inside, the config says that head and embedding are two weights, where an adapter on the head parts them."""
+def _without_generation(model: Any) -> Iterator[None]:
+    """Inside, the model has a plain generation config: transformers refuses to save some that many bases have."""
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _own_head(model: Any, adapters: Adapters | VeraAdapters) -> Iterator[bool]:
+    """Inside, the config says that head and embedding are two weights, where an adapter on the head parts them.
+
+    Gives whether they are.
+    """
     shared = _sharing(model, adapters)
     head = model.get_output_embeddings()
     for name in shared:
@@ -218,7 +245,7 @@ def _own_head(model: Any, adapters: Adapters | VeraAdapters) -> Iterator[None]:
     try:
         for config in configs:
             config.tie_word_embeddings = False
-        yield
+        yield bool(shared)
     finally:
         for config, value in zip(configs, tied, strict=True):
             config.tie_word_embeddings = value

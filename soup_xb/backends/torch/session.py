@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from attrs import evolve
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from soup_xb.backends.torch.adapters import (
@@ -49,6 +50,8 @@ from soup_xb.backends.torch.step import Step
 from soup_xb.backends.torch.vera import VeraAdapters
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.probe import LayerDelta
+from soup_xb.core.base.folder import inspect_base
+from soup_xb.core.base.model_config import write_config
 from soup_xb.core.base.modules import AdapterModule
 from soup_xb.core.errors import Problem
 from soup_xb.core.objectives.objective import StepState
@@ -216,7 +219,13 @@ class TorchSession:
 
     def save_merged(self, folder: Path) -> None:
         """Write the base with the adapter folded in."""
-        write_merged(self.model, self._trained(self._adapters), folder)
+        changes = write_merged(self.model, self._trained(self._adapters), folder)
+        config, base = self.model.config, inspect_base(self.settings.base, weights=False)
+        if self.settings.rope_scaling is not None:
+            changes = evolve(changes, rope_parameters=config.get_text_config().rope_parameters)
+        if config.model_type == base.model_type:
+            changes = evolve(changes, instead=None)
+        write_config(folder, base.path, changes)
 
     def peak_memory_bytes(self) -> int:
         """The most memory this process held."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,30 @@ class StretchedBase:
             "setting. `mlx_lm.generate --adapter-path` does not apply it, and the adapter then says something else.\n\n"
             f"```python\nimport mlx_lm\n\nmodel, tokenizer = {self.code('.')}\n```\n"
         )
+
+
+def tokenizer_readme(load: str, base: str, end_ids: Sequence[int], new_template: bool) -> str:
+    """What README.md says of the tokenizer beside an exported adapter; `load` is the code that loads both models."""
+    code = [
+        "from pathlib import Path",
+        "",
+        "import mlx_lm",
+        "from mlx_lm.tokenizer_utils import load as load_tokenizer",
+        "",
+        f"model, _ = {load}",
+        f'tokenizer = load_tokenizer(Path("."), eos_token_ids={list(end_ids)})',
+        'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True)',
+        "print(mlx_lm.generate(model, tokenizer, prompt))",
+    ]
+    text = (
+        "The tokenizer in this folder has the chat template and the end tokens of the training. With `adapter_path` "
+        "mlx-lm reads the base's, so load this one too:\n\n```python\n" + "\n".join(code) + "\n```\n"
+    )
+    if new_template:
+        return text
+    ends = " ".join(map(str, end_ids))
+    command = f"mlx_lm.generate --model {base} --adapter-path . --extra-eos-token {ends} --prompt …"
+    return f"{text}\nOn the command line:\n\n```bash\n{command}\n```\n"
 
 
 def check_exportable(scaling: RopeScaling, folder: Path) -> None:

@@ -32,8 +32,10 @@ class CardFacts:
 
     `data` names the training data, `settings` is the resolved YAML, `saved_rank` the largest rank in the
     saved file (twice the trained one after pissa and olora). `kind` is LoRA or VeRA. `embeds`: the model makes vectors
-    of texts; `scores`: it is a reward model. `rope` is what was changed of the base's rope parameters. Losses are None
-    where there were none. `misread` names the programs that the adapter is not for.
+    of texts; `scores`: it is a reward model. `rope` is what was changed of the base's rope parameters. `new_template`:
+    conversations were written with a chat template that is not the base's; `other_end`: turns end with a token that the
+    base does not name as an end. Losses are None where there were none. `misread` names the programs that the adapter
+    is not for.
     """
 
     base: str
@@ -51,6 +53,8 @@ class CardFacts:
     eval_loss: float | None = None
     tags: Sequence[str] = ()
     rope: Mapping[str, Any] | None = None
+    new_template: bool = False
+    other_end: bool = False
 
 
 def model_card(facts: CardFacts) -> str:
@@ -107,7 +111,7 @@ def _loading(base: str, facts: CardFacts) -> str:
     if facts.scores:
         told = "A reward model: it scores an answer with its prompt, and writes none."
         return f"{told} With PEFT:\n\n{_fenced(_score_code(base), 'python')}"
-    parts = [f"With PEFT:\n\n{_fenced(_peft_code(base, facts.rope), 'python')}"]
+    parts = [f"With PEFT:\n\n{_fenced(_peft_code(base, facts), 'python')}"]
     if facts.rope is not None:
         parts.insert(
             0,
@@ -130,7 +134,7 @@ def _loading(base: str, facts: CardFacts) -> str:
     if not misread_by(misread, "llama.cpp"):
         parts.append(f"With llama.cpp:\n\n{_fenced(_llama_cpp_commands(base, folder), 'bash')}")
     if not misread_by(misread, "vLLM"):
-        parts.append(f"With vLLM:\n\n{_fenced(_vllm_command(base, facts.saved_rank, folder), 'bash')}")
+        parts.append(f"With vLLM:\n\n{_fenced(_vllm_command(base, facts, folder), 'bash')}")
     merge = f"soupx merge PATH/TO/THIS/FOLDER{base_option(base)} --output merged"
     parts.append(f"As a whole model, for every program that reads the base:\n\n{_fenced(merge, 'bash')}")
     return "\n\n".join(parts)
@@ -156,14 +160,19 @@ def _llama_cpp_commands(base: str, folder: str) -> str:
     )
 
 
-def _peft_code(base: str, rope: Mapping[str, Any] | None) -> str:
+def _peft_code(base: str, facts: CardFacts) -> str:
     classes, config, given = "AutoModelForCausalLM, AutoTokenizer", [], ""
-    if rope is not None:
+    if facts.rope is not None:
         classes, given = f"AutoConfig, {classes}", ", config=config"
         config = [
             f"config = AutoConfig.from_pretrained({json.dumps(base)})",
-            f"config.rope_parameters.update({dict(rope)!r})",
+            f"config.rope_parameters.update({dict(facts.rope)!r})",
         ]
+    ends = []
+    if facts.other_end:
+        classes = f"{classes}, GenerationConfig"
+        # It names the token that the base does not stop at.
+        ends = ['model.generation_config = GenerationConfig.from_pretrained("PATH/TO/THIS/FOLDER")']
     return "\n".join(
         [
             "from peft import PeftModel",
@@ -171,8 +180,9 @@ def _peft_code(base: str, rope: Mapping[str, Any] | None) -> str:
             "",
             *config,
             f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{given})",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(base)})",
+            'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
             'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+            *ends,
         ]
     )
 
@@ -194,9 +204,12 @@ def _score_code(base: str) -> str:
     )
 
 
-def _vllm_command(base: str, rank: int, folder: str) -> str:
+def _vllm_command(base: str, facts: CardFacts, folder: str) -> str:
+    rank = facts.saved_rank
     allowed = min((size for size in VLLM_RANKS if size >= rank), default=rank)
-    return f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules tuned={folder}"
+    command = f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules tuned={folder}"
+    template = f" --chat-template {folder}/chat_template.jinja" if facts.new_template else ""
+    return command + template + (f" --generation-config {folder}" if facts.other_end else "")
 
 
 def _module_table(modules: Sequence[ModuleRow]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
+from soup_xb.core.disk import write_text
 from soup_xb.core.errors import ModelError
 
 # The largest sizes that a base may claim, far above every model of today: what lies beyond is no model, and a
@@ -308,6 +310,12 @@ def _shards(index: Path) -> list[Path]:
             help="download the base again.",
         )
     return [index.parent / name for name in names]
+
+
+def write_index(folder: Path, places: Mapping[str, str], size: int) -> None:
+    """Write the index of a model in several files: `places` names each tensor's file, `size` counts their bytes."""
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    write_text(folder / _INDEX, json.dumps(content, indent=2) + "\n")
 
 
 def _is_plain(name: str) -> bool:
