@@ -108,6 +108,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=2, help="prompts of one step, each answered 8 times"
     )
+    parser.add_argument("--backend", choices=("torch", "mlx"), default="torch")
     parser.add_argument("--base", type=Path, help="a model folder; default: the demo's base")
     parser.add_argument("--svg", type=Path, help="where the curve goes")
     parser.add_argument("--output", type=Path, help="keep rows and run in this folder; a second call goes on")
@@ -127,7 +128,7 @@ def _trained(place: Path, options: argparse.Namespace) -> list[str]:
     config = {
         "base": str(options.base or prepare_base()),
         "task": "grpo",
-        "backend": "torch",
+        "backend": options.backend,
         "data": {"train": str(place / "train.jsonl"), "eval": str(place / "held-out.jsonl"), "max_length": 256},
         "training": {
             "rewards": ["format"], "group_size": 8, "max_new_tokens": 16, "beta": 0, "max_steps": options.steps,

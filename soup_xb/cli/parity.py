@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run the first steps of FILE (default: soup.yaml) on torch and on mlx, and compare the numbers.
 
-    Exits with 0 where every loss and the base's logits agree within the bounds, with 4 where not.
+    Exits with 0 where every loss, every mean (accuracy, reward, KL) and the base's logits agree within the bounds, with
+    4 where not.
     """
     loaded = load(file, named, backend, overrides)
     from soup_xb.runs.parity import compare, measure
@@ -52,6 +54,10 @@ def _summary(parity: Parity) -> dict[str, object]:
     return {
         "same": parity.same,
         "loss_difference": parity.loss_difference,
+        # JSON has no infinity.
+        "means_differences": {
+            name: value if isfinite(value) else None for name, value in parity.means_differences.items()
+        },
         "logits_difference": parity.logits_difference,
         "logits_bound": parity.logits_bound,
         "largest_logit": parity.largest_logit,
@@ -68,6 +74,8 @@ def _table(parity: Parity) -> str:
         f"largest logit {parity.largest_logit:.1f})"
     )
     lines.append(f"losses: at most {parity.loss_difference:.2e} apart")
+    for name, difference in parity.means_differences.items():
+        lines.append(f"{name}: at most {difference:.2e} apart")
     if not parity.exact_settings:
         lines.append("dropout, bf16 and quantized bases are each engine's own: numbers differ there")
     lines.append("the engines agree" if parity.same else "the engines differ")
@@ -98,4 +106,7 @@ def _refuse(parity: Parity) -> None:
         if parity.exact_settings
         else "use fp32, dropout 0 and a plain base to compare."
     )
-    raise ModelError("engines-differ", f"losses are {parity.loss_difference:.2e} apart", help=cure)
+    widest = max(
+        [("losses", parity.loss_difference), *parity.means_differences.items()], key=lambda one: one[1]
+    )
+    raise ModelError("engines-differ", f"{widest[0]}: {widest[1]:.2e} apart", help=cure)

@@ -54,7 +54,7 @@ def command(  # noqa: PLR0913 - one parameter an option
             run.plan.adapters.modules,
             loaded.config.training,
             run.session.precision,
-            LargestBatch.of(loaded.config, facts, description.vocabulary_size, chosen[0], processes),
+            LargestBatch.of(loaded.config, facts, description.vocabulary_size, processes),
         )
         summary = plan_summary(run.plan, run.coverage, memory, processes)
         covered = coverage_rows(run.coverage, chosen[0])

@@ -100,13 +100,6 @@ def open_trained(options: TrainedOptions, quantization: str = "none") -> Iterato
     task = media_task(base.path, folder)
     tokenizer = _tokenizer(base, folder, task)
     facts = saved_facts(saved, folder, base)
-    if facts is not None and options.backend == "mlx":
-        raise ConfigError(
-            "mlx-no-embedding",
-            "the adapter makes vectors of texts, and the mlx engine opens no encoders",
-            where=str(folder),
-            help="use `--backend torch`.",
-        )
     precision = _stored_precision(base) if options.precision == "base" else options.precision
     settings = evolve(
         session_on(base.path, precision, facts),

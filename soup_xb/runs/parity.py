@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,33 +17,45 @@ from soup_xb.backends import choose_backend
 from soup_xb.core.config.load import LoadedConfig, dump_config
 from soup_xb.core.errors import ConfigError, Problem, SoupError
 from soup_xb.core.process import python_command
+from soup_xb.core.rows.batches import collate
 from soup_xb.core.run.events import Event, StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.core.tasks import TASKS
-from soup_xb.runs.open import open_run
+from soup_xb.runs.open import OpenRun, open_run
 from soup_xb.runs.reference import computed_reference
+from soup_xb.runs.rewards import open_rewards, session_for
 
 ENGINES = ("torch", "mlx")
 LOSS_BOUND = 1e-3
 # Share of the largest logit: float32's own noise between two libraries' summation orders.
 LOGITS_BOUND = 1e-5
+Array = np.ndarray[Any, Any]
 _PROBE_TOKENS = 64
-_LOSSES, _LOGITS = "losses.json", "logits.npy"
+_STEPS, _PROBE = "steps.json", "probe.npy"
 
 
 @frozen(eq=False)
 class Measured:
-    """One engine's run: base logits (length, vocabulary) of the first row's first tokens, and a loss for each step."""
+    """One engine's run: what the base gives for the first row's first tokens, and loss and means of each step.
 
-    logits: np.ndarray[Any, Any]
+    `probe` is logits (length, vocabulary), or a vector (width,) for a task that embeds.
+    """
+
+    probe: Array
     losses: tuple[float, ...]
+    means: tuple[Mapping[str, float], ...]
 
 
 @frozen
 class Parity:
-    """Both engines' losses and how far the engines are apart; `largest_logit` is torch's, by absolute value."""
+    """Both engines' losses and how far the engines are apart; `largest_logit` is torch's, by absolute value.
+
+    `means_differences` has the largest difference in a step of each mean that the task tells (accuracy, reward, KL);
+    infinite where one engine alone tells it. For a task that embeds, logits are the numbers of a vector.
+    """
 
     losses: dict[str, tuple[float, ...]]
+    means_differences: dict[str, float]
     logits_difference: float
     largest_logit: float
     exact_settings: bool
@@ -55,8 +68,9 @@ class Parity:
 
     @property
     def same(self) -> bool:
-        """Whether losses and base logits are within the bounds."""
-        return self.loss_difference <= LOSS_BOUND and self.logits_difference <= self.logits_bound
+        """Whether losses, means and base logits are within the bounds."""
+        apart = max([self.loss_difference, *self.means_differences.values()])
+        return apart <= LOSS_BOUND and self.logits_difference <= self.logits_bound
 
     @property
     def logits_bound(self) -> float:
@@ -66,22 +80,32 @@ class Parity:
 
 def measure(loaded: LoadedConfig, steps: int, folder: Path) -> None:
     """Do the first steps on the config's backend and write what `compare` reads."""
-    with open_run(loaded, choose_backend(loaded)) as run:
-        probe = run.plan.rows[0].sequences[0].tokens[None, :_PROBE_TOKENS]
-        logits = run.session.logits(probe, adapter=False)[0]
+    backend = choose_backend(loaded)
+    with open_rewards(loaded, backend[0]) as rewards, open_run(loaded, backend) as run:
+        probe = _probe(run)
+        session = session_for(run, rewards)
         run.session.attach(run.plan.adapters)
-        losses: list[float] = []
+        told: list[tuple[float, Mapping[str, float]]] = []
 
         def keep(event: Event) -> None:
             if isinstance(event, StepEvent):
-                losses.append(event.loss)
+                told.append((event.loss, dict(event.means)))
 
         task = TASKS[loaded.config.task]
         plan = evolve(run.plan, reference=computed_reference(run)) if task.needs_reference else run.plan
         shortened = evolve(plan, total_steps=min(steps, plan.total_steps), eval_steps=(), save_steps=())
-        run_loop(shortened, run.session, Hooks(emit=keep, save=lambda _: None, stop=lambda: 0))
-    np.save(folder / _LOGITS, logits, allow_pickle=False)
-    (folder / _LOSSES).write_text(json.dumps(losses), "utf-8")
+        run_loop(shortened, session, Hooks(emit=keep, save=lambda _: None, stop=lambda: 0))
+    np.save(folder / _PROBE, probe, allow_pickle=False)
+    (folder / _STEPS).write_text(json.dumps(told), "utf-8")
+
+
+def _probe(run: OpenRun) -> Array:
+    """What the base gives for the first tokens of the first row."""
+    first = run.plan.rows[0].sequences[0]
+    if run.session.embedder is not None:
+        vectors = run.session.embedder.embeddings(collate([first], run.plan.pad_id), adapter=False)
+        return np.asarray(vectors[0])
+    return np.asarray(run.session.logits(first.tokens[None, :_PROBE_TOKENS], adapter=False)[0])
 
 
 def compare(loaded: LoadedConfig, steps: int) -> Parity:
@@ -102,10 +126,30 @@ def compare(loaded: LoadedConfig, steps: int) -> Parity:
     torch, mlx = (_in_a_process(file, steps) for file in files)
     return Parity(
         losses=dict(zip(ENGINES, (torch.losses, mlx.losses), strict=True)),
-        logits_difference=float(np.abs(torch.logits - mlx.logits).max()),
-        largest_logit=float(np.abs(torch.logits).max()),
+        means_differences=means_differences(torch.means, mlx.means),
+        logits_difference=float(np.abs(torch.probe - mlx.probe).max()),
+        largest_logit=float(np.abs(torch.probe).max()),
         exact_settings=_is_exact(loaded),
     )
+
+
+def means_differences(
+    first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """The largest difference of each mean in a step of two runs, infinite where one of them alone tells it.
+
+    >>> means_differences([{"reward": 0.5}, {"reward": 0.75}], [{"reward": 0.5}, {"reward": 1.0, "kl": 0.0}])
+    {'reward': 0.25, 'kl': inf}
+    """
+    names = dict.fromkeys(name for run in (first, second) for means in run for name in means)
+    return {
+        name: max(
+            abs(one[name] - other[name]) if name in one and name in other else math.inf
+            for one, other in zip(first, second, strict=True)
+            if name in one or name in other
+        )
+        for name in names
+    }
 
 
 def _in_a_process(loaded: LoadedConfig, steps: int) -> Measured:
@@ -122,8 +166,12 @@ def _in_a_process(loaded: LoadedConfig, steps: int) -> Measured:
         )
         if done.returncode:
             raise _passed_on(loaded.config.backend, done)
-        losses = json.loads((folder / _LOSSES).read_text("utf-8"))
-        return Measured(np.load(folder / _LOGITS, allow_pickle=False), tuple(losses))
+        told = json.loads((folder / _STEPS).read_text("utf-8"))
+        return Measured(
+            np.load(folder / _PROBE, allow_pickle=False),
+            losses=tuple(loss for loss, _ in told),
+            means=tuple(means for _, means in told),
+        )
 
 
 def _passed_on(engine: str, done: subprocess.CompletedProcess[str]) -> SoupError:

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_rewards(loaded: LoadedConfig) -> Iterator[tuple[Reward, ...]]:
-    """What the config's answers earn.
+def open_rewards(loaded: LoadedConfig, backend: str) -> Iterator[tuple[Reward, ...]]:
+    """What the config's answers earn; a reward model is opened on the backend of the run.
 
     Raises ConfigError for a file of rewards that does not run, ModelError for a folder without a reward model.
     """
@@ -65,7 +65,7 @@ def open_rewards(loaded: LoadedConfig) -> Iterator[tuple[Reward, ...]]:
     if training.reward_model is None:
         yield rewards
         return
-    with open_reward_model(loaded.config) as judge:
+    with open_reward_model(loaded.config, backend) as judge:
         yield (judge, *rewards)
 
 
@@ -156,7 +156,7 @@ class ModelReward:
 
 
 @contextmanager
-def open_reward_model(config: Config) -> Iterator[ModelReward]:
+def open_reward_model(config: Config, backend: str) -> Iterator[ModelReward]:
     """The reward model that the config names, on its own base; closed on every exit.
 
     Raises ModelError for a folder without one.
@@ -177,7 +177,7 @@ def open_reward_model(config: Config) -> Iterator[ModelReward]:
         objective=ScoreObjective(losses.reward, {}, {}),
         rope_scaling=noted_scaling(saved.settings, folder),
     )
-    session = open_session("torch", opening)
+    session = open_session(backend, opening)
     try:
         attach_saved(session, saved, folder)
         assert session.judge is not None

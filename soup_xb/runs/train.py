@@ -40,7 +40,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
     with (
         heard_early() as stop,
         output_folder(output, options) as folder,
-        open_rewards(loaded) as rewards,
+        open_rewards(loaded, backend[0]) as rewards,
         open_run(loaded, backend) as run,
     ):
         writer = RunWriter(run, options, folder, listeners)

@@ -24,7 +24,9 @@ WORDS = ("tide", "harbour", "fog", "anchor", "pilot", "chart", "seal", "reef")
 def config(tmp_path: Path, tiny_encoder: Path) -> Config:
     """Writes a config on 40 pairs, two of three with a negative; keyword arguments are keys of `training`."""
 
-    def write(base: Path = tiny_encoder, output: str = "out", **training: Any) -> Path:
+    def write(
+        base: Path = tiny_encoder, output: str = "out", backend: str = "torch", **training: Any
+    ) -> Path:
         pairs = tmp_path / "pairs.jsonl"
         rows = []
         for index in range(40):
@@ -43,7 +45,7 @@ def config(tmp_path: Path, tiny_encoder: Path) -> Config:
         content = {
             "base": str(base),
             "task": "embedding",
-            "backend": "torch",
+            "backend": backend,
             "data": {
                 "train": str(pairs),
                 "max_length": 48,
@@ -111,7 +113,7 @@ def test_the_commands_after_a_run(soupx: Soupx, config: Config, tmp_path: Path) 
         assert refused.code == 4
         assert "error[embeds-only]" in refused.err
     on_mlx = soupx("eval", out, "--data", pairs, "--backend", "mlx")
-    assert (on_mlx.code, "error[mlx-no-embedding]" in on_mlx.err) == (2, True)
+    assert (on_mlx.code, "error[mlx-no-encoder]" in on_mlx.err) == (2, True)
     asked = soupx("train", config(), "--overwrite", "--prompt", "Hello")
     assert (asked.code, "error[no-answers]" in asked.err) == (2, True)
     card = (out / "adapter" / "README.md").read_text()
@@ -123,7 +125,6 @@ def test_what_a_run_of_a_config_can_say_beforehand(soupx: Soupx, config: Config,
     planned = soupx("plan", config())
     assert planned.code == 0, planned.err
     assert "in layers 0-1 (12)" in planned.out
-    assert "`task: embedding` is not available on the mlx backend" in planned.out
     shown = soupx("data", tmp_path / "pairs.jsonl", "--base", json.loads(config().read_text())["base"])
     assert shown.code == 0, shown.err
     assert "anchor-positive" in shown.out
@@ -133,27 +134,36 @@ def test_what_a_run_of_a_config_can_say_beforehand(soupx: Soupx, config: Config,
 
 
 @pytest.mark.parametrize(
-    ("base", "form"),
+    ("backend", "base", "form"),
     [
-        ("encoder", "adapter"),
-        pytest.param("encoder", "merged", marks=pytest.mark.slow),
-        pytest.param("decoder", "adapter", marks=pytest.mark.slow),
-        pytest.param("decoder", "merged", marks=pytest.mark.slow),
+        ("torch", "encoder", "adapter"),
+        ("mlx", "decoder", "adapter"),
+        pytest.param("torch", "encoder", "merged", marks=pytest.mark.slow),
+        pytest.param("torch", "decoder", "adapter", marks=pytest.mark.slow),
+        pytest.param("torch", "decoder", "merged", marks=pytest.mark.slow),
+        pytest.param("mlx", "decoder", "merged", marks=pytest.mark.slow),
     ],
 )
 def test_sentence_transformers_gives_the_live_vectors(
-    soupx: Soupx, config: Config, tiny_encoder: Path, tiny_llama: Path, tmp_path: Path, form: str, base: str
+    soupx: Soupx,
+    config: Config,
+    tiny_encoder: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    backend: str,
+    base: str,
+    form: str,
 ) -> None:
-    done = soupx("train", config({"encoder": tiny_encoder, "decoder": tiny_llama}[base]))
+    done = soupx("train", config({"encoder": tiny_encoder, "decoder": tiny_llama}[base], backend=backend))
     assert done.code == 0, done.err
     folder = tmp_path / "out" / "adapter"
     if form == "merged":
         folder = tmp_path / "merged"
-        assert soupx("merge", tmp_path / "out", "--output", folder).code == 0
+        assert soupx("merge", tmp_path / "out", "--output", folder, "--backend", backend).code == 0
     texts = ["fog 3?", "a text that is longer than the others, and cut in the end " * 2, "x"]
     found = vectors_of_sentence_transformers(folder, texts)
     assert found == pytest.approx(
-        live_vectors(tmp_path / "out", ["query: " + text for text in texts]), abs=1e-5
+        live_vectors(tmp_path / "out", ["query: " + text for text in texts], backend), abs=1e-5
     )
 
 
@@ -176,14 +186,14 @@ def vectors_of_sentence_transformers(folder: Path, texts: list[str]) -> np.ndarr
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
-def live_vectors(out: Path, texts: list[str]) -> np.ndarray:
+def live_vectors(out: Path, texts: list[str], backend: str) -> np.ndarray:
     from soup_xb.core.rows.batches import collate
     from soup_xb.core.rows.examples import Source
     from soup_xb.core.rows.row import TokenSequence
     from soup_xb.data.tokenize import encode_texts
     from soup_xb.runs.adapters import TrainedOptions, open_trained
 
-    with open_trained(TrainedOptions("torch", out)) as trained:
+    with open_trained(TrainedOptions(backend, out)) as trained:
         assert trained.embedding is not None
         encoded = encode_texts(texts, trained.tokenizer, trained.embedding.max_length)
         assert any(one.truncated for one in encoded)
@@ -194,12 +204,15 @@ def live_vectors(out: Path, texts: list[str]) -> np.ndarray:
         return trained.session.embedder.embeddings(collate(sequences, trained.tokenizer.pad_id))
 
 
-def test_two_processes_have_the_losses_of_one(soupx: Soupx, config: Config, tmp_path: Path) -> None:
-    alone = soupx("train", config(output="out-1", gradient_accumulation_steps=2))
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_two_processes_have_the_losses_of_one(
+    soupx: Soupx, config: Config, tiny_encoder: Path, tiny_llama: Path, tmp_path: Path, backend: str
+) -> None:
+    base = {"torch": tiny_encoder, "mlx": tiny_llama}[backend]
+    accumulated = {"backend": backend, "gradient_accumulation_steps": 2}
+    alone = soupx("train", config(base, output="out-1", **accumulated))
     assert alone.code == 0, alone.err
-    done = in_two_processes(
-        "torch", "-m", "soup_xb", "train", config(output="out-2", gradient_accumulation_steps=2)
-    )
+    done = in_two_processes(backend, "-m", "soup_xb", "train", config(base, output="out-2", **accumulated))
     assert done.codes == (0, 0), done.err
     losses = []
     for folder in (tmp_path / "out-1", tmp_path / "out-2"):

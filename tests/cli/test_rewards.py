@@ -12,6 +12,7 @@ import pytest
 from processes import in_two_processes
 from safetensors.numpy import load_file
 
+from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.objectives.answer_pattern import compiled_pattern
 from soup_xb.core.objectives.rewards import Answer, PatternReward
 from soup_xb.core.rows.examples import Source
@@ -52,11 +53,11 @@ def config(tmp_path: Path, tiny_llama: Path) -> Config:
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
 
-    def write(task: str = "grpo", function: str = "vowels", **training: Any) -> Path:
+    def write(task: str = "grpo", function: str = "vowels", backend: str = "torch", **training: Any) -> Path:
         content = {
             "base": str(tiny_llama),
             "task": task,
-            "backend": "torch",
+            "backend": backend,
             "data": {"train": str(tmp_path / "prompts.jsonl"), "val_split": 0.2},
             "training": {
                 "rewards": [f"{tmp_path / 'rewards.py'}:{function}", "exact-match"],
@@ -75,10 +76,11 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_tells_what_its_answers_earn_and_resumes_to_the_same_bytes(
-    soupx: Soupx, config: Config, tmp_path: Path
+    soupx: Soupx, config: Config, tmp_path: Path, backend: str
 ) -> None:
-    file, out = config(save_steps=2, eval_steps=2), tmp_path / "out"
+    file, out = config(backend=backend, save_steps=2, eval_steps=2), tmp_path / "out"
     done = soupx("train", file)
     assert done.code == 0, done.err
     assert "reward 0." in done.err
@@ -108,10 +110,13 @@ def test_a_run_tells_what_its_answers_earn_and_resumes_to_the_same_bytes(
     assert "rewards.py" in changed.err
 
 
-def test_two_processes_train_what_one_trains(soupx: Soupx, config: Config, tmp_path: Path) -> None:
-    file = config(eval_steps=4, batch_size=4)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes_train_what_one_trains(
+    soupx: Soupx, config: Config, tmp_path: Path, backend: str
+) -> None:
+    file = config(backend=backend, eval_steps=4, batch_size=4)
     assert soupx("train", file, "--output", tmp_path / "one").code == 0
-    done = in_two_processes("torch", "-m", "soup_xb", "train", file, "--output", tmp_path / "two")
+    done = in_two_processes(backend, "-m", "soup_xb", "train", file, "--output", tmp_path / "two")
     assert done.codes == (0, 0), done.err
     for kind in ("step", "eval"):
         for one, two in zip(events(tmp_path / "one", kind), events(tmp_path / "two", kind), strict=True):
@@ -125,10 +130,13 @@ def test_two_processes_train_what_one_trains(soupx: Soupx, config: Config, tmp_p
         np.testing.assert_allclose(two[key], array, atol=1e-3)
 
 
-def test_a_policy_learns_from_a_reward_model(soupx: Soupx, config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_policy_learns_from_a_reward_model(
+    soupx: Soupx, config: Config, tmp_path: Path, backend: str
+) -> None:
     rows = [{"prompt": f"{index}?", "chosen": "aeiou" * 2, "rejected": "XQZ!" * 2} for index in range(16)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first = config("reward", rewards=[], max_steps=12, lr=1e-2)
+    first = config("reward", backend=backend, rewards=[], max_steps=12, lr=1e-2)
     for key in ("rewards", "group_size", "max_new_tokens"):
         content = json.loads(first.read_text())
         content["training"].pop(key)
@@ -136,7 +144,8 @@ def test_a_policy_learns_from_a_reward_model(soupx: Soupx, config: Config, tmp_p
     judge = tmp_path / "judge"
     made = soupx("train", first, "--set", f"data.train={tmp_path / 'pairs.jsonl'}", "--output", judge)
     assert made.code == 0, made.err
-    file = config("rlhf", rewards=[], reward_model=str(judge), max_steps=8, eval_steps=8, lr=1e-2)
+    judged = {"rewards": [], "reward_model": str(judge), "max_steps": 8, "eval_steps": 8, "lr": 1e-2}
+    file = config("rlhf", backend=backend, **judged)
     done = soupx("train", file)
     assert done.code == 0, done.err
     steps = events(tmp_path / "out", "step")
@@ -243,12 +252,6 @@ def test_rows_that_cannot_be_judged_or_answered_are_refused(
     empty = soupx("train", file, "--overwrite")
     assert empty.code == 3
     assert f"error[empty-prompt] {data}:1: prompt: there is no turn" in empty.err
-
-
-def test_other_backends_say_why_not(soupx: Soupx, config: Config) -> None:
-    done = soupx("check", config(), "--backend", "mlx")
-    assert done.code == 2
-    assert "samples no answers while it trains" in done.err
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_padding_to_the_grid_changes_no_loss(opener: Opener) -> None:
 
     padded, plan = opener()
     plain, _ = opener()
-    plain._step = Step(plain._state, plain._base, plain._adapters, plain.settings.seed, compiled=False)
+    plain._step = Step(plain._state, plain._outputs, plain._adapters, plain.settings.seed, compiled=False)
     expected = train(plain, plan)
     result = train(padded, plan)
     # A few roundings of float32: products of other shapes are summed in another order.
@@ -107,7 +107,7 @@ def test_checkpointing_runs_each_block_twice_and_is_undone_by_close(opener: Open
 
     session, plan = opener(gradient_checkpointing=True)
     session._step = Step(
-        session._state, session._base, session._adapters, session.settings.seed, compiled=False
+        session._state, session._outputs, session._adapters, session.settings.seed, compiled=False
     )
     layer = session.model.layers[0]
     kind, calls = type(layer), []

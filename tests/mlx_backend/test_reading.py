@@ -145,17 +145,51 @@ def test_the_keys_that_tell_layers_apart_are_those_of_transformers(save: Saver, 
 def test_the_head_on_trained_positions_gives_the_logits_of_the_full_head(save: Saver, case: str) -> None:
     import mlx.core as mx
 
-    from soup_xb.backends.mlx.head import head_on_positions
+    from soup_xb.backends.mlx.head import at_places, head_logits, hidden_states
 
     kind, changes = CASES[case]
     session = opened(save(kind, **changes))
     tokens = mx.array(np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32))
     positions = mx.array([3, 7, 20])
     full = np.array(session.model(tokens)).reshape(24, -1)
-    with head_on_positions(session.model, positions):
-        part = np.array(session.model(tokens))[0]
+    part = np.array(head_logits(session.model, at_places(hidden_states(session.model, tokens), positions)))
     np.testing.assert_allclose(part, full[[3, 7, 20]], atol=1e-5)
     np.testing.assert_array_equal(np.array(session.model(tokens)).reshape(24, -1), full)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_are_answered_together_have_the_logits_of_each_alone(save: Saver, case: str) -> None:
+    """Prompts of different lengths, with a cache, a token at a time; Gemma 3's window is 8."""
+    from soup_xb.backends.mlx.generation import _PaddedBatch
+
+    kind, changes = CASES[case]
+    session = opened(save(kind, **changes))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 96, length + 14).astype(np.int32) for length in (1, 12, 5, 20)]
+    batch = _PaddedBatch(session.model, [row[:-14] for row in rows], 14)
+    following = (np.stack([row[place : place + 1] for row in rows]) for place in range(-14, -1))
+    found = [batch.read_prompts(), *map(batch.read, following)]
+    for index, row in enumerate(rows):
+        alone = session.logits(row[None])[0, -15:-1]
+        together = np.stack([logits[index] for logits in found])
+        np.testing.assert_allclose(together, alone, atol=1e-5 * max(1.0, np.abs(alone).max()))
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "llama tied"])
+def test_several_rows_of_several_documents_have_the_logits_of_each_document(save: Saver, case: str) -> None:
+    import mlx.core as mx
+
+    from soup_xb.backends.mlx.head import head_logits, hidden_states
+
+    kind, changes = CASES[case]
+    session = opened(save(kind, **changes))
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 20)).astype(np.int32)
+    documents = (np.arange(20) >= np.array([[7], [12]])).astype(np.int32)
+    hidden = hidden_states(session.model, mx.array(tokens), mx.array(documents))
+    for row, cut in enumerate((7, 12)):
+        parts = [session.logits(part[None])[0] for part in (tokens[row, :cut], tokens[row, cut:])]
+        found = np.array(head_logits(session.model, hidden[row]))
+        np.testing.assert_allclose(found, np.concatenate(parts), atol=1e-5 * np.abs(found).max())
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ import torch
 from attrs import evolve
 from safetensors.numpy import load_file, save_file
 
-from soup_xb.backends.torch.outputs import score_places
 from soup_xb.core.adapter.extras import check_head, head_start
 from soup_xb.core.adapter.peft_file import HEAD_KEY, read_adapter
 from soup_xb.core.errors import ModelError
-from soup_xb.core.rows.batches import collate
+from soup_xb.core.rows.batches import collate, score_places
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.row import TokenSequence
 
@@ -39,11 +38,11 @@ def config(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    def write(**training: Any) -> Path:
+    def write(backend: str = "torch", **training: Any) -> Path:
         content = {
             "base": str(tiny_llama),
             "task": "reward",
-            "backend": "torch",
+            "backend": backend,
             "data": {"train": str(tmp_path / "pairs.jsonl"), "val_split": 0.2, "max_length": 64},
             "training": {"max_steps": 6, "lr": 5e-3, "lora": {"r": 4}, **training},
             "output": str(tmp_path / "out"),
@@ -54,9 +53,11 @@ def config(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("backend", "way"), [*(("torch", way) for way in WAYS), *(("mlx", way) for way in WAYS if way != "vera")]
+)
 def test_stock_libraries_load_the_head_and_give_the_live_scores(
-    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, tiny_llama: Path, way: str
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, tiny_llama: Path, backend: str, way: str
 ) -> None:
     import transformers
     from peft import PeftModel
@@ -66,7 +67,7 @@ def test_stock_libraries_load_the_head_and_give_the_live_scores(
 
     # VeRA's alpha has no meaning, and its vectors want a higher rate.
     lora = {"r": 4, **WAYS[way]}
-    done = soupx("train", config(lora=lora, lr=0.02 if way == "vera" else 5e-3))
+    done = soupx("train", config(backend, lora=lora, lr=0.02 if way == "vera" else 5e-3))
     assert done.code == 0, done.err
     adapter = tmp_path / "out" / "adapter"
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
@@ -85,16 +86,17 @@ def test_stock_libraries_load_the_head_and_give_the_live_scores(
     for text in texts:
         ids = np.array(tokenizer(text).input_ids)
         rows.append(TokenSequence(ids, np.zeros(ids.size, dtype=bool), Source("rows.jsonl", 1)))
-    with open_reward_model(judge_of) as judge:
+    with open_reward_model(judge_of, backend) as judge:
         live = judge.judge.scores(collate(rows, 0))
     np.testing.assert_allclose(live, expected, atol=2e-5)
     assert expected[0] > expected[1]
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    soupx: Soupx, config: Callable[..., Path], tmp_path: Path
+    soupx: Soupx, config: Callable[..., Path], tmp_path: Path, backend: str
 ) -> None:
-    file = config(save_steps=2, lora={"r": 4, "dropout": 0.2})
+    file = config(backend, save_steps=2, lora={"r": 4, "dropout": 0.2})
     assert soupx("train", file).code == 0
     out = tmp_path / "out"
     whole = (out / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -34,6 +34,16 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
     pairs.write_text("".join(map(_pair, chat_file.read_text("utf-8").splitlines())), "utf-8")
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(map(_texts, chat_file.read_text("utf-8").splitlines())), "utf-8")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(map(_prompt, chat_file.read_text("utf-8").splitlines())), "utf-8")
+    (tmp_path / "rewards.py").write_text(_VOWELS, "utf-8")
+    sampled = {
+        "rewards": [f"{tmp_path / 'rewards.py'}:vowels"],
+        "group_size": 3,
+        "max_new_tokens": 5,
+        "batch_size": 2,
+    }
+    files = {"sft": chat_file, "embedding": texts, "grpo": prompts}
 
     def write(backend: str, task: str = "sft", **training: Any) -> Path:
         settings = {
@@ -42,6 +52,7 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
             "lr": 0.005,
             "batch_size": 4,
             "lora": {"r": 4},
+            **(sampled if task == "grpo" else {}),
             **training,
         }
         content = {
@@ -49,7 +60,7 @@ def config(tmp_path: Path, tiny_llama: Path, chat_file: Path) -> Callable[..., P
             "backend": backend,
             "task": task,
             "data": {
-                "train": str({"sft": chat_file, "embedding": texts}.get(task, pairs)),
+                "train": str(files.get(task, pairs)),
                 "val_split": 0.1,
                 "max_length": 128,
             },
@@ -68,6 +79,18 @@ def _pair(line: str) -> str:
     question, answer = json.loads(line)["messages"]
     doubtful = {**answer, "content": f"Perhaps. {answer['content'][:8]}"}
     return json.dumps({"prompt": [question], "chosen": [answer], "rejected": [doubtful]}) + "\n"
+
+
+_VOWELS = """
+def vowels(completion, row):
+    return sum(letter in "aeiou" for letter in completion) / 8
+"""
+
+
+def _prompt(line: str) -> str:
+    """A row to answer out of a conversation: its question."""
+    question, _ = json.loads(line)["messages"]
+    return json.dumps({"prompt": [question]}) + "\n"
 
 
 def _texts(line: str) -> str:

@@ -38,6 +38,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "cpo odd tail": {"task": "cpo", "batch_size": 7, "gradient_accumulation_steps": 2},
     "kto odd tail": {"task": "kto", "batch_size": 7, "gradient_accumulation_steps": 2},
     "bco": {"task": "bco", "eval_steps": 2},
+    "reward": {"task": "reward", "eval_steps": 2, "lora": {"r": 4, "dropout": 0.2}},
+    "grpo": {"task": "grpo", "eval_steps": 7, "lora": {"r": 4, "dropout": 0.2}},
+    "grpo pissa accumulation": {
+        "task": "grpo",
+        "gradient_accumulation_steps": 2,
+        "lora": {"r": 4, "init_strategy": "pissa"},
+    },
     "embedding": {"task": "embedding", "eval_steps": 2, "lora": {"r": 4, "dropout": 0.2}},
     "embedding odd tail": {"task": "embedding", "batch_size": 7, "gradient_accumulation_steps": 2},
     "embedding relora merge": {
@@ -53,7 +60,7 @@ CELLS = [
     (backend, kind)
     for kind in KINDS
     for backend in ("torch", "mlx")
-    if backend == "torch" or not ("relora_steps" in KINDS[kind] or KINDS[kind].get("task") == "embedding")
+    if backend == "torch" or "relora_steps" not in KINDS[kind]
 ]
 SAMPLE = {
     ("torch", "relora merge"),
@@ -61,6 +68,7 @@ SAMPLE = {
     ("mlx", "pissa"),
     ("mlx", "dropout"),
     ("torch", "bco"),
+    ("mlx", "grpo"),
 }
 
 

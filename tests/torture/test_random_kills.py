@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-# (backend, seed, kills in one run); the first is the sample that every test run makes.
+# (backend, task, seed, kills in one run); the first is the sample that every test run makes.
 CHAINS = [
-    ("mlx", 0, 1),
-    pytest.param("torch", 0, 1, marks=pytest.mark.torture),
-    *(pytest.param("torch", seed, 10, marks=pytest.mark.torture) for seed in range(1, 7)),
-    *(pytest.param("mlx", seed, 10, marks=pytest.mark.torture) for seed in range(1, 5)),
+    ("mlx", "sft", 0, 1),
+    pytest.param("torch", "sft", 0, 1, marks=pytest.mark.torture),
+    *(pytest.param("torch", "sft", seed, 10, marks=pytest.mark.torture) for seed in range(1, 7)),
+    *(pytest.param("mlx", "sft", seed, 10, marks=pytest.mark.torture) for seed in range(1, 5)),
+    *(pytest.param("mlx", task, 1, 5, marks=pytest.mark.torture) for task in ("dpo", "kto", "grpo")),
+    pytest.param("torch", "grpo", 1, 5, marks=pytest.mark.torture),
 ]
 STEPS_PER_KILL = 24
 
@@ -24,7 +26,7 @@ def lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-@pytest.mark.parametrize(("backend", "seed", "kills"), CHAINS)
+@pytest.mark.parametrize(("backend", "task", "seed", "kills"), CHAINS)
 def test_a_run_killed_again_and_again_ends_as_the_one_that_was_left_alone(
     config: Callable[..., Path],
     in_a_process: Callable[..., Any],
@@ -32,17 +34,22 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_left_alone(
     tally: Callable[..., None],
     tmp_path: Path,
     backend: str,
+    task: str,
     seed: int,
     kills: int,
 ) -> None:
     file = config(
-        backend, max_steps=STEPS_PER_KILL * (kills + 1), save_total_limit=2, lora={"r": 4, "dropout": 0.1}
+        backend,
+        task,
+        max_steps=STEPS_PER_KILL * (kills + 1),
+        save_total_limit=2,
+        lora={"r": 4, "dropout": 0.1},
     )
     # In a process of its own too: a BLAS that other tests have loaded into this one rounds differently.
     whole = in_a_process("train", file, "--output", tmp_path / "whole")
     _, errors = whole.communicate(timeout=600)
     assert whole.returncode == 0, errors
-    chance = random.Random(f"{backend}-{seed}")
+    chance = random.Random(f"{backend}-{seed}" if task == "sft" else f"{backend}-{task}-{seed}")
     metrics = tmp_path / "out" / "metrics.jsonl"
     for _ in range(kills):
         process = in_a_process("train", file, "--resume")

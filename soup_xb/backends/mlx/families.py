@@ -43,13 +43,15 @@ _WEIGHTLESS = {
 class Family:
     """How mlx-lm's code of a model type relates to transformers'.
 
-    `reads` are further fields of the same name and meaning; `fixed` are built-in values.
+    `reads` are further fields of the same name and meaning; `fixed` are built-in values. `scores` says whether
+    transformers has a sequence classification with a scalar head for the type.
     """
 
     module: str
     reads: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(factory=dict)
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    scores: bool = True
 
 
 _SILU = {"hidden_act": "silu"}
@@ -71,6 +73,7 @@ FAMILIES: dict[str, Family] = {
             "residual_multiplier",
         ),
         _SILU,
+        scores=False,
     ),
     "phi3": Family(
         "phi3",
@@ -104,7 +107,8 @@ class Reading:
 
     `arguments` are those of mlx-lm's ModelArgs, `ropes` the rotary embedding that each block must have (None:
     none), `longest` the row length up to which mlx-lm computes what transformers does (0: any) and why.
-    `stretched` are the `rope_parameters` that a config asked for instead of the base's own.
+    `stretched` are the `rope_parameters` that a config asked for instead of the base's own. `pad_id` is the id that the
+    config pads with, and `scores` as in `Family`.
     """
 
     module: str
@@ -115,6 +119,8 @@ class Reading:
     longest_because: str
     tied: bool
     layer_settings: dict[str, Any]
+    pad_id: int | None = None
+    scores: bool = True
     stretched: Mapping[str, Any] | None = None
 
     def build(self) -> Any:
@@ -132,13 +138,16 @@ def read_base(folder: BaseFolder, scaling: RopeScaling | None = None) -> Reading
 
     Raises ModelError naming the first field that mlx-lm would read otherwise.
     """
-    config, where = _parse(folder), str(folder.path / "config.json")
+    where = str(folder.path / "config.json")
+    if folder.is_encoder:
+        raise _not_opened("base=an encoder", folder, where)
+    config = _parse(folder)
     if scaling is not None:
         longest = config.max_position_embeddings
         config.rope_parameters = scaling.of(config.rope_parameters, longest, where)
     family = FAMILIES.get(folder.model_type)
     if family is None:
-        raise _unproven(folder.model_type, where)
+        raise _not_opened("base=a model type without proof", folder, where)
     _check_fields(config, family, where)
     arguments = {name: getattr(config, name) for name in (*_SIZES, *family.reads) if hasattr(config, name)}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -153,14 +162,16 @@ def read_base(folder: BaseFolder, scaling: RopeScaling | None = None) -> Reading
         longest_because=because,
         tied=bool(config.tie_word_embeddings),
         layer_settings=layer_settings(config.to_dict()),
+        pad_id=config.pad_token_id,
+        scores=family.scores,
         stretched=None if scaling is None else config.rope_parameters,
     )
 
 
-def _unproven(model_type: str, where: str) -> ConfigError:
-    problem = feature_refusal("base=a model type without proof", "mlx", where)
+def _not_opened(row: str, folder: BaseFolder, where: str) -> ConfigError:
+    problem = feature_refusal(row, "mlx", where)
     assert problem is not None
-    return ConfigError.of([evolve(problem, message=f"{problem.message}; this is `{model_type}`")])
+    return ConfigError.of([evolve(problem, message=f"{problem.message}; this is `{folder.model_type}`")])
 
 
 def _parse(folder: BaseFolder) -> Any:

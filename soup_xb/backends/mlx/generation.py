@@ -1,20 +1,23 @@
-"""Continuing a prompt with a key-value cache."""
+"""Token ids that go on, with a key-value cache: one prompt, or a batch whose tokens are chosen from outside."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from soup_xb.backends.mlx.head import for_heads, head_logits
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.run.session import GenerationSettings
 
+Array = np.ndarray[Any, Any]
 _PREFILL = 512
 
 
-def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings) -> np.ndarray[Any, Any]:
+def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings) -> Array:
     """New token ids, int32, the end token not included; greedy, or sampled from the whole distribution."""
     cache = make_prompt_cache(model)
     tokens = mx.array(np.asarray(prompt, dtype=np.int32))[None]
@@ -36,3 +39,115 @@ def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings) -> np
         new.append(token)
         last = chosen[:, None]
     return np.array(new, dtype=np.int32)
+
+
+def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
+    """See soup_xb.core.run.session.Sampler. Prompts are padded on the left, and padding is masked."""
+    batch = _PaddedBatch(model, prompts, settings.max_new_tokens)
+    logits = batch.read_prompts()
+    new = np.full((len(prompts), settings.max_new_tokens), settings.end_ids[0], dtype=np.int32)
+    ended = np.zeros(len(prompts), dtype=bool)
+    for index in range(settings.max_new_tokens):
+        tokens = chosen_tokens(logits, chances[:, index], settings.temperature)
+        new[:, index] = np.where(ended, settings.end_ids[0], tokens)
+        ended |= np.isin(tokens, settings.end_ids)
+        if ended.all() or index + 1 == settings.max_new_tokens:
+            break
+        logits = batch.read(new[:, index : index + 1])
+    return [_to_the_end(row, settings.end_ids) for row in new]
+
+
+def chosen_tokens(logits: Array, chances: Array, temperature: float) -> Array:
+    """The token of each row of logits (rows, vocabulary) that a number of chances (rows,) chooses, int32.
+
+    It is the first that lifts the sum of the shares up to it above the number: uniform numbers make that a sample.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    sums = np.exp(scaled - scaled.max(axis=-1, keepdims=True)).cumsum(axis=-1)
+    wanted = chances * sums[:, -1]
+    found = [row.searchsorted(number, side="right") for row, number in zip(sums, wanted, strict=True)]
+    return np.minimum(found, logits.shape[1] - 1).astype(np.int32)
+
+
+class _PaddedBatch:
+    """Rows that grow together, padded on the left: where each stands, and the keys and values of all layers.
+
+    mlx-lm's models ask a layer's cache for the position that its rotary embedding begins at, for a mask, and to keep
+    keys and values. All layers keep all of them: a sliding window is in the mask.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Array], new_tokens: int) -> None:
+        self._model, self.length = model, 0
+        longest = max(map(len, prompts))
+        self.width = longest + new_tokens
+        self._prompts = np.zeros((len(prompts), longest), dtype=np.int32)
+        for row, prompt in enumerate(prompts):
+            self._prompts[row, longest - len(prompt) :] = prompt
+        self._padding = mx.array([longest - len(prompt) for prompt in prompts])
+        self._layers = [_LayerCache(self) for _ in model.layers]
+
+    @property
+    def offset(self) -> mx.array:
+        """The position of each row's next token, (rows,); negative inside the padding."""
+        return self.length - self._padding
+
+    def read_prompts(self) -> Array:
+        """The logits (rows, vocabulary) that follow the prompts."""
+        longest = self._prompts.shape[1]
+        for start in range(0, longest - 1, _PREFILL):
+            self._hidden(self._prompts[:, start : min(start + _PREFILL, longest - 1)])
+            mx.eval([layer.arrays for layer in self._layers])
+        return self.read(self._prompts[:, -1:])
+
+    def read(self, tokens: Array) -> Array:
+        """The float32 logits (rows, vocabulary) that follow tokens (rows, 1)."""
+        return np.array(head_logits(self._model, self._hidden(tokens)[:, -1]))
+
+    def mask(self, count: int, window: int | None) -> mx.array:
+        """Which of all places the next `count` tokens see: (rows, 1, count, places).
+
+        A place inside the padding sees itself, so that nothing odd is computed there.
+        """
+        places = mx.arange(self.length + count)
+        own = mx.arange(self.length, self.length + count)[:, None]
+        seen = (places <= own) & (places >= self._padding[:, None, None, None])
+        if window is not None:
+            seen = seen & (own < places + window)
+        return for_heads(self._model, seen | (places == own))
+
+    def _hidden(self, tokens: Array) -> mx.array:
+        hidden: mx.array = self._model.model(mx.array(tokens), self._layers)
+        self.length += tokens.shape[1]
+        return hidden
+
+
+class _LayerCache:
+    """The keys and values of one layer, as mlx-lm's models use a cache."""
+
+    def __init__(self, batch: _PaddedBatch) -> None:
+        self._batch = batch
+        self.arrays: list[mx.array] = []
+
+    @property
+    def offset(self) -> mx.array:
+        return self._batch.offset
+
+    def update_and_fetch(self, *new: mx.array) -> tuple[mx.array, ...]:
+        """Keep keys and values (rows, heads, tokens, width); gives all of them so far."""
+        start, width = self._batch.length, self._batch.width
+        end = start + new[0].shape[2]
+        if not self.arrays:
+            self.arrays = [mx.zeros((*one.shape[:2], width, one.shape[3]), one.dtype) for one in new]
+        for place, one in enumerate(new):
+            # In place: MLX writes into an array that nobody else holds.
+            self.arrays[place][..., start:end, :] = one
+        return tuple(kept[..., :end, :] for kept in self.arrays)
+
+    def make_mask(self, count: int, window_size: int | None = None, **_options: Any) -> mx.array:
+        return self._batch.mask(count, window_size)
+
+
+def _to_the_end(row: Array, end_ids: Sequence[int]) -> Array:
+    """The row up to the first end id, which is included."""
+    ends = np.flatnonzero(np.isin(row, end_ids))
+    return row[: ends[0] + 1] if ends.size else row

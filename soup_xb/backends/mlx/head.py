@@ -1,4 +1,4 @@
-"""The output head on trained positions alone: the vocabulary is a model's largest matrix.
+"""The output head on trained positions alone, and of many targets a few at a time: it is a model's largest matrix.
 
 A micro-batch is padded to a grid of few sizes, so that a compiled step is compiled few times.
 """
@@ -14,7 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from attrs import frozen
+from mlx.utils import tree_flatten, tree_unflatten
 
+from soup_xb.core.objectives.head_chunks import positions_at_once
 from soup_xb.core.rows.batches import MicroBatch
 
 Array = np.ndarray[Any, Any]
@@ -68,10 +70,16 @@ def padded_grid(batch: MicroBatch) -> Grid:
     return _grid(batch, grid_size(batch.tokens.shape[1], steps=8), grid_size(batch.target_tokens))
 
 
-def _grid(batch: MicroBatch, wide: int, count: int) -> Grid:
+def padded_tokens(batch: MicroBatch, wide: int) -> Array:
+    """The tokens of a micro-batch, int32 (rows, wide), with zeros on the right."""
     rows, length = batch.tokens.shape
     tokens = np.zeros((rows, wide), dtype=np.int32)
     tokens[:, :length] = batch.tokens
+    return tokens
+
+
+def _grid(batch: MicroBatch, wide: int, count: int) -> Grid:
+    length = batch.tokens.shape[1]
     trained = batch.weights != 0
     row, column = np.divmod(batch.positions[trained], length)
     # What fills up repeats a real place, so that nothing odd is computed there.
@@ -81,7 +89,7 @@ def _grid(batch: MicroBatch, wide: int, count: int) -> Grid:
     targets = batch.targets[trained] if trained.any() else np.zeros(1, dtype=np.int64)
     documents = _documents(batch, wide)
     return Grid(
-        mx.array(tokens),
+        mx.array(padded_tokens(batch, wide)),
         mx.array((row * wide + column)[filled].astype(np.int32)),
         mx.array(targets[filled].astype(np.int32)),
         mx.array((np.arange(count) < batch.target_tokens).astype(np.float32)),
@@ -89,15 +97,15 @@ def _grid(batch: MicroBatch, wide: int, count: int) -> Grid:
     )
 
 
-def laid_out(batch: MicroBatch, grid: Grid, values: Mapping[str, Array]) -> dict[str, mx.array]:
-    """Arrays of a micro-batch on the grid: those of its targets, (rows, width), become (rows, grid length)."""
+def laid_out(batch: MicroBatch, wide: int, values: Mapping[str, Array]) -> dict[str, mx.array]:
+    """Arrays of a micro-batch on its grid: those of its targets, (rows, width), become (rows, wide)."""
     rows, length = batch.tokens.shape
     trained = batch.weights != 0
     row, column = np.divmod(batch.positions[trained], length)
     found = {}
     for name, array in values.items():
         if array.shape == batch.weights.shape:
-            whole = np.zeros((rows, grid.tokens.shape[1]), dtype=array.dtype)
+            whole = np.zeros((rows, wide), dtype=array.dtype)
             whole[row, column] = array[trained]
             array = whole
         found[name] = mx.array(array.astype(np.float32) if array.dtype == np.float64 else array)
@@ -119,55 +127,126 @@ def _documents(batch: MicroBatch, wide: int) -> Any:
     return documents
 
 
-class _Selecting(nn.Module):
-    """A head that sees hidden states (1, n, hidden) of n places in the flattened (rows * length) grid."""
+class _Known(nn.Module):
+    """A decoder that gives hidden states (1, n, hidden) which are known already; a tied head stays in its place."""
 
-    def __init__(self, head: Any, positions: mx.array) -> None:
+    def __init__(self, decoder: Any, hidden: mx.array) -> None:
         super().__init__()
-        self._head, self._positions = (head,), (positions,)
+        self.embed_tokens = decoder.embed_tokens
+        # An underscore keeps it out of the parameters.
+        self._hidden = hidden
 
-    def __call__(self, x: mx.array) -> mx.array:
-        # A tied head is also the embedding, whose input are token ids.
-        if mx.issubdtype(x.dtype, mx.integer):
-            return self._head[0](x)
-        return self._head[0](self._select(x))
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self._head[0].as_linear(self._select(x))
-
-    def _select(self, hidden: mx.array) -> mx.array:
-        return mx.take(hidden.reshape(-1, hidden.shape[-1]), self._positions[0], axis=0)[None]
+    def __call__(self, *_arguments: Any, **_named: Any) -> mx.array:
+        return self._hidden
 
 
 @contextmanager
-def head_on_positions(model: Any, positions: mx.array) -> Iterator[None]:
-    """Inside, the head computes `positions` (n,) alone.
-
-    The model's own code still does what it does after the head (soft caps, scaling), so the logits (1, n,
-    vocabulary) are those of the full computation at these positions.
-    """
-    owner, name = (model, "lm_head") if "lm_head" in model else (model.model, "embed_tokens")
-    head = owner[name]
-    setattr(owner, name, _Selecting(head, positions))
+def _decoder_known(model: Any, hidden: mx.array) -> Iterator[None]:
+    decoder = model.model
+    model.model = _Known(decoder, hidden[None])
     try:
         yield
     finally:
-        setattr(owner, name, head)
+        model.model = decoder
+
+
+def hidden_states(model: Any, tokens: mx.array, documents: mx.array | None = None) -> mx.array:
+    """What the head sees of tokens (rows, length): (rows, length, hidden).
+
+    Rows are padded on the right: causal attention keeps padding out of every real token's sight, so no mask is needed,
+    unless a row holds several documents.
+    """
+    with documents_apart(model, documents):
+        hidden: mx.array = model.model(tokens)
+    return hidden
+
+
+def at_places(hidden: mx.array, places: mx.array) -> mx.array:
+    """The hidden states (n, hidden) of places (n,) in the flattened (rows * length) grid."""
+    return mx.take(hidden.reshape(-1, hidden.shape[-1]), places, axis=0)
+
+
+def head_logits(model: Any, hidden: mx.array) -> mx.array:
+    """Float32 logits (n, vocabulary) of hidden states (n, hidden).
+
+    The model's own code does what it does after the head (soft caps, scaling), with its decoder answering at once, so
+    the logits are those of the full computation.
+    """
+    with _decoder_known(model, hidden):
+        logits: mx.array = model(mx.zeros((1, hidden.shape[0]), mx.int32))
+    return logits[0].astype(mx.float32)
 
 
 def token_logps(model: Any, grid: Grid, temperature: float = 1.0) -> mx.array:
     """Log-probability (nats) of each target, float32 (rows, grid length), where its hidden state stands; 0 elsewhere.
 
-    Logits are divided by `temperature`. Rows are padded on the right: causal attention keeps padding out of every real
-    token's sight, so no mask is needed, unless a row holds several documents.
+    Logits are divided by `temperature`. Of many targets the head computes a few at a time (see
+    soup_xb.core.objectives.head_chunks), which it does again on the way back.
     """
-    with head_on_positions(model, grid.positions), documents_apart(model, grid.documents):
-        logits = model(grid.tokens)[0].astype(mx.float32)
+    hidden = at_places(hidden_states(model, grid.tokens, grid.documents), grid.positions)
+    count = hidden.shape[0]
+    at_once = positions_at_once(count, model.args.vocab_size)
+    if at_once >= count:
+        chosen = _target_logps(model, hidden, grid.targets, temperature)
+    else:
+        chosen = _in_chunks(model, hidden, grid.targets, (at_once, temperature))
+    return mx.zeros(grid.tokens.size).at[grid.positions].add(chosen * grid.live).reshape(grid.tokens.shape)
+
+
+def _target_logps(model: Any, hidden: mx.array, targets: mx.array, temperature: float) -> mx.array:
+    """Log-probability of each target (n,) from hidden states (n, hidden)."""
+    logits = head_logits(model, hidden)
     if temperature != 1.0:
         logits = logits / temperature
-    chosen = mx.take_along_axis(logits, grid.targets[:, None], axis=-1)[:, 0]
-    each = (chosen - log_sum_exp(logits)) * grid.live
-    return mx.zeros(grid.tokens.size).at[grid.positions].add(each).reshape(grid.tokens.shape)
+    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_sum_exp(logits)
+
+
+def _in_chunks(model: Any, hidden: mx.array, targets: mx.array, how: tuple[int, float]) -> mx.array:
+    """`_target_logps` for as many positions at once as `how` says first; its second is the temperature.
+
+    One chunk comes after the other in both directions: none needs anything of another, and all at once are the whole.
+    """
+    at_once, temperature = how
+    parts = [slice(start, start + at_once) for start in range(0, hidden.shape[0], at_once)]
+
+    def logps(states: mx.array, values: Any, part: slice) -> mx.array:
+        if values:
+            model.lm_head.update(values)
+        return _target_logps(model, states, targets[part], temperature)
+
+    def forward(hidden: mx.array, values: Any) -> mx.array:
+        each: list[mx.array] = []
+        for part in parts:
+            each.append(logps(_after(hidden[part], each[-1:]), values, part))
+        return mx.concatenate(each)
+
+    def backward(primals: Any, cotangent: mx.array, _output: mx.array) -> Any:
+        hidden, values = primals
+        names, arrays = zip(*tree_flatten(values), strict=True) if values else ((), ())
+        states: list[mx.array] = []
+        total: list[mx.array] = []
+        for part in parts:
+
+            def again(states: mx.array, *arrays: mx.array, part: slice = part) -> mx.array:
+                return logps(states, tree_unflatten(list(zip(names, arrays, strict=True))), part)
+
+            known = _after(hidden[part], [*states[-1:], *total])
+            _, (found, *more) = mx.vjp(again, [known, *arrays], [cotangent[part]])
+            states.append(found)
+            total = [one + other for one, other in zip(total, more, strict=True)] if total else more
+        return mx.concatenate(states), tree_unflatten(list(zip(names, total, strict=True)))
+
+    chunked: Any = mx.custom_function(forward)
+    chunked.vjp(backward)
+    # What a gradient is wanted of has to be an argument; everything else is a constant to MLX.
+    trained = model.lm_head.trainable_parameters() if "lm_head" in model else {}
+    result: mx.array = chunked(hidden, trained)
+    return result
+
+
+def _after(array: mx.array, others: list[mx.array]) -> mx.array:
+    """The array, computed when the others are."""
+    return mx.depends([array], others)[0] if others else array
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
@@ -184,6 +263,15 @@ def log_sum_exp(logits: mx.array) -> mx.array:
     return largest[:, 0] + mx.log(total)
 
 
+def for_heads(model: Any, mask: mx.array) -> mx.array:
+    """A mask (rows, 1, length, places) as the model's attention takes it.
+
+    Gemma 2's gives the query heads that share a key an axis of their own.
+    """
+    grouped = model.model_type == "gemma2" and model.layers[0].self_attn.repeats > 1
+    return mask[:, None] if grouped else mask
+
+
 @contextmanager
 def documents_apart(model: Any, documents: mx.array | None) -> Iterator[None]:
     """Inside, the model's masks keep tokens of different documents apart.
@@ -196,7 +284,7 @@ def documents_apart(model: Any, documents: mx.array | None) -> Iterator[None]:
         return
     module: Any = sys.modules[type(model.model).__module__]
     usual = module.create_attention_mask
-    same = documents[:, None, :, None] == documents[:, None, None, :]
+    same = for_heads(model, documents[:, None, :, None] == documents[:, None, None, :])
 
     def create_attention_mask(h: mx.array, cache: Any = None, **options: Any) -> mx.array:
         if h.shape[1] == 1:

@@ -51,9 +51,8 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     folder = inspect_base(settings.base)
     check_quantization(folder, settings.quantization)
     reading = read_base(folder, settings.rope_scaling)
-    with foreign_errors(partial(unreadable_config, folder)):
-        model = reading.build()
-    description, places = describe_model(model, folder, reading)
+    model = _build(folder, reading, settings)
+    description, places = describe_model(model, folder, reading, bool(settings.pooling))
     notices = []
     with memory_guard("loading the base"):
         weights = _read_weights(folder, reading, model)
@@ -81,22 +80,34 @@ def outline_base(settings: SessionSettings) -> Opened:
     """The base's modules without weights: MLX computes nothing that is not asked for."""
     folder = inspect_base(settings.base, weights=False)
     reading = read_base(folder, settings.rope_scaling)
-    with foreign_errors(partial(unreadable_config, folder)):
-        model = reading.build()
-    description, places = describe_model(model, folder, reading)
+    model = _build(folder, reading, settings)
+    description, places = describe_model(model, folder, reading, bool(settings.pooling))
     return Opened(model, folder, reading, description, places)
 
 
+def _build(folder: BaseFolder, reading: Reading, settings: SessionSettings) -> Any:
+    """The model that the config means; for vectors of texts without its head."""
+    with foreign_errors(partial(unreadable_config, folder)):
+        model = reading.build()
+    if settings.pooling:
+        model.pop("lm_head", None)
+    return model
+
+
 def describe_model(
-    model: Any, folder: BaseFolder, reading: Reading
+    model: Any, folder: BaseFolder, reading: Reading, headless: bool = False
 ) -> tuple[BaseDescription, dict[str, str]]:
-    """The structure of a plain model, and where its modules are."""
+    """The structure of a plain model, and where its modules are.
+
+    A `headless` one has the names of transformers' AutoModel, which is the decoder alone.
+    """
     modules, others, places, parameters = [], [], {}, 0
-    for name, module in walk(model):
+    for place, module in walk(model):
+        name = place.removeprefix("model.") if headless else place
         if isinstance(module, nn.Linear):
             out_features, in_features = module.weight.shape
             modules.append(Module(name, out_features, in_features))
-            places[name] = name
+            places[name] = place
         own = module.parameters() if not module.children() else {}
         arrays = [array for array in own.values() if isinstance(array, mx.array)]
         parameters += sum(array.size for array in arrays)
@@ -128,8 +139,11 @@ def _read_weights(folder: BaseFolder, reading: Reading, model: Any) -> dict[str,
     with foreign_errors(partial(_unreadable, folder)):
         for file in weight_files(folder.path):
             weights.update(read_arrays(file))
-        if reading.tied:
+        if "lm_head" not in model:
             weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
+            if not any(name.startswith("model.") for name in weights):
+                # transformers' AutoModel saves the decoder alone.
+                weights = {f"model.{name}": array for name, array in weights.items()}
         # Gemma 3's does nothing but tie the head, which `build` has done.
         if hasattr(model, "sanitize") and reading.module != "gemma3_text":
             weights = model.sanitize(weights)
@@ -195,6 +209,10 @@ class CheckpointedBlocks:
 
 def _checkpointed(cls: type[Any]) -> type[Any]:
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        if named.get("cache") is not None or any(one is not None for one in arguments[2:]):
+            # With a cache of keys and values it answers, and nothing is computed again.
+            return cls.__call__(self, *arguments, **named)
+
         # What a gradient is wanted of has to be an argument; everything else is a constant to MLX.
         def inner(values: Any, *arguments: Any) -> Any:
             self.update(values)

@@ -102,8 +102,10 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> ConfigChan
         places |= dict.fromkeys(weights, file.name)
         size += sum(array.nbytes for array in weights.values())
         for name in sorted(left):
-            if f"{name}.weight" in weights:
-                weights[f"{name}.weight"] = _merged(adapters, name, weights[f"{name}.weight"])
+            # A base of vectors has the decoder's own names; its files may have those of the whole model.
+            stored = next((key for key in _stored(adapters, name) if key in weights), None)
+            if stored is not None:
+                weights[stored] = _merged(adapters, name, weights[stored])
                 left.discard(name)
         mx.save_safetensors(str(folder / file.name), weights, metadata={"format": "pt"})
     if left:
@@ -116,6 +118,10 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> ConfigChan
     if len(files) > 1:
         write_index(folder, places, size)
     return ConfigChanges(rope_parameters=opened.reading.stretched)
+
+
+def _stored(adapters: Adapters, name: str) -> tuple[str, str]:
+    return f"{name}.weight", f"{adapters.places[name]}.weight"
 
 
 def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +36,20 @@ class Processes:
             summed[name] = flat[start : start + array.size].reshape(array.shape)
             start += array.size
         return summed
+
+    def sum_of_all(self, array: mx.array) -> mx.array:
+        """The array's sum over all processes, for the trace of a step: the gradients of all come back summed too."""
+        if not self.many:
+            return array
+
+        def summed(array: mx.array) -> mx.array:
+            whole: mx.array = mx.distributed.all_sum(array)
+            return whole
+
+        shared: Any = mx.custom_function(summed)
+        shared.vjp(lambda _primals, cotangent, _output: summed(cotangent))
+        result: mx.array = shared(array)
+        return result
 
     def sum_exactly(self, number: float) -> float:
         """A float64's sum over all processes, to about 48 bits: its float32 part and the rest travel apart."""

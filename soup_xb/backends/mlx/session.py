@@ -16,7 +16,7 @@ from soup_xb.backends.mlx.generation import generate_tokens
 from soup_xb.backends.mlx.load import CheckpointedBlocks, Opened, load_base, outline_base
 from soup_xb.backends.mlx.merge import live_addition, write_merged
 from soup_xb.backends.mlx.optimizer import Optimizer
-from soup_xb.backends.mlx.outputs import MlxScorer, OpenBase
+from soup_xb.backends.mlx.outputs import MlxScorer, OpenBase, Outputs, check_scorable
 from soup_xb.backends.mlx.processes import Processes, join_processes
 from soup_xb.backends.mlx.starts import weight_starts
 from soup_xb.backends.mlx.step import Step
@@ -56,10 +56,6 @@ class MlxSession:
     """See soup_xb.core.run.session.Session."""
 
     backend = "mlx"
-    # The tasks that would need them are refused before a base is opened.
-    sampler = None
-    embedder = None
-    judge = None
 
     def __init__(
         self, opened: Opened, settings: SessionSettings, device: Device, processes: Processes
@@ -73,16 +69,18 @@ class MlxSession:
         self._adapters: Adapters | None = None
         self._optimizer: Optimizer | None = None
         base = OpenBase(lambda: self.model, processes, self._with_adapter, self._check_length)
-        self.scorer: MlxScorer | None = MlxScorer(base)
-        self._state, self._base = StepState(settings.objective, self.scorer), base
-        self._step = Step(self._state, base, None, settings.seed)
+        self._outputs = outputs = Outputs.of(base, settings, opened)
+        self.scorer, self.sampler = outputs.scorer, outputs.sampler
+        self.embedder, self.judge = outputs.embedder, outputs.judge
+        self._state = StepState(settings.objective, MlxScorer(base))
+        self._step = Step(self._state, outputs, None, settings.seed)
         self._checkpointed: CheckpointedBlocks | None = None
         if settings.gradient_checkpointing and settings.weights:
             self._checkpointed = CheckpointedBlocks(list(self.model.layers))
 
     def notices(self) -> tuple[Problem, ...]:
-        """The device and the precision with their reason, and how the base was read."""
-        return (Problem("device", self._device.reason), *self._opened.notices)
+        """The device and the precision with their reason, how the base was read, and how texts become vectors."""
+        return (Problem("device", self._device.reason), *self._opened.notices, *self._outputs.notices)
 
     def describe(self) -> BaseDescription:
         """The base's structure."""
@@ -90,12 +88,15 @@ class MlxSession:
 
     def attach(self, plan: AdapterPlan) -> None:
         """Wrap the planned modules with mlx-lm's LoRA layers and make an optimizer for their factors."""
+        if self.judge is not None:
+            check_scorable(self._opened, plan)
         with memory_guard("attaching the adapters"):
             places = self._opened.places
             starts = weight_starts(self.model, plan, places, self._processes)
             self._adapters = Adapters(self.model, plan, places, starts)
-            self._optimizer = Optimizer(self._adapters.values, self.settings.optimizer)
-        self._step = Step(self._state, self._base, self._adapters, self.settings.seed)
+            trained = {**self._adapters.values, **self._outputs.values()}
+            self._optimizer = Optimizer(trained, self.settings.optimizer)
+        self._step = Step(self._state, self._outputs, self._adapters, self.settings.seed)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], step: StepSettings) -> StepResult:
         """One update; dropout masks are a function of seed, step and process."""
@@ -116,13 +117,17 @@ class MlxSession:
         save_adapters(self._trained(self._adapters), folder)
         self._trained(self._optimizer).save(folder)
         save_objective(self.settings.objective.state(), folder)
+        if self.judge is not None:
+            self.judge.save(folder)
 
     def load_state(self, folder: Path, optimizer: bool = True) -> None:
         """Read back what `save_state` wrote."""
         adapters = self._trained(self._adapters)
         load_adapters(adapters, folder)
         # A compiled step keeps the starts that it was traced with.
-        self._step = Step(self._state, self._base, adapters, self.settings.seed)
+        self._step = Step(self._state, self._outputs, adapters, self.settings.seed)
+        if self.judge is not None:
+            self.judge.load(folder)
         if optimizer:
             objective = self.settings.objective
             self._trained(self._optimizer).load(folder)
@@ -172,7 +177,7 @@ class MlxSession:
         if self._checkpointed is not None:
             self._checkpointed.undo()
         self._optimizer = self._adapters = self._checkpointed = None
-        self.model = self.scorer = None
+        self.model = self.scorer = self.sampler = self.embedder = self.judge = None
         mx.clear_cache()
 
     def _with_adapter(self, adapter: bool) -> Any:

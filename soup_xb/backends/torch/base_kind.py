@@ -8,7 +8,6 @@ from typing import Any
 
 import transformers
 
-from soup_xb.core.adapter.extras import base_pooling
 from soup_xb.core.base.folder import BaseFolder, inspect_base
 from soup_xb.core.base.towers import is_in_tower
 from soup_xb.core.errors import ModelError, Problem
@@ -98,19 +97,9 @@ def check_embedding(folder: BaseFolder, config: Any) -> None:
     )
 
 
-def pooling_for(asked: str, base: Path, model: Any) -> tuple[str, str]:
-    """How a base's hidden states become one vector (mean, cls or last), and why.
-
-    Raises ModelError where the base's own files ask for what is not built here.
-    """
-    if asked != "auto":
-        return asked, "`training.pooling` says so"
-    own = base_pooling(base)
-    if own:
-        return own, "the base's own sentence-transformers files say so"
-    if type(model.config) in _MASKED:
-        return "mean", "the base is an encoder, whose every token sees the whole text"
-    return "last", "the base is a decoder, whose last token alone sees the whole text"
+def is_encoder(model: Any) -> bool:
+    """Whether every token of the model sees the whole text."""
+    return type(model.config) in _MASKED
 
 
 def text_alone(model: Any, base: Path) -> tuple[Problem, ...]:

@@ -16,16 +16,16 @@ from attrs import frozen
 from safetensors.torch import save_file
 from torch import Tensor
 
-from soup_xb.backends.torch.base_kind import pooling_for
+from soup_xb.backends.torch.base_kind import is_encoder
 from soup_xb.backends.torch.device import memory_guard
 from soup_xb.backends.torch.generation import sample
 from soup_xb.backends.torch.head import BatchTensors, head_on_positions, token_logps
 from soup_xb.backends.torch.processes import Processes
-from soup_xb.core.adapter.extras import head_start
+from soup_xb.core.adapter.extras import head_start, pooling_for
 from soup_xb.core.adapter.peft_file import HEAD, check_factors
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.errors import CheckpointError, ModelError, Problem
-from soup_xb.core.rows.batches import MicroBatch
+from soup_xb.core.rows.batches import MicroBatch, score_places
 from soup_xb.core.run.checkpoint import read_tensors
 from soup_xb.core.run.session import GenerationSettings, SessionSettings
 
@@ -59,7 +59,7 @@ class Outputs:
     def of(cls, base: OpenBase, settings: SessionSettings, width: int) -> Outputs:
         """Vectors of a base that was opened without its head, else words and scores; `width` is its hidden size."""
         if settings.pooling:
-            pooling, reason = pooling_for(settings.pooling, settings.base, base.model())
+            pooling, reason = pooling_for(settings.pooling, settings.base, is_encoder(base.model()))
             told = Problem("pooling", f"{pooling}: {reason}")
             return cls(base, embedder=TorchEmbedder(base, pooling), notices=(told,))
         scored = settings.objective.outputs == "scores"
@@ -243,20 +243,6 @@ def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def score_places(batch: MicroBatch, pad_id: int | None) -> np.ndarray[Any, Any]:
-    """Where each row is scored, int64 (rows,): at its last token that is not the id the base's config pads with.
-
-    It is the rule of transformers' sequence classification. A chat template may end turns with that id, and then the
-    score is read one token earlier.
-    """
-    length = batch.tokens.shape[1]
-    places = np.arange(length)
-    usable = places < batch.lengths[:, None]
-    if pad_id is not None:
-        usable &= batch.tokens != pad_id
-    return np.where(usable, places, 0).max(axis=1)
 
 
 def check_scorable(model: Any, plan: AdapterPlan) -> None:

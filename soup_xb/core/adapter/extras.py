@@ -179,6 +179,21 @@ def read_embedding_facts(folder: Path) -> EmbeddingFacts | None:
     return facts
 
 
+def pooling_for(asked: str, base: Path, is_encoder: bool = False) -> tuple[str, str]:
+    """How a base's hidden states become one vector (mean, cls or last), and why.
+
+    Raises ModelError where the base's own files ask for what is not built here.
+    """
+    if asked != "auto":
+        return asked, "`training.pooling` says so"
+    own = base_pooling(base)
+    if own:
+        return own, "the base's own sentence-transformers files say so"
+    if is_encoder:
+        return "mean", "the base is an encoder, whose every token sees the whole text"
+    return "last", "the base is a decoder, whose last token alone sees the whole text"
+
+
 def base_pooling(base: Path) -> str:
     """The pooling that a base's own sentence-transformers files ask for, empty where it has none.
 

@@ -10,6 +10,7 @@ from soup_xb.core.config.loaded import COMMAND_LINE, LoadedConfig
 from soup_xb.core.config.schema import KEYS, value_of
 from soup_xb.core.config.support_rows import BACKENDS, ROWS, Row
 from soup_xb.core.errors import ConfigError, Problem
+from soup_xb.core.tasks import TASKS
 from soup_xb.core.tasks.task import No
 
 SETTING_OF = "a setting of"
@@ -59,7 +60,7 @@ def choose_backend(
     if asked != "auto":
         _require(asked, installed, where)
         return asked, "the file says so" if loaded.written.get("backend") else "the command line says so"
-    reason = _why_not_mlx(system, machine, installed)
+    reason = _why_not_mlx(system, machine, installed) or _may_be_encoder(loaded)
     refused = () if reason else refusals(loaded, "mlx")
     if refused:
         reason = refused[0].message
@@ -134,6 +135,13 @@ def _why_not_mlx(system: str, machine: str, installed: Callable[[str], bool]) ->
     if (system, machine) != ("Darwin", "arm64"):
         return "this is not Apple silicon"
     return "" if _missing("mlx", installed) is None else "mlx is not installed"
+
+
+def _may_be_encoder(loaded: LoadedConfig) -> str:
+    """Why `auto` takes torch for vectors of texts: most bases for them are encoders, which mlx refuses."""
+    if not TASKS[loaded.config.task].embeds:
+        return ""
+    return "mlx opens no encoders, and whether the base is one shows when it is opened; `mlx` trains decoders"
 
 
 def _missing(backend: str, installed: Callable[[str], bool]) -> str | None:

@@ -77,7 +77,7 @@ _TASKS = (
 )
 
 _RELORA_NO_MLX = No(
-    "a restart edits factors and optimizer state in the middle of a run, which the mlx engine does not do",
+    "a merge changes weights of the base, which a compiled MLX step holds as constants, and both modes are one restart",
     "remove the `relora_*` keys.",
 )
 _RELORA = (
@@ -159,8 +159,8 @@ _TRAINING = (
         "training.router_aux_loss_coef",
         "router-loss",
         mlx=No(
-            "the mlx engine opens no mixture of experts whose router could be balanced",
-            "remove the key, or run with --backend torch.",
+            "none of the model types that are proven on MLX is a mixture of experts: there is no router to balance",
+            "remove the key.",
         ),
     ),
     *_works(
@@ -197,6 +197,14 @@ _OPENED_BASES = (
         mlx=No(
             "its weights are in bitsandbytes' own format, which MLX cannot read",
             "name the unquantized base and write `training.quantization: 4bit` for MLX's own format.",
+        ),
+    ),
+    Row(
+        "base=an encoder",
+        "encoder",
+        mlx=No(
+            "mlx-lm has decoders alone: BERT and its kin, whose tokens see the whole text, are not among its models",
+            "take a decoder such as Qwen/Qwen3-Embedding-0.6B.",
         ),
     ),
     Row(

@@ -152,6 +152,21 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int) -> MicroBatch:
     )
 
 
+def score_places(batch: MicroBatch, pad_id: int | None) -> Array:
+    """Where each row is scored, int64 (rows,): at its last token that is not the id the base's config pads with.
+
+    It is the rule of transformers' sequence classification. A chat template may end turns with that id, and then the
+    score is read one token earlier.
+    """
+    length = batch.tokens.shape[1]
+    places = np.arange(length)
+    usable = places < batch.lengths[:, None]
+    if pad_id is not None:
+        usable &= batch.tokens != pad_id
+    last: Array = np.where(usable, places, 0).max(axis=1)
+    return last
+
+
 def idle(batch: MicroBatch) -> MicroBatch:
     """The micro-batch with nothing in it that counts: it goes through the model, so that every process does."""
     return evolve(

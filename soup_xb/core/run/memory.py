@@ -79,9 +79,7 @@ class LargestBatch:
     processes: int = 1
 
     @classmethod
-    def of(
-        cls, config: Config, facts: RowFacts, vocabulary: int, backend: str, processes: int
-    ) -> LargestBatch:
+    def of(cls, config: Config, facts: RowFacts, vocabulary: int, processes: int) -> LargestBatch:
         """A run's, from its rows: both answers of a pair, all answers to a prompt, all texts of a row that embeds."""
         task, training = TASKS[config.task], config.training
         rows = training.batch_size // processes
@@ -94,5 +92,4 @@ class LargestBatch:
         if task.samples:
             answers, new = rows * training.group_size, training.max_new_tokens
             tokens, trained = answers * (longest + new), answers * new
-        together = trained if backend == "mlx" else positions_at_once(trained, vocabulary)
-        return cls(tokens, together, processes)
+        return cls(tokens, positions_at_once(trained, vocabulary), processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.objectives import losses
-from soup_xb.core.tasks.task import No, Task
+from soup_xb.core.tasks.task import Task
 
 TASK = Task(
     name="embedding",
@@ -16,8 +16,4 @@ TASK = Task(
     peft_type="FEATURE_EXTRACTION",
     no_sharding="encoders, and bases without their head, are not cut over processes here; most of them are small",
     feature="embedding",
-    mlx=No(
-        "the mlx engine opens no encoders and has no loss over texts that are compared with each other",
-        "train it with `backend: torch`; sentence-transformers then loads the result on a Mac's GPU too.",
-    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.objectives import losses
-from soup_xb.core.tasks.task import EQUALLY_OFTEN, PAIRS, No, Task
+from soup_xb.core.tasks.task import EQUALLY_OFTEN, PAIRS, Task
 
 TASK = Task(
     name="reward",
@@ -14,8 +14,4 @@ TASK = Task(
     objective="scores",
     no_sharding=EQUALLY_OFTEN,
     feature="reward",
-    mlx=No(
-        "the mlx engine has no scalar head, and MLX's own tools would not load one",
-        "use `--backend torch`, or `task: sft` on the preferred answers.",
-    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soup_xb.core.objectives import losses
-from soup_xb.core.tasks.task import EQUALLY_OFTEN, NO_ROLLOUTS, ROLLOUT_KEYS, Required, Task
+from soup_xb.core.tasks.task import EQUALLY_OFTEN, ROLLOUT_KEYS, Required, Task
 
 TASK = Task(
     name="rlhf",
@@ -22,5 +22,4 @@ TASK = Task(
     ),
     no_sharding=EQUALLY_OFTEN,
     feature="rlhf",
-    mlx=NO_ROLLOUTS,
 )

@@ -31,10 +31,6 @@ class No:
     instead: str
 
 
-NO_ROLLOUTS = No(
-    "the mlx engine samples no answers while it trains",
-    "use `--backend torch`, or train on worked answers: chat rows with `task: sft`.",
-)
 WORDS_ALONE = "train on the words alone: `task: sft` on text rows."
 
 
