@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from attrs import evolve
 
 from soup_xb.cli.options import json_option
+from soup_xb.core.config.schema import KEYS
 from soup_xb.core.errors import Problem
 from soup_xb.core.tasks import FORMATS, TASKS
 
@@ -35,6 +37,13 @@ _SHOWN_CHARACTERS = 3000
     help="For rows with pictures or sounds.",
 )
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens.")
+@click.option(
+    "--train-on",
+    type=click.Choice(KEYS["data.train_on"].choices),
+    default="answers",
+    show_default=True,
+    help="As `data.train_on` of a config.",
+)
 @click.option("--chat-template", help="Jinja chat template to use instead of the base's: text or a file.")
 @json_option
 def command(  # noqa: PLR0913 - one parameter an option
@@ -43,6 +52,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     data_format: str,
     task: str | None,
     max_length: int,
+    train_on: str,
     chat_template: str | None,
     as_json: bool,
 ) -> None:
@@ -55,7 +65,8 @@ def command(  # noqa: PLR0913 - one parameter an option
         from soup_xb.data.media import open_tokenizer_for
 
         tokenizer = open_tokenizer_for(TASKS[task].media if task else "", resolve_base(base), chat_template)
-        tokens = tokenize_file(file, data_format, tokenizer, max_length, _formats(task))
+        how = evolve(tokenizer, train_on=train_on)
+        tokens = tokenize_file(file, data_format, how, max_length, _formats(task))
         summary = {"file": str(file), **_counts(tokens), "example": _example(tokens, tokenizer)}
         notices = (*tokens.warnings, *tokens.notices)
     if as_json:

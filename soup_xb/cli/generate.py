@@ -9,6 +9,12 @@ from pathlib import Path
 import click
 
 from soup_xb.cli.options import BACKENDS, json_option
+from soup_xb.core.errors import Problem
+
+_SPELLED = Problem(
+    "control-tokens",
+    "the prompt spells control tokens, which are read as the words that they are spelled with",
+)
 
 
 @click.command()
@@ -62,6 +68,8 @@ def command(  # noqa: PLR0913 - one parameter an option
         settings = GenerationSettings(max_new_tokens, temperature, trained.tokenizer.end_ids, seed)
         for prompt in prompts:
             messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]
+            if trained.tokenizer.spells_control(messages):
+                click.echo(_SPELLED.render("note"), err=True)
             answer = {"prompt": prompt, "answer": continue_chat(trained, messages, settings)}
             if compare and trained.has_adapter:
                 answer["base"] = continue_chat(trained, messages, settings, adapter=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,20 @@ from soup_xb.data.rendering import RunawayError, renderer
 
 @frozen
 class ToolSpelling:
-    """What a template asks of a call: its arguments as JSON text, or a null content where nothing is said."""
+    """What a template asks of a call: its arguments as JSON text, or a null content where nothing is said.
+
+    `thought` is the key under which it reads what an assistant thinks, empty for none.
+    """
 
     arguments_as_text: bool = False
     null_content: bool = False
+    thought: str = ""
 
     def turn(self, message: Message) -> dict[str, Any]:
         """A turn as a template reads it."""
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.thought and self.thought:
+            turn[self.thought] = message.thought
         if message.calls:
             turn["tool_calls"] = [self._call(call) for call in message.calls]
             if self.null_content and not message.content:
@@ -48,7 +55,8 @@ class ToolSpelling:
 def size(messages: Sequence[Message], tools: Sequence[str]) -> int:
     """The characters that a conversation holds."""
     calls = sum(len(call.name) + len(call.arguments) for message in messages for call in message.calls)
-    return sum(len(message.content) for message in messages) + calls + sum(map(len, tools))
+    said = sum(len(message.content) + len(message.thought) for message in messages)
+    return said + calls + sum(map(len, tools))
 
 
 LARGEST_TEMPLATE = 256 * 1024
@@ -73,8 +81,9 @@ class RenderError(Exception):
 class ChatTemplate:
     """A template with the special tokens that it may write, by name; `where` names it in errors.
 
-    `spelling` is how it takes tool calls, which `tool_template` finds out. `in_parts`: it is written for turns
-    whose content is a list of parts, as a processor's is.
+    `spelling` is how it takes tool calls and thoughts, which `with_tools` and `with_thoughts` find out. `in_parts`: it
+    is written for turns whose content is a list of parts, as a processor's is. `day` is the date that a clock in it
+    tells, as YYYY-MM-DD.
     """
 
     text: str
@@ -82,6 +91,7 @@ class ChatTemplate:
     where: str
     spelling: ToolSpelling = field(factory=ToolSpelling)
     in_parts: bool = False
+    day: str = field(factory=lambda: date.today().isoformat())
 
     def render(
         self, messages: Sequence[Message], generation_prompt: bool = False, tools: Sequence[str] = ()
@@ -99,6 +109,7 @@ class ChatTemplate:
             "generation_prompt": generation_prompt,
             "room": _RENDERING_ROOM + _RENDERING_GROWTH * size(messages, tools),
             "tokens": dict(self.tokens),
+            "day": self.day if self.is_dated else "",
         }
         try:
             answer = renderer().render(self.text, request)
@@ -126,7 +137,7 @@ class ChatTemplate:
 
     @property
     def is_dated(self) -> bool:
-        """Whether it writes the date of the day, so that rows differ from one day to the next."""
+        """Whether it may write the date, so that rows differ from one day to the next."""
         return "strftime_now" in self.text
 
 
@@ -269,7 +280,40 @@ def with_tools(template: ChatTemplate, example: ChatExample) -> ChatTemplate:
             help="give a chat template that writes tools as `data.chat_template`, or take a base that was taught to "
             "call them.",
         )
-    return evolve(template, spelling=found.spelling or ToolSpelling())
+    return evolve(
+        template, spelling=evolve(found.spelling or ToolSpelling(), thought=template.spelling.thought)
+    )
+
+
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+def with_thoughts(template: ChatTemplate, where: str) -> ChatTemplate:
+    """The template with the key under which it reads thoughts. Raises ModelError where it leaves them out."""
+    key, keeps_content = _probed_thoughts(template)
+    if key:
+        return evolve(template, spelling=evolve(template.spelling, thought=key))
+    written = (
+        "write the thought into the content, between `<think>` and `</think>`, or " if keeps_content else ""
+    )
+    raise ModelError(
+        "template-without-thoughts",
+        f"the chat template does not show what an assistant thinks beside its content, which {where} holds",
+        where=template.where,
+        help=f"{written}give a chat template that writes `reasoning_content` as `data.chat_template`.",
+    )
+
+
+@lru_cache(maxsize=8)
+def _probed_thoughts(template: ChatTemplate) -> tuple[str, bool]:
+    """The first key whose thought is shown, and whether a thought that is part of the content is shown."""
+    turn = Message("assistant", _ANSWER, thought=_VALUE)
+    for key in _THOUGHT_KEYS:
+        text, _ = _rendering(evolve(template, spelling=ToolSpelling(thought=key)), (_ASKED, turn), tools=())
+        if _VALUE in text and _ANSWER in text:
+            return key, True
+    inside = Message("assistant", f"<think>\n{_VALUE}\n</think>\n\n{_ANSWER}")
+    return "", _VALUE in _rendering(template, (_ASKED, inside), tools=())[0]
 
 
 def _is_answered(example: ChatExample) -> bool:

@@ -66,7 +66,7 @@ def load_dataset(
     """
     # Documents are cut into pieces and nothing of them is left out; rows of a task with answers are cut short.
     longest = sys.maxsize if task.packing == "always" else data.max_length
-    cut = (tokenizer, longest)
+    cut = (evolve(tokenizer, train_on=data.train_on), longest)
     train = [
         _token_file(entry, data, task, cut)
         if goal is None

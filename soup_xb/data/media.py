@@ -64,12 +64,20 @@ class MediaTokenizer(ChatTokenizer):
         media = RowMedia(files, markup.text, where, self.maker.inputs)
         self._check_marks(markup.text, len(files), where)
         expanded = self.maker.expand(media)
-        spans = tuple(_moved(span, expanded.replaced) for span in markup.spans)
+        spans, literals = (
+            tuple(_moved(span, expanded.replaced) for span in places)
+            for places in (markup.spans, markup.literals)
+        )
         return MediaMarkup(
             expanded.text,
             spans,
             markup.rewritten,
             markup.hidden,
+            literals=literals,
+            spelled=markup.spelled,
+            where=where,
+            weights=markup.weights,
+            reshaped=markup.reshaped,
             media=media,
             count=expanded.count,
         )
@@ -98,7 +106,9 @@ class MediaTokenizer(ChatTokenizer):
                 where=str(example.source),
                 help=f"the text holds `{self.maker.mark}` itself: write it otherwise.",
             )
-        result = super()._tokenized(_as_conversation(example), markup, encoded, max_length)
+        # What stands for a file is read, never written.
+        words = np.where(np.isin(ids, self.maker.ids), encoded[1].dtype.type(0), encoded[1])
+        result = super()._tokenized(_as_conversation(example), markup, (ids, words), max_length)
         if places.size and places[-1] >= max_length:
             reason = f"its files alone reach beyond max_length ({places[-1] + 1:,} tokens)"
             return evolve(result, row=None, reason=reason)
@@ -188,12 +198,16 @@ def _as_conversation(example: Example) -> Example:
 
 
 def _moved(span: Span, replaced: Sequence[tuple[Span, Span]]) -> Span:
-    """A span behind some replacements, each from one span to another, in order."""
+    """A span between or around some replacements, each from one span to another, in order."""
+    return _place_moved(span[0], replaced), _place_moved(span[1], replaced)
+
+
+def _place_moved(place: int, replaced: Sequence[tuple[Span, Span]]) -> int:
     shift = 0
     for old, new in replaced:
-        if old[1] <= span[0]:
+        if old[1] <= place:
             shift = new[1] - old[1]
-    return span[0] + shift, span[1] + shift
+    return place + shift
 
 
 @lru_cache(maxsize=256)

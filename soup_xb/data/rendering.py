@@ -14,9 +14,11 @@ import select
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from soup_xb.core.process import python_command
@@ -139,9 +141,9 @@ def serve() -> None:
     """Answer requests, one JSON object a line, until stdin ends.
 
     A request holds `turns`, `tools` (JSON schemas of functions), `generation_prompt`, `room` (the longest
-    rendering, in characters), `seconds`, `tokens` (special tokens by name) and, where it is another one than
-    before, `template`. An answer holds `text`, or `error` with `kind` and `line`. `kind` is the name of the
-    exception, or `size` for a rendering beyond `room`.
+    rendering, in characters), `seconds`, `tokens` (special tokens by name), `day` (the date that a clock in the
+    template tells) and, where it is another one than before, `template`. An answer holds `text`, or `error` with
+    `kind` and `line`. `kind` is the name of the exception, or `size` for a rendering beyond `room`.
     """
     # Ctrl-C reaches every process of the terminal; this one ends with its parent, when stdin does.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -182,16 +184,33 @@ def _answer(template: str, request: dict[str, Any]) -> dict[str, Any]:
 def _rendered(template: str, request: dict[str, Any]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, _ = render_jinja_template(
-        conversations=[request["turns"]],
-        tools=request["tools"] or None,
-        chat_template=template,
-        add_generation_prompt=request["generation_prompt"],
-        continue_final_message=False,
-        **request["tokens"],
-    )
+    with _clock_at(request["day"]):
+        rendered, _ = render_jinja_template(
+            conversations=[request["turns"]],
+            tools=request["tools"] or None,
+            chat_template=template,
+            add_generation_prompt=request["generation_prompt"],
+            continue_final_message=False,
+            **request["tokens"],
+        )
     text: str = rendered[0]
     return text
+
+
+@contextmanager
+def _clock_at(day: str) -> Iterator[None]:
+    """Inside, a template's `strftime_now` tells the beginning of a day; an empty `day` changes nothing."""
+    from transformers.utils import chat_template_utils
+
+    if not day:
+        yield
+        return
+    usual = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=partial(usual.fromisoformat, day))
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = usual
 
 
 def _limit_memory() -> None:

@@ -13,25 +13,32 @@ what follows it, up to the end of the turn, is the template's own and the same w
 
 A turn that the template does not show word for word (Qwen3 leaves the thoughts of earlier turns out) is not
 trained on: what is shown is not what the data says.
+
+What a row says must not open or end a turn. Where content spells such a token, a mark goes into the middle of it
+before the rendering; the text is cut where the mark comes out, and a token never reaches across a cut.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import ChatExample, Message
-from soup_xb.data.chat_template import ChatTemplate, RenderError, with_tools
+from soup_xb.data.chat_template import ChatTemplate, RenderError, with_thoughts, with_tools
 
 # A private-use character: no template strips, escapes or splits at it.
 _MARK = "\uf8f5"
+# Marks for the middle of a spelled token: the first that the row does not hold.
+_CUTS = "\uf8f6\uf8f7\uf8f8\uf8f9\uf8fa\uf8fb\uf8fc\uf8fd"
 
 Span = tuple[int, int]
 
@@ -42,6 +49,10 @@ class Markup:
 
     `rewritten` counts assistant turns that the template does not show word for word, `hidden` the other turns
     that it does not show. `reason` says why there are no spans.
+    `literals` are control tokens that content spells: each is read as the text that it is. `spelled` says whether
+    content held any. `where` names the row in errors. `weights` are what the spans count for, empty for 1 each.
+    `reshaped` counts answers that the template writes otherwise than it would as the last turn. `cut_by` names the
+    template where it cuts the thoughts out of answers, which are `rewritten` then.
     """
 
     text: str
@@ -49,10 +60,16 @@ class Markup:
     rewritten: int = 0
     hidden: int = 0
     reason: str = ""
+    literals: tuple[Span, ...] = ()
+    spelled: bool = False
+    where: str = ""
+    weights: tuple[float, ...] = ()
+    reshaped: int = 0
+    cut_by: str = ""
 
 
 class EndTokens:
-    """The tokens that can end a turn: every added token of the tokenizer, found as text."""
+    """Tokens found as text, such as those that can end a turn: every added token of the tokenizer."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         longest_first = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
@@ -62,33 +79,232 @@ class EndTokens:
         """The first such token in a text."""
         return self._pattern.search(text)
 
+    def at(self, text: str, place: int) -> re.Match[str] | None:
+        """The token that begins at a place of a text."""
+        return self._pattern.match(text, place)
+
+    def all(self, text: str) -> set[str]:
+        """Every such token in a text."""
+        return set(self._pattern.findall(text))
+
+    def last(self, text: str) -> str:
+        """The token that a text ends with, white space aside; empty for none."""
+        found = [match for match in self._pattern.finditer(text) if not text[match.end() :].strip()]
+        return found[0].group() if found else ""
+
+    def divided(self, text: str, mark: str) -> str:
+        """The text with a mark behind the first character of every such token."""
+        return self._pattern.sub(lambda match: match[0][:1] + mark + match[0][1:], text)
+
+
+@frozen(eq=False)
+class ControlTokens:
+    """The tokens that open or end a turn or a text, which content must not be.
+
+    `in_prompts` are those that no user, system or tool may write, every special token among them; `in_answers` those
+    that an answer may not hold in its middle: marks of thoughts and of calls are not among them. `ids` are of all.
+    """
+
+    in_prompts: EndTokens = field(factory=lambda: EndTokens(()))
+    in_answers: EndTokens = field(factory=lambda: EndTokens(()))
+    ids: frozenset[int] = frozenset()
+
+    def spelled(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> bool:
+        """Whether content spells one."""
+        texts = [(self._of(message), text) for message in messages for text in _contents(message)]
+        return any(
+            tokens.first(text) for tokens, text in [*texts, *((self.in_prompts, tool) for tool in tools)]
+        )
+
+    def divided(self, message: Message, mark: str, ended: bool) -> Message:
+        """The turn with a mark in every token that it spells.
+
+        Where the template ends turns by itself (`ended`), the end token behind an answer is left to it; else it stays.
+        """
+        tokens = self._of(message)
+        words, end = message.content, ""
+        if message.role == "assistant" and (last := self.in_answers.last(words)):
+            words = words.rstrip().removesuffix(last)
+            end = "" if ended else last
+        calls = tuple(
+            evolve(call, name=tokens.divided(call.name, mark), arguments=tokens.divided(call.arguments, mark))
+            for call in message.calls
+        )
+        parts = tuple(tokens.divided(part, mark) if isinstance(part, str) else part for part in message.parts)
+        return evolve(
+            message,
+            content=tokens.divided(words, mark) + end,
+            calls=calls,
+            parts=parts,
+            name=tokens.divided(message.name, mark),
+            thought=tokens.divided(message.thought, mark),
+        )
+
+    def _of(self, message: Message) -> EndTokens:
+        return self.in_answers if message.role == "assistant" else self.in_prompts
+
+
+def _contents(message: Message) -> Iterator[str]:
+    """Every text of a turn that comes from the row."""
+    yield from (message.content, message.name, message.thought)
+    yield from (part for part in message.parts if isinstance(part, str))
+    for call in message.calls:
+        yield from (call.name, call.arguments)
+
+
+@frozen
+class Divided:
+    """A conversation in which every control token that content spells is divided by `mark`, empty where none is."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...]
+    mark: str
+
+    @classmethod
+    def of(
+        cls, messages: Sequence[Message], tools: Sequence[str], controls: ControlTokens, ended: bool
+    ) -> Divided:
+        """`ended` says whether the template ends an assistant's turn.
+
+        Raises RenderError for a row that leaves no character for a mark.
+        """
+        if not controls.spelled(messages, tools):
+            return cls(tuple(messages), tuple(tools), "")
+        held = "".join([*(text for message in messages for text in _contents(message)), *tools])
+        mark = next((one for one in _CUTS if one not in held), "")
+        if not mark:
+            raise RenderError(
+                "it spells control tokens and holds every private-use character that could tell them"
+            )
+        turns = tuple(controls.divided(message, mark, ended) for message in messages)
+        declared = tuple(controls.in_prompts.divided(tool, mark) for tool in tools)
+        changed = (turns, declared) != (tuple(messages), tuple(tools))
+        return cls(turns, declared, mark if changed else "")
+
+    def joined(self, markup: Markup, controls: ControlTokens) -> Markup:
+        """What was rendered of it, without the marks: where they stood, a token is spelled."""
+        if not self.mark:
+            return markup
+        marks = [at for at, letter in enumerate(markup.text) if letter == self.mark]
+        text = markup.text.replace(self.mark, "")
+        literals = []
+        for count, mark in enumerate(marks):
+            start = mark - count - 1
+            token = controls.in_prompts.at(text, start)
+            literals.append((start, token.end() if token else start + 2))
+        spans = tuple(
+            (start - bisect_left(marks, start), end - bisect_left(marks, end)) for start, end in markup.spans
+        )
+        return evolve(markup, text=text, spans=spans, literals=tuple(literals), spelled=True)
+
 
 def mark_assistant_turns(
-    example: ChatExample, template: ChatTemplate, ends: EndTokens, turn_end: str = ""
+    example: ChatExample,
+    template: ChatTemplate,
+    ends: EndTokens,
+    turn_end: str = "",
+    rules: MarkRules | None = None,
 ) -> Markup:
     """Render a conversation and find what the assistant wrote in it; `turn_end` is the function's of that name.
 
-    Raises RenderError where it is refused, ModelError where the template leaves out its tools.
+    Raises RenderError where it is refused, ModelError where the template leaves out its tools or thoughts.
     """
+    rules = rules or MarkRules()
+    controls = rules.controls
+    divided = Divided.of(example.messages, example.tools, controls, bool(turn_end))
+    if divided.mark:
+        example = evolve(example, messages=divided.messages, tools=divided.tools)
+    if any(message.thought for message in example.messages):
+        template = with_thoughts(template, str(example.source))
+    if example.uses_tools:
+        template = with_tools(template, example)
+    marked = _marked_whole if rules.train_on == "all" else _marked_turns
+    return divided.joined(marked(example, template, (ends, turn_end), rules.train_on), controls)
+
+
+@frozen
+class MarkRules:
+    """Which tokens content must not become, and which turns are trained on (`data.train_on`)."""
+
+    controls: ControlTokens = field(factory=ControlTokens)
+    train_on: str = "answers"
+
+
+# The tokens that can end a turn, and what the template writes there.
+_Ends = tuple[EndTokens, str]
+
+
+def _marked_turns(example: ChatExample, template: ChatTemplate, ends: _Ends, train_on: str) -> Markup:
     messages = example.messages
     turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
     turns = [index for index in turns if index >= example.first_trained]
     if not turns:
         return Markup("", (), reason="no assistant turn")
-    filled = [index for index in turns if messages[index].content.strip() or messages[index].calls]
+    filled = [index for index in turns if _says_something(messages[index])]
     if not filled:
         return Markup("", (), reason="every assistant turn is empty")
-    if example.uses_tools:
-        template = with_tools(template, example)
+    asked = [index for index in filled[-1:] if train_on == "last"] or filled
+    asked = [index for index in asked if messages[index].weight > 0]
+    if not asked:
+        return Markup("", (), reason="every assistant turn has the weight 0")
     text = template.render(messages, tools=example.tools)
-    found = [_Turn(messages, index, template, example.tools, turn_end).span(text, ends) for index in filled]
-    spans = tuple(span for span in found if span is not None)
+    found = {
+        index: _Turn(messages, index, template, example.tools, ends[1]).found(text, ends[0])
+        for index in asked
+    }
+    shown = {index: one for index, one in found.items() if one is not None}
+    cut = any(one is None and _THOUGHT_END in messages[index].content for index, one in found.items())
+    weights = tuple(messages[index].weight for index in shown)
     return Markup(
         text,
-        spans,
-        rewritten=len(found) - len(spans),
-        hidden=sum(message.role != "assistant" and not _stands_in(text, message) for message in messages),
-        reason="" if spans else "the chat template does not show what the assistant says",
+        tuple(one.span for one in shown.values()),
+        rewritten=len(found) - len(shown),
+        hidden=_hidden(text, messages),
+        reason="" if shown else _not_shown(template.where if cut else ""),
+        weights=weights if any(weight != 1 for weight in weights) else (),
+        reshaped=sum(one.reshaped for one in shown.values()),
+        cut_by=template.where if cut else "",
+    )
+
+
+def _marked_whole(example: ChatExample, template: ChatTemplate, ends: _Ends, _train_on: str) -> Markup:
+    """Every character, what the template writes included; turns that have a weight of their own by that."""
+    messages = example.messages
+    text = template.render(messages, tools=example.tools)
+    weighted: dict[Span, float] = {}
+    for index, message in enumerate(messages):
+        if message.weight != 1 and _says_something(message):
+            found = _Turn(messages, index, template, example.tools, ends[1]).found(text, ends[0])
+            weighted |= {found.span: message.weight} if found is not None else {}
+    inner = [0, *(at for span in weighted for at in span), len(text)]
+    between = {(start, end): 1.0 for start, end in zip(inner[::2], inner[1::2], strict=True) if start < end}
+    spans = {span: weight for span, weight in sorted({**weighted, **between}.items()) if weight}
+    return Markup(
+        text,
+        tuple(spans),
+        hidden=_hidden(text, messages),
+        reason="" if spans else "there is no turn in it",
+        weights=tuple(spans.values()) if weighted else (),
+    )
+
+
+_THOUGHT_END = "</think>"
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.content.strip() or message.calls or message.thought.strip())
+
+
+def _hidden(text: str, messages: Sequence[Message]) -> int:
+    return sum(message.role != "assistant" and not _stands_in(text, message) for message in messages)
+
+
+def _not_shown(cut_by: str) -> str:
+    if not cut_by:
+        return "the chat template does not show what the assistant says"
+    return (
+        f"the chat template of {cut_by} does not show what stands before `{_THOUGHT_END}`: give one that keeps it as "
+        "`data.chat_template`"
     )
 
 
@@ -110,8 +326,43 @@ def turn_end(template: ChatTemplate, ends: EndTokens) -> str | None:
     return tail[: _end_of_turn(tail, ends, whole=True)].lstrip()
 
 
+# Conversations that show what the template writes around turns; some templates refuse one or the other.
+_SHOWN = (
+    (Message("user", "a"),),
+    (Message("user", "a"), Message("assistant", "a"), Message("user", "a")),
+    (Message("system", "a"), Message("user", "a"), Message("assistant", "a"), Message("user", "a")),
+)
+
+
+def turn_marks(template: ChatTemplate, ends: EndTokens) -> set[str]:
+    """Every added token that the template writes around turns, the head of an answer among them."""
+    found: set[str] = set()
+    for messages in _SHOWN:
+        with suppress(RenderError):
+            found |= ends.all(template.render(messages, generation_prompt=True))
+    return found
+
+
+def writes_head_itself(template: ChatTemplate) -> bool:
+    """Whether the head of an answer is no generation prompt: the model has to write it, and learns it."""
+    try:
+        asked, prompt = (template.render(_SHOWN[0], generation_prompt=wanted) for wanted in (False, True))
+        before, _ = _around_mark(template.render([*_SHOWN[0], Message("assistant", _MARK)]))
+    except (RenderError, _UnmarkedError):
+        return False
+    return asked == prompt and before.startswith(prompt) and bool(before[len(prompt) :].strip())
+
+
 class _UnmarkedError(Exception):
     """The mark is not in the rendering once."""
+
+
+@frozen
+class _Found:
+    """Where a turn stands, and whether it has another form than it would have as the last turn."""
+
+    span: Span
+    reshaped: bool = False
 
 
 @frozen
@@ -124,7 +375,7 @@ class _Turn:
     tools: Sequence[str]
     turn_end: str
 
-    def span(self, text: str, ends: EndTokens) -> Span | None:
+    def found(self, text: str, ends: EndTokens) -> _Found | None:
         """Where the turn stands in the whole rendering, from the generation prompt to its end token."""
         try:
             prompt = self.template.render(self.messages[: self.index], True, self.tools)
@@ -136,7 +387,8 @@ class _Turn:
                 turn = CallTurn(
                     self.messages, self.index, self.template, self.tools, self.turn_end, mark=_MARK
                 )
-                return turn.span(text, prompt)
+                span = turn.span(text, prompt)
+                return None if span is None else _Found(span)
             return self._added(text, prompt, ends) or self._marked(text, prompt, ends)
         except (RenderError, _UnmarkedError):
             return None
@@ -144,7 +396,7 @@ class _Turn:
     def _rendered(self, messages: Sequence[Message]) -> str:
         return self.template.render(messages, tools=self.tools)
 
-    def _added(self, text: str, prompt: str, ends: EndTokens) -> Span | None:
+    def _added(self, text: str, prompt: str, ends: EndTokens) -> _Found | None:
         """The span where prompt, turn and the whole are each the beginning of the next."""
         count = self.index + 1
         shown = text if count == len(self.messages) else self._rendered(self.messages[:count])
@@ -154,10 +406,12 @@ class _Turn:
         begin = len(prompt) + len(shown[len(prompt) :]) - len(shown[len(prompt) :].lstrip())
         if not shown.startswith(content, begin):
             return None
+        if self.messages[self.index].thought:
+            return None
         end = begin + len(content)
-        return len(prompt), end + _end_of_turn(shown[end:], ends, whole=True)
+        return _Found((len(prompt), end + _end_of_turn(shown[end:], ends, whole=True)))
 
-    def _marked(self, text: str, prompt: str, ends: EndTokens) -> Span | None:
+    def _marked(self, text: str, prompt: str, ends: EndTokens) -> _Found | None:
         """The span by what stands around a mark, from the prompt's end, else from where the content begins."""
         before, after = tail = self._around(len(self.messages))
         if self.index + 1 < len(self.messages):
@@ -171,12 +425,18 @@ class _Turn:
         end = len(text) - len(after)
         if start >= end or not text.endswith(after) or not self._is_shown(text[:end], before, start):
             return None
+        if _squeezed(self.messages[self.index].thought) not in _squeezed(text[start:end]):
+            return None
         shared = _common_prefix(tail[1], after)
-        return start, end + _end_of_turn(shared, ends, whole=shared == tail[1])
+        span = start, end + _end_of_turn(shared, ends, whole=shared == tail[1])
+        other_end = not after.startswith(tail[1][: _end_of_turn(tail[1], ends, whole=True)])
+        other_start = tail[0][:start] == before[:start] and tail[0][start:] != before[start:]
+        return _Found(span, reshaped=other_start or other_end)
 
     def _around(self, count: int) -> tuple[str, str]:
         """What stands before and after this turn's content in the rendering of the first `count` turns."""
-        marked = [*self.messages[: self.index], Message("assistant", _MARK)]
+        thought = self.messages[self.index].thought
+        marked = [*self.messages[: self.index], Message("assistant", _MARK, thought=thought)]
         return _around_mark(self._rendered([*marked, *self.messages[self.index + 1 : count]]))
 
     def _is_shown(self, text: str, before: str, start: int) -> bool:
@@ -277,7 +537,7 @@ class CallTurn:
             at = shown.find(call.name, at) + len(call.name)
             if at < len(call.name):
                 return False
-        if turn.content.strip() not in shown:
+        if turn.content.strip() not in shown or _squeezed(turn.thought) not in _squeezed(shown):
             return False
         texts = (text for call in turn.calls for text in _texts(json.loads(call.arguments)))
         return all(
@@ -311,9 +571,11 @@ class Encoder:
 
     The post-processor would add tokens that the chat template has written already, and move the offsets of
     tokens that begin or end with white space. Padding and truncation that a tokenizer.json may ask for are off.
+    `controls` are the ids that content must not become.
     """
 
     engine: Any
+    controls: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, tokenizer: Any) -> Encoder:
@@ -334,6 +596,8 @@ class Encoder:
     def encode(self, markups: Sequence[Markup]) -> list[tuple[Array, Array]]:
         """For each text its token ids, int32 (length,), and which are trained, bool (length,).
 
+        Where spans have weights, it is what each token counts for, float32, 0 for one that is not trained.
+
         A token is trained if it lies inside a span; white space that it takes from beyond the end does not
         count. Where a token would cross the beginning of a span, the text is cut there, as it is when the model
         goes on writing after a prompt.
@@ -341,7 +605,7 @@ class Encoder:
         rows = []
         for markup, encoding in zip(markups, self._encode([markup.text for markup in markups]), strict=True):
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            if _crossed(offsets, markup.spans):
+            if markup.literals or _crossed(offsets, markup.spans):
                 rows.append(self._in_pieces(markup))
             else:
                 ids = np.array(encoding.ids, dtype=np.int32)
@@ -358,16 +622,35 @@ class Encoder:
         return encodings
 
     def _in_pieces(self, markup: Markup) -> tuple[Array, Array]:
-        borders = sorted({0, *(start for start, _ in markup.spans), len(markup.text)})
+        cuts = (start + 1 for start, _ in markup.literals)
+        borders = sorted({0, *(start for start, _ in markup.spans), *cuts, len(markup.text)})
         ids: list[int] = []
         trained: list[Array] = []
         for left, right in pairwise(borders):
-            spans = tuple((s - left, e - left) for s, e in markup.spans if left <= s < right)
-            piece = Markup(markup.text[left:right], spans)
+            here = [at for at, (s, e) in enumerate(markup.spans) if s < right and e > left]
+            spans = tuple(
+                (max(markup.spans[at][0], left) - left, min(markup.spans[at][1], right) - left) for at in here
+            )
+            weights = tuple(markup.weights[at] for at in here) if markup.weights else ()
+            piece = Markup(markup.text[left:right], spans, weights=weights)
             piece_ids, offsets = self._continuation(piece.text) if left else self._beginning(piece.text)
+            self._check_spelled(piece_ids, offsets + left, markup)
             ids += piece_ids
             trained.append(_inside(offsets, piece))
         return np.array(ids, dtype=np.int32), np.concatenate(trained)
+
+    def _check_spelled(self, ids: Sequence[int], offsets: Array, markup: Markup) -> None:
+        """Raise DataError where a control token is left that content spells: it is one letter, or holds another."""
+        controls = [at for at, token in enumerate(ids) if token in self.controls] if markup.literals else []
+        for start, end in (offsets[at] for at in controls):
+            if any(first <= start and end <= last for first, last in markup.literals):
+                raise DataError(
+                    "control-token",
+                    f"`{markup.text[start:end]}` in its content is a token that opens or ends a turn or a text, and "
+                    "cannot be read as anything else",
+                    where=markup.where,
+                    help="write it otherwise, or remove the row.",
+                )
 
     def _beginning(self, text: str) -> tuple[list[int], Array]:
         encoding = self._encode([text])[0]
@@ -395,11 +678,15 @@ def _crossed(offsets: Array, spans: Sequence[Span]) -> bool:
 
 def _inside(offsets: Array, markup: Markup) -> Array:
     trained = np.zeros(len(offsets), dtype=np.bool_)
+    weights = np.zeros(len(offsets), dtype=np.float32)
     text = markup.text
-    for start, end in markup.spans:
+    for at, (start, end) in enumerate(markup.spans):
         # A token may take white space from beyond the end: `<|end|>` of Phi-3 takes the line break.
         reach = end
         while reach < len(text) and text[reach].isspace():
             reach += 1
-        trained |= (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] <= reach)
-    return trained
+        inside = (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] <= reach)
+        trained |= inside
+        if markup.weights:
+            weights[inside] = markup.weights[at]
+    return weights if markup.weights else trained

@@ -29,7 +29,7 @@ from soup_xb.core.run.folder import UNSUPPORTED
 Array = np.ndarray[Any, Any]
 
 # Raise it when the columns or their meaning change.
-LAYOUT = 1
+LAYOUT = 2
 LARGEST_BYTES = 20 * 2**30
 _ABOUT = "about.json"
 _LARGEST_ABOUT = 2**20
@@ -266,6 +266,7 @@ def _about_digest(about: Mapping[str, Any]) -> str:
 def _check_sizes(columns: Mapping[str, FileColumn]) -> None:
     """Raise DamagedEntryError where columns do not belong together."""
     lengths, counts, extras = (columns[name][:] for name in ("lengths", "counts", "extra_lengths"))
+    weighted = columns["weighted"][:]
     fits = (
         (lengths > 0).all()
         and (counts > 0).all()
@@ -276,6 +277,9 @@ def _check_sizes(columns: Mapping[str, FileColumn]) -> None:
         and len(counts) == len(columns["lines"])
         and len(extras) in (0, len(counts))
         and len(columns["prompt_lengths"]) == len(columns["prompt_keys"]) in (0, len(lengths))
+        and len(weighted) == len(lengths)
+        and int(weighted.sum()) == len(columns["weight_sums"])
+        and int(lengths[weighted].sum(dtype=np.int64)) == len(columns["weights"])
     )
     if not fits:
         raise DamagedEntryError("its columns do not belong together")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ class Reading:
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
 # Raise it when the same file, tokenizer and settings come to other rows.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 
 
 def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str, Any]:
@@ -96,7 +95,9 @@ def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str
         "formats": list(reading.formats),
         "max_length": how.max_length,
         "tokenizer": how.tokenizer.fingerprint,
-        "day": date.today().isoformat() if template is not None and template.is_dated else "",
+        "embedding_rows": how.tokenizer.embedding_rows,
+        "train_on": how.tokenizer.train_on,
+        "day": template.day if template is not None and template.is_dated else "",
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "rows": [__version__, ROWS_VERSION],
     }

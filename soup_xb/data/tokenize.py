@@ -73,13 +73,15 @@ def _prompt(example: PromptExample, tokenizer: ChatTokenizer, max_length: int) -
     if example.messages:
         tokens = tokenizer.prompt_ids(example.messages, str(example.source))
     else:
-        tokens = tokenizer.text_ids(example.text)
+        tokens = tokenizer.text_ids(example.text, str(example.source))
     reason = "" if tokens.size else "the prompt is empty"
     if tokens.size > max_length:
         reason = "the prompt is longer than max_length"
     prompt = TokenSequence(tokens, np.zeros(tokens.size, np.bool_), example.source)
     row = None if reason else Row("prompt", (prompt,), Prompt(example.columns))
-    return Tokenized(example.source, row, reason)
+    plain = "" if example.messages else tokenizer.plain_kind(example.text)
+    spelled = tokenizer.spells_control(example.messages)
+    return Tokenized(example.source, row, reason, spelled=spelled, plain=plain)
 
 
 def _together(example: AnyExample, results: Iterator[Tokenized]) -> Tokenized:
@@ -99,6 +101,9 @@ def _paired(chosen: Tokenized, rejected: Tokenized) -> Tokenized:
         truncated=chosen.truncated or rejected.truncated,
         rewritten=chosen.rewritten + rejected.rewritten,
         hidden=max(chosen.hidden, rejected.hidden),
+        spelled=chosen.spelled or rejected.spelled,
+        reshaped=chosen.reshaped or rejected.reshaped,
+        cut_by=chosen.cut_by or rejected.cut_by,
     )
     sides: list[TokenSequence] = []
     for name, side in (("chosen", chosen), ("rejected", rejected)):
@@ -149,7 +154,10 @@ def embedding_rows(
     found = [example for example in examples if isinstance(example, EmbeddingExample)]
     texts = [text for example in found for text in _texts(example)]
     encoded = iter(encode_texts(texts, tokenizer, max_length))
-    return [_row(example, encoded) for example in found]
+    results = [_row(example, encoded) for example in found]
+    for side in (side for one in results if one.row for side in one.row.sequences):
+        tokenizer.checked(side.tokens, str(side.source))
+    return results
 
 
 @frozen(eq=False)
@@ -229,20 +237,23 @@ class RowTally:
     def __init__(self, name: str, max_length: int) -> None:
         """Count for the file `name`, whose rows are cut at `max_length`."""
         self.chats = False
+        self.cut_by = ""
         self.truncated = _Places()
         self._name, self._max_length = name, max_length
         self._reasons: Counter[str] = Counter()
         self._unlearnable, self._rewritten, self._hidden = _Places(), _Places(), _Places()
-        self._equal, self._other_prompts = _Places(), _Places()
+        self._equal, self._other_prompts, self._spelled = _Places(), _Places(), _Places()
+        self._reshaped, self._cut, self._rendered, self._prompted = _Places(), _Places(), _Places(), _Places()
 
     def state(self) -> dict[str, Any]:
         """The counts as JSON holds them, for `merge`."""
         places = {name: [one.count, one.first] for name, one in self._places().items()}
-        return {"chats": self.chats, "reasons": dict(self._reasons), "places": places}
+        return {"chats": self.chats, "cut_by": self.cut_by, "reasons": dict(self._reasons), "places": places}
 
     def merge(self, state: Mapping[str, Any]) -> None:
         """Count what another tally of the same file counted in the rows that follow."""
         self.chats |= state["chats"]
+        self.cut_by = self.cut_by or state["cut_by"]
         self._reasons.update(state["reasons"])
         for name, one in self._places().items():
             one.merge(*state["places"][name])
@@ -261,10 +272,16 @@ class RowTally:
                     self._unlearnable.add(f"{result.source} ({result.reason})")
             elif result.row.kind == "pair" and not same_prompts(result.row):
                 self._other_prompts.add(result.source)
+            self.cut_by = self.cut_by or result.cut_by
             for happened, places in (
                 (result.truncated and result.row is not None, self.truncated),
                 (result.rewritten and result.row is not None, self._rewritten),
                 (result.hidden, self._hidden),
+                (result.spelled, self._spelled),
+                (result.reshaped and result.row is not None, self._reshaped),
+                (result.cut_by and result.row is None, self._cut),
+                (result.plain == "rendered", self._rendered),
+                (result.plain == "prompt", self._prompted),
             ):
                 if happened:
                     places.add(result.source)
@@ -297,17 +314,51 @@ class RowTally:
                 "whose prompt is not the same tokens before both answers",
                 self._other_prompts,
             ),
+            (
+                "earlier-form",
+                "with an earlier answer that the chat template writes otherwise than a last one (an empty thought "
+                "before it, say): `data.train_on: last`, or a row for each answer, trains the form that is asked for",
+                self._reshaped,
+            ),
+            (
+                "rendered-text",
+                "of plain text with the chat template's own marks, trained on as they stand; as turns (`messages`, or "
+                "`prompt` and `completion` as lists of turns) the template is applied and answers alone are trained on",
+                self._rendered,
+            ),
+            (
+                "plain-prompt",
+                "whose prompt is plain text: the base's chat template is not used for it; write it as a list of turns "
+                '(`[{"role": "user", "content": "…"}]`, the answer too) to use it',
+                self._prompted,
+            ),
         )
-        return self._told(told)
+        yield from self._told(told)
+        if self._spelled.count:
+            text = (
+                f"control tokens in content: {_rows(self._spelled.count)}, read as the words that they are spelled "
+                f"with: {self._spelled}"
+            )
+            yield Problem("control-tokens", text, where=self._name)
 
     def warnings(self) -> Iterator[Problem]:
         """What may be a mistake in the file."""
+        cut = (
+            f"left out, because the chat template of {self.cut_by} cuts what stands before `</think>` out of the "
+            "answers (a template given as `data.chat_template` can keep it)"
+        )
         return self._told(
-            (("equal-answers", "left out, whose `chosen` and `rejected` are the same tokens", self._equal),)
+            (
+                ("equal-answers", "left out, whose `chosen` and `rejected` are the same tokens", self._equal),
+                ("thoughts-cut", cut, self._cut),
+            )
         )
 
     def _told(self, told: Iterable[tuple[str, str, _Places]]) -> Iterator[Problem]:
         for code, what, places in told:
             if places.count:
-                rows = "1 row" if places.count == 1 else f"{places.count:,} rows"
-                yield Problem(code, f"{rows} {what}: {places}", where=self._name)
+                yield Problem(code, f"{_rows(places.count)} {what}: {places}", where=self._name)
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"

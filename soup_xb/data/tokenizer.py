@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from soup_xb.core.base.folder import read_object
 from soup_xb.core.base.model_config import CONFIG
@@ -35,8 +36,22 @@ from soup_xb.data.model_files import (
     read_as_it_stands,
     write_generation,
 )
-from soup_xb.data.spans import Array, Encoder, EndTokens, Markup, mark_assistant_turns, turn_end
+from soup_xb.data.spans import (
+    Array,
+    ControlTokens,
+    Divided,
+    Encoder,
+    EndTokens,
+    MarkRules,
+    Markup,
+    mark_assistant_turns,
+    turn_end,
+    turn_marks,
+    writes_head_itself,
+)
 
+# Among so many last tokens of a text its end is looked for: line breaks may follow it.
+_LAST = 4
 _CUT_AWAY = "everything to learn lies beyond max_length"
 
 
@@ -45,7 +60,9 @@ class Tokenized:
     """What became of an example: a row, or the reason why there is nothing to learn in it.
 
     `rewritten` counts assistant turns left untrained because the chat template does not show them word for
-    word, `hidden` the other turns that it does not show.
+    word, `hidden` the other turns that it does not show. `spelled` says whether its content spells control tokens,
+    `reshaped` whether an answer has another form than a last one, `cut_by` names the template where it cuts thoughts
+    out. `plain` is what `ChatTokenizer.plain_kind` says of a plain text.
     """
 
     source: Source
@@ -54,6 +71,10 @@ class Tokenized:
     truncated: bool = False
     rewritten: int = 0
     hidden: int = 0
+    spelled: bool = False
+    reshaped: bool = False
+    cut_by: str = ""
+    plain: str = ""
 
 
 @frozen(eq=False)
@@ -65,6 +86,10 @@ class ChatTokenizer:
     tokenizer's own eos first; `base_ends` are those of them that the base's own files name. `turn_end` is what the chat
     template writes after an assistant's words: empty for nothing, None where there is no template or it cannot be told.
     `new_template` is the template's text where the tokenizer's files hold another one or none.
+
+    `controls` are the tokens that the content of a turn must not become, `openers` those that open a turn.
+    `embedding_rows` is how many ids the base has an embedding for, None where its config does not tell. `train_on` is
+    `data.train_on`: the answers, the last one of a row, or all.
     """
 
     base: Path
@@ -78,6 +103,10 @@ class ChatTokenizer:
     base_ends: tuple[int, ...]
     turn_end: str | None
     new_template: str
+    controls: ControlTokens = field(factory=ControlTokens)
+    openers: EndTokens = field(factory=lambda: EndTokens(()))
+    embedding_rows: int | None = None
+    train_on: str = "answers"
 
     @property
     def fingerprint(self) -> str:
@@ -96,11 +125,37 @@ class ChatTokenizer:
         """Whether conversations can be rendered."""
         return self.template is not None
 
+    def on_day(self, day: str) -> Self:
+        """The tokenizer with this date (YYYY-MM-DD) wherever its chat template tells one; empty changes nothing."""
+        if self.template is None or not day:
+            return self
+        return evolve(self, template=evolve(self.template, day=day))
+
+    @property
+    def day(self) -> str:
+        """The date that its chat template tells, empty where it tells none."""
+        return self.template.day if self.template is not None and self.template.is_dated else ""
+
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows; it is never a target."""
+        """The id that fills short rows; it is never a target, and the base has an embedding for it."""
         pad = self.hf.pad_token_id
-        return int(pad) if pad is not None else (*self.end_ids, 0)[0]
+        known = (*(() if pad is None else (int(pad),)), *self.end_ids)
+        return next((one for one in known if self.embedding_rows is None or one < self.embedding_rows), 0)
+
+    def checked(self, ids: Array, where: str) -> Array:
+        """Ids (length,) that go into the model. Raises DataError where the base has no embedding for one."""
+        if self.embedding_rows is None or not ids.size or ids.max() < self.embedding_rows:
+            return ids
+        token = int(ids[ids >= self.embedding_rows][0])
+        raise DataError(
+            "token-without-row",
+            f"holds the token `{self.hf.convert_ids_to_tokens(token)}` ({token}), and the base's embedding has rows "
+            f"for 0 to {self.embedding_rows - 1} alone",
+            where=where,
+            help="take the tokenizer that belongs to the base, or give the base the rows: transformers' "
+            "`resize_token_embeddings`, then train them.",
+        )
 
     def tokenize(self, example: Example, max_length: int) -> Tokenized:
         """One example as a row, cut from the right at `max_length` tokens.
@@ -119,24 +174,39 @@ class ChatTokenizer:
             self._tokenized(example, markup, next(rows), max_length)
             if markup.spans
             else Tokenized(
-                example.source, None, markup.reason, rewritten=markup.rewritten, hidden=markup.hidden
+                example.source,
+                None,
+                markup.reason,
+                rewritten=markup.rewritten,
+                hidden=markup.hidden,
+                spelled=markup.spelled,
+                cut_by=markup.cut_by,
             )
             for example, markup in zip(examples, markups, strict=True)
         ]
 
     def prompt_ids(self, messages: Sequence[Message], where: str = "") -> Array:
         """A conversation with the head of the answer after it, int32 (length,); `where` is for the error."""
+        template = self._chat_template()
         try:
-            text = self._chat_template().render(messages, generation_prompt=True)
+            divided = Divided.of(messages, (), self.controls, bool(self.turn_end))
+            text = template.render(divided.messages, generation_prompt=True)
         except RenderError as error:
             raise DataError(
                 "template-refuses", f"the chat template refuses the prompt: {error}", where=where
             ) from error
-        return np.array(self.encoder.ids(text), dtype=np.int32)
+        markup = divided.joined(Markup(text, (), where=where), self.controls)
+        [(ids, _)] = self.encoder.encode([markup])
+        return self.checked(ids, where or str(self.base))
 
-    def text_ids(self, text: str) -> Array:
-        """A plain text, int32 (length,), begun as the tokenizer begins texts."""
-        return np.array([*self.prefix, *self.encoder.ids(text)], dtype=np.int32)
+    def spells_control(self, messages: Sequence[Message]) -> bool:
+        """Whether the content of a conversation spells tokens that open or end a turn or a text."""
+        return self.controls.spelled(messages)
+
+    def text_ids(self, text: str, where: str = "") -> Array:
+        """A plain text, int32 (length,), begun as the tokenizer begins texts; `where` is for the error."""
+        ids = np.array(self.encoder.ids(text), dtype=np.int32)
+        return self.checked(np.concatenate([_missing(self.prefix, ids), ids]), where or str(self.base))
 
     def decode(self, ids: Sequence[int] | Array, special: bool = False) -> str:
         """Ids as text, without special tokens unless `special` is set."""
@@ -198,7 +268,13 @@ class ChatTokenizer:
         if isinstance(example, ChatExample):
             template = self._chat_template()
             try:
-                return mark_assistant_turns(example, template, self.ends, self.turn_end or "")
+                found = mark_assistant_turns(
+                    example,
+                    template,
+                    self.ends,
+                    self.turn_end or "",
+                    MarkRules(self.controls, self.train_on),
+                )
             except RenderError as error:
                 raise DataError(
                     "template-refuses",
@@ -206,26 +282,62 @@ class ChatTokenizer:
                     where=str(example.source),
                     help="change the row, or give another template as `data.chat_template`.",
                 ) from error
+            return evolve(found, where=str(example.source))
         if not example.completion.strip():
             return Markup("", (), reason="the completion is empty" if example.prompt else "the text is empty")
         text = example.prompt + example.completion
-        return Markup(text, ((len(example.prompt), len(text)),))
+        start = 0 if self.train_on == "all" else len(example.prompt)
+        return Markup(text, ((start, len(text)),))
 
     def _tokenized(
         self, example: Example, markup: Markup, encoded: tuple[Array, Array], max_length: int
     ) -> Tokenized:
         ids, trained = encoded
         if not isinstance(example, ChatExample):
-            start = self._start_of(example)
-            ids = np.concatenate([start, ids, self.end_ids[:1]])
-            trained = np.concatenate([[False] * len(start), trained, [True] * len(self.end_ids[:1])])
+            start = _missing(self._start_of(example), ids)
+            end = self._missing_end(ids)
+            ids = np.concatenate([start, ids, end])
+            trained = np.concatenate([[False] * len(start), trained, [True] * len(end)])
         truncated = len(ids) > max_length
-        ids, trained = ids[:max_length].copy(), trained[:max_length].copy()
+        ids, counts = self.checked(ids[:max_length], str(example.source)).copy(), trained[:max_length].copy()
         # Nothing comes before the first token, so nothing can predict it.
-        trained[:1] = False
-        row = text_row(ids, trained, example.source) if trained.any() else None
-        reason = "" if row else _CUT_AWAY if truncated else "it is one token long"
-        return Tokenized(example.source, row, reason, truncated, markup.rewritten, markup.hidden)
+        counts[:1] = False
+        trained = counts != 0
+        weights = np.where(trained, counts, 1) if markup.weights else None
+        row = text_row(ids, trained, example.source, weights) if trained.any() else None
+        plain = (
+            "" if isinstance(example, ChatExample) else self.plain_kind(example.prompt, example.completion)
+        )
+        return Tokenized(
+            example.source,
+            row,
+            reason="" if row else _CUT_AWAY if truncated else "it is one token long",
+            truncated=truncated,
+            rewritten=markup.rewritten,
+            hidden=markup.hidden,
+            spelled=markup.spelled,
+            reshaped=markup.reshaped > 0,
+            plain=plain,
+        )
+
+    def plain_kind(self, prompt: str, text: str = "") -> str:
+        """What a plain text is on a base that knows chats: `rendered` where it holds the marks of turns, else `prompt`.
+
+        Empty for a text without a prompt, and on a base without a chat template.
+        """
+        if self.template is None:
+            return ""
+        if any(self.openers.first(one) for one in (prompt, text)):
+            return "rendered"
+        return "prompt" if prompt.strip() else ""
+
+    def _missing_end(self, ids: Array) -> Array:
+        """The end token of a plain text; nothing for one that ends with a token of that kind, white space aside."""
+        if self.end_ids and np.isin(ids[-_LAST:], self.end_ids).any():
+            ends = np.flatnonzero(np.isin(ids, self.end_ids))
+            if not self.decode(ids[ends[-1] + 1 :], special=True).strip():
+                return ids[:0]
+        return np.array(self.end_ids[:1], dtype=np.int32)
 
     def _start_of(self, example: Example) -> tuple[int, ...]:
         """The ids before a plain text."""
@@ -239,10 +351,19 @@ class ChatTokenizer:
                 "the chat template writes nothing at the end of an assistant turn: the model is not taught to stop",
                 help="end the turn with `{{ eos_token }}` in a template given as `data.chat_template`.",
             )
+        if self.template is not None and writes_head_itself(self.template):
+            yield Problem(
+                "no-generation-prompt",
+                "the chat template writes no generation prompt: the head of each answer, which tells its role, is "
+                "trained on as well, and the model has to write it",
+                help="write the head under `{% if add_generation_prompt %}` in a template of your own and give that "
+                "as `data.chat_template`.",
+            )
         if self.template is not None and self.template.is_dated:
             yield Problem(
                 "dated-template",
-                "the chat template may write today's date: the rows then differ from one day to the next",
+                f"the chat template may write the date: {self.day} here, and wherever this run is resumed; a run that "
+                "starts on another day has other rows",
                 help="give the template with a fixed date as `data.chat_template`.",
             )
 
@@ -275,19 +396,46 @@ def open_tokenizer(
     generation, config = _generation_files(base, model or base)
     base_ends = _unique([hf.eos_token_id, *base_end_ids(generation, config)])
     token = ends.first(end or "")
+    end_ids = _unique([*base_ends, hf.convert_tokens_to_ids(token.group()) if token else None])
+    marks = _turn_marks(template, ends) if template else frozenset()
+    controls = _control_tokens(hf, marks, end_ids, processor) if template else ControlTokens()
     return ChatTokenizer(
         base=base,
         model=model or base,
         hf=hf,
-        encoder=encoder,
+        encoder=evolve(encoder, controls=controls.ids),
         template=template,
         ends=ends,
         prefix=_prefix(hf, encoder),
-        end_ids=_unique([*base_ends, hf.convert_tokens_to_ids(token.group()) if token else None]),
+        end_ids=end_ids,
         base_ends=base_ends,
         turn_end=end,
         new_template=template.text if template and template.text != own else "",
+        controls=controls,
+        openers=EndTokens(_openers(hf, marks, end_ids)),
+        embedding_rows=_embedding_rows(model or base),
     )
+
+
+def _missing(start: Sequence[int], ids: Array) -> Array:
+    """What has to stand before the ids of a text; nothing where the text spells it already."""
+    begun = len(start) and ids[: len(start)].tolist() == list(start)
+    return np.array([] if begun else start, dtype=np.int32)
+
+
+def _embedding_rows(base: Path) -> int | None:
+    """The vocabulary's size in the base's config."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not (base / CONFIG).is_file():
+        return None
+    written = read_object(base / CONFIG, "base-config")
+    if written.get("model_type") not in CONFIG_MAPPING:
+        return None
+    with foreign_errors(partial(_unreadable_config, base / CONFIG)):
+        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _load(base: Path) -> Any:
@@ -355,6 +503,38 @@ def _prefix(hf: Any, encoder: Encoder) -> tuple[int, ...]:
         if dressed[length : length + len(bare)] == bare:
             return tuple(dressed[:length])
     return ()
+
+
+# Marks of thoughts and of calls, by what their tokens are called: an answer may hold them.
+_INSIDE_ANSWERS = re.compile(r"think|thought|reason|tool|call|func", re.IGNORECASE)
+
+
+def _turn_marks(template: ChatTemplate, ends: EndTokens) -> frozenset[str]:
+    return frozenset(token for token in turn_marks(template, ends) if not _INSIDE_ANSWERS.search(token))
+
+
+def _openers(hf: Any, marks: frozenset[str], end_ids: tuple[int, ...]) -> frozenset[str]:
+    """The marks that open a turn: not those that end one, and what opens a text only where nothing else does."""
+    opening = marks - {hf.pad_token, *hf.convert_ids_to_tokens(list(end_ids))}
+    return opening - {hf.bos_token} or opening
+
+
+def _control_tokens(
+    hf: Any, marks: frozenset[str], end_ids: tuple[int, ...], processor: Any
+) -> ControlTokens:
+    """What opens or ends a text or a turn: by the tokenizer, the end ids, and the marks that the template writes.
+
+    The marks of files that a processor puts into texts are left to it.
+    """
+    added = {token.content: int(id) for id, token in hf.added_tokens_decoder.items()}
+    names = {hf.bos_token, hf.eos_token, hf.pad_token, *hf.convert_ids_to_tokens(list(end_ids))}
+    files = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+    in_answers = ((names | marks) & added.keys()) - files
+    special = {token.content for token in hf.added_tokens_decoder.values() if token.special}
+    in_prompts = in_answers | (special - files)
+    return ControlTokens(
+        EndTokens(in_prompts), EndTokens(in_answers), frozenset(added[token] for token in in_prompts)
+    )
 
 
 def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from soup_xb.core import errors
 from soup_xb.core.errors import ResourceError, SoupError
@@ -123,6 +123,8 @@ class _Helper:
             "template": template.text if template is not None and given else None,
             "name": how.name,
             "max_length": how.max_length,
+            "train_on": how.tokenizer.train_on,
+            "day": template.day if template is not None else "",
             "fingerprint": how.tokenizer.fingerprint,
         }
         self._first = json.dumps(setup).encode() + b"\n"
@@ -230,8 +232,9 @@ def tokenize_batch(examples: Sequence[AnyExample], how: Tokenizing) -> Batch:
 def serve() -> None:
     """Answer requests until stdin ends.
 
-    The first line tells `base`, `template` (None for the base's own), `name`, `max_length` and the `fingerprint` that
-    the tokenizer has to have; each other one is a list of examples as `core.rows.example_lines` writes them. An answer
+    The first line tells `base`, `template` (None for the base's own), `name`, `max_length`, `train_on`, `day` and the
+    `fingerprint` that the tokenizer has to have; each other one is a list of examples as `core.rows.example_lines`
+    writes them. An answer
     is a line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the
     name of its class, with its `problems`; or `unkept` where rows have no columns, or the tokenizer is another one.
     """
@@ -242,7 +245,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     setup = json.loads(sys.stdin.buffer.readline())
-    tokenizer = open_tokenizer(Path(setup["base"]), setup["template"])
+    tokenizer = open_tokenizer(Path(setup["base"]), setup["template"]).on_day(setup["day"])
+    tokenizer = evolve(tokenizer, train_on=setup["train_on"])
     how = Tokenizing(setup["name"], tokenizer, setup["max_length"])
     same = tokenizer.fingerprint == setup["fingerprint"]
     # The parent may be gone; stdin ends then too.

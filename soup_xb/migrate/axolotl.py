@@ -17,6 +17,7 @@ from soup_xb.migrate.values import (
     above_zero,
     always,
     boolean,
+    carry_train_on,
     checkpointing,
     is_on,
     lora_start,
@@ -243,11 +244,7 @@ def read_data(account: Account) -> None:
     account.leave(
         "chat_template", "the base's own template is used; `data.chat_template` takes Jinja text or a file"
     )
-    if is_on(account.peek("train_on_inputs")):
-        account.leave(
-            "train_on_inputs", "answers alone are trained on; rows with `text` train on every token"
-        )
-    account.same("train_on_inputs", "answers alone are trained on")
+    carry_train_on(account, "train_on_inputs", "all")
 
 
 def _datasets(account: Account, name: str, to: str) -> None:

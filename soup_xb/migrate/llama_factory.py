@@ -15,6 +15,7 @@ from soup_xb.migrate.values import (
     above_zero,
     always,
     boolean,
+    carry_train_on,
     is_on,
     names,
     number,
@@ -91,14 +92,11 @@ def _data(account: Account) -> None:
         "template", "the base's own chat template is used; `data.chat_template` takes Jinja text or a file"
     )
     account.leave("tool_format", "the base's own chat template writes tools")
-    for key, why in (
-        ("train_on_prompt", "answers alone are trained on; rows with `text` train on every token"),
-        ("mask_history", "every answer of a conversation is trained on; split the rows to train on the last"),
-        ("enable_thinking", "thoughts are trained on as they stand in the rows"),
-    ):
-        if not is_on(account.peek(key)):
-            account.same(key, "off, as here")
-        account.leave(key, why)
+    carry_train_on(account, "train_on_prompt", "all")
+    carry_train_on(account, "mask_history", "last")
+    if not is_on(account.peek("enable_thinking")):
+        account.same("enable_thinking", "off, as here")
+    account.leave("enable_thinking", "thoughts are trained on as they stand in the rows")
     account.same("ignore_pad_token_for_loss", "padding never counts")
 
 

@@ -108,11 +108,12 @@ def _data(account: Account) -> None:
             "data.chat_template", "Jinja text or a file stands here, not a name; the base's own is used"
         )
     account.carry("data.chat_template", "data.chat_template")
-    if is_on(account.peek("data.train_on_responses_only")):
-        account.same("data.train_on_responses_only", "answers alone are trained on")
-    account.leave(
-        "data.train_on_responses_only", "answers alone are trained on; rows with `text` train on every token"
-    )
+    responses = "data.train_on_responses_only"
+    if is_on(account.peek(responses)):
+        account.same(responses, "answers alone are trained on")
+    if "data.train_on" in TASKS[account.values.get("task", KEYS["task"].default)].all_keys:
+        account.carry(responses, "data.train_on", always("all"))
+    account.leave(responses, "the task learns its answers alone")
 
 
 def _lora(account: Account) -> None:

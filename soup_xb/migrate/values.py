@@ -141,6 +141,17 @@ def when_on(value: Any) -> Convert:
     return convert
 
 
+def carry_train_on(account: Account, key: str, value: str) -> None:
+    """Take a switch that, when on, asks for other tokens than all answers: `value` is ours for `data.train_on`."""
+    task = TASKS[account.values.get("task", KEYS["task"].default)]
+    if not is_on(account.peek(key)):
+        account.same(key, "off, as here")
+    elif "data.train_on" in task.all_keys:
+        account.carry(key, "data.train_on", when_on(value))
+    else:
+        account.leave(key, f"`task: {task.name}` has no such choice of tokens")
+
+
 def checkpointing(value: Any) -> bool:
     """Whether activations are recomputed; a word names a way of doing it."""
     return True if value in ("offload", "unsloth", "full", "auto", "medium", "selective") else boolean(value)

@@ -43,17 +43,21 @@ class OpenRun:
 
 
 @contextmanager
-def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = True) -> Iterator[OpenRun]:
+def open_run(
+    loaded: LoadedConfig, backend: tuple[str, str], weights: bool = True, day: str = ""
+) -> Iterator[OpenRun]:
     """Open the base, read the data, and plan; the session is closed on every exit.
 
-    `backend` is a name with the reason for it. With `weights=False` the base's structure alone is opened.
+    `backend` is a name with the reason for it. With `weights=False` the base's structure alone is opened. `day` is
+    what a clock in the chat template tells, empty for today.
     """
     config, (name, reason) = loaded.config, backend
     if not config.data.streaming:
         check_files(config.data)
     base = inspect_base(resolve_base(config.base), weights=weights)
     check_towers(loaded, base, name)
-    tokenizer = open_tokenizer_for(TASKS[config.task].media, base.path, config.data.chat_template)
+    opened = open_tokenizer_for(TASKS[config.task].media, base.path, config.data.chat_template)
+    tokenizer = opened.on_day(day)
     data, cut = fitted_data(config, base, tokenizer)
     dataset = load_dataset(data, tokenizer, config.training.seed, TASKS[config.task], streaming_goal(config))
     # It would keep its memory through the whole run; who asks it again starts it again.
@@ -63,7 +67,7 @@ def open_run(loaded: LoadedConfig, backend: tuple[str, str], weights: bool = Tru
         resolution, coverage = resolve_for(loaded, session)
         resolution = evolve(resolution, warnings=(*resolution.warnings, *dataset.warnings))
         plan = make_plan(config, resolution, dataset.train, dataset.evaluation, tokenizer.pad_id)
-        if config.data.streaming:
+        if config.data.streaming or tokenizer.day:
             check_same_rows(session, plan.rows)
         notices = (Problem("backend", f"{name}: {reason}"), *session.notices(), *cut, *dataset.notices)
         yield OpenRun(loaded, base, session, tokenizer, plan, coverage, notices)

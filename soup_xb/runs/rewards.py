@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_rewards(loaded: LoadedConfig, backend: str) -> Iterator[tuple[Reward, ...]]:
+def open_rewards(loaded: LoadedConfig, backend: str, day: str = "") -> Iterator[tuple[Reward, ...]]:
     """What the config's answers earn; a reward model is opened on the backend of the run.
+
+    `day` is what a clock in a judge's chat template tells, empty for today.
 
     Raises ConfigError for a file of rewards that does not run, ModelError for a folder without a reward model.
     """
@@ -66,7 +68,7 @@ def open_rewards(loaded: LoadedConfig, backend: str) -> Iterator[tuple[Reward, .
         yield rewards
         return
     with open_reward_model(loaded.config, backend) as judge:
-        yield (judge, *rewards)
+        yield (evolve(judge, tokenizer=judge.tokenizer.on_day(day)), *rewards)
 
 
 def session_for(run: OpenRun, rewards: Sequence[Reward]) -> TrainingSession:
@@ -149,7 +151,7 @@ class ModelReward:
         if isinstance(example, ChatExample):
             tokens = self.tokenizer.prompt_ids(example.messages[:-1], str(example.source))
         else:
-            tokens = self.tokenizer.text_ids(example.prompt)
+            tokens = self.tokenizer.text_ids(example.prompt, str(example.source))
         if not tokens.size:
             raise DataError("nothing-to-score", "prompt and answer are empty", where=str(example.source))
         return TokenSequence(tokens, [False] * tokens.size, example.source)

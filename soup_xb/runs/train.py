@@ -24,7 +24,7 @@ from soup_xb.runs.open import OpenRun, check_processes, open_run
 from soup_xb.runs.reference import plan_with_reference
 from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.rewards import open_rewards, session_for
-from soup_xb.runs.writer import RunWriter, failure_noted, output_folder
+from soup_xb.runs.writer import RunWriter, failure_noted, first_day, output_folder
 
 
 def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Listener]) -> Outcome:
@@ -37,11 +37,12 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
     _check_prompts(loaded, options.prompts)
     backend = choose_backend(loaded)
     check_processes(loaded, launched_processes())
+    day = first_day(output, options)
     with (
         heard_early() as stop,
         output_folder(output, options) as folder,
-        open_rewards(loaded, backend[0]) as rewards,
-        open_run(loaded, backend) as run,
+        open_rewards(loaded, backend[0], day) as rewards,
+        open_run(loaded, backend, day=day) as run,
     ):
         writer = RunWriter(run, options, folder, listeners)
         if writer.is_complete():

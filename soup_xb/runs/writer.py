@@ -71,6 +71,7 @@ class RunWriter:
             total_steps=run.plan.total_steps,
             started=now(),
             version=__version__,
+            day=run.tokenizer.day,
         )
 
     def emit(self, event: Event) -> None:
@@ -204,6 +205,18 @@ def output_folder(output: Path, options: TrainOptions) -> Iterator[RunFolder | N
     check_request(options.resume, output, options.overwrite)
     with open_run_folder(output, overwrite=options.overwrite, resume=options.resume.goes_on) as folder:
         yield folder
+
+
+def first_day(output: Path, options: TrainOptions) -> str:
+    """The date that a chat template with a clock told in the run to go on from; empty for a run that starts."""
+    if not options.resume.goes_on:
+        return ""
+    named = options.resume.named
+    folder = output if named is None else named.resolve().parent.parent
+    try:
+        return read_record(folder).day
+    except CheckpointError:
+        return ""
 
 
 @contextmanager

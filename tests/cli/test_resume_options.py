@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,36 @@ def cut(soupx: Soupx, config: Config, tmp_path: Path) -> Path:
     done = soupx("train", config())
     assert done.code == 0, done.err
     return tmp_path / "out" / "checkpoints" / "step-00000003"
+
+
+def test_a_clock_in_the_chat_template_tells_the_day_of_the_first_start(
+    soupx: Soupx, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on(day: str) -> None:
+        today = SimpleNamespace(isoformat=lambda: day)
+        monkeypatch.setattr("soup_xb.data.chat_template.date", SimpleNamespace(today=lambda: today))
+
+    file, out = config(), tmp_path / "out"
+    content = json.loads(file.read_text())
+    content["data"]["chat_template"] = (
+        "{{ strftime_now('%d %B') }}{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    file.write_text(json.dumps(content))
+    on("2025-06-14")
+    assert soupx("train", file).code == 0
+    whole = factors(out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    shutil.rmtree(out / "adapter")
+    on("2025-06-15")
+    done = soupx("train", file, "--resume")
+    assert done.code == 0, done.err
+    assert "2025-06-14" in done.err
+    assert json.loads((out / "run.json").read_text())["day"] == "2025-06-14"
+    assert all(array.tobytes() == whole[name].tobytes() for name, array in factors(out).items())
+    done = soupx("train", file, "--overwrite")
+    assert json.loads((out / "run.json").read_text())["day"] == "2025-06-15"
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -19,6 +19,7 @@ from soup_xb.core.config.schema import LoraConfig
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.errors import CheckpointError, ModelError
 from soup_xb.core.rows.batches import collate_rows, idle
+from soup_xb.core.rows.row import text_row
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import GenerationSettings, Session, StepResult, StepSettings
 
@@ -257,6 +258,35 @@ def test_accumulation_changes_nothing_but_speed(opener: Opener, backend: str) ->
         split = two.train_step([*parts[:2], idle(parts[2])], settings)
         assert split.loss == pytest.approx(whole.loss, abs=1e-5)
         assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+
+
+@every_backend
+def test_a_loss_of_weighted_tokens_is_divided_by_the_sum_of_their_weights(
+    opener: Opener, backend: str
+) -> None:
+    one, plan = opener(backend, batch_size=8, max_steps=1)
+    two, _ = opener(backend, batch_size=8, max_steps=1)
+    rows = []
+    for number, index in enumerate(plan.step_rows(1)[0]):
+        row = plan.rows[index].sequences[0]
+        # The first row has no weights; the others have three of them.
+        weights = np.resize([0.25, 1.0, 3.0], row.length) if number else None
+        rows.append(text_row(row.tokens, row.trained, row.source, weights))
+    batch = collate_rows(rows, None, 0)
+    assert batch.target_weight != batch.target_tokens
+    scorer = one.scorer
+    assert scorer is not None
+    expected = -float((scorer.token_logps(batch) * batch.weights).sum()) / batch.target_weight
+    assert one.evaluate([batch]).mean == pytest.approx(expected, abs=1e-5)
+    settings = StepSettings(
+        1, 1e-3, batch.target_tokens, target_weight=sum(row.target_weight for row in rows)
+    )
+    whole = one.train_step([batch], settings)
+    parts = [collate_rows(part, None, 0) for part in (rows[:3], rows[3:], rows[:1])]
+    split = two.train_step([*parts[:2], idle(parts[2])], settings)
+    assert whole.loss == pytest.approx(expected, abs=1e-5)
+    assert split.loss == pytest.approx(expected, abs=1e-5)
+    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
 
 
 @every_backend

@@ -63,6 +63,23 @@ def year_36813(place: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "when": when}), place / "a.parquet")
 
 
+_SAYS_NEW = {"messages": [USER, {"role": "assistant", "content": "a <|new|>"}]}
+
+
+def _rows(place: Path, rows: list[Any]) -> None:
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _grown(place: Path) -> None:
+    """Gives the tokenizer more tokens than the base has embeddings for."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    more = [f"<|{number}|>" for number in range(320 - len(tokenizer))]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*more, "<|new|>"]})
+    tokenizer.save_pretrained(place / "base")
+
+
 def folder(place: Path) -> None:
     (place / "rows.jsonl").mkdir()
 
@@ -227,7 +244,39 @@ ROWS_OF_DATA = {
     "a slip in a role": {**turn(role="asistant", content="x"), "code": "unknown-role", "help": "`assistant`"},
     "a thought beside the words": {
         **turn(role="assistant", content="", reasoning_content="Hm."),
-        "code": "unsupported-turn",
+        "argv": "train --set data.train=a.jsonl",
+        "exit": 4,
+        "code": "template-without-thoughts",
+        "words": "a.jsonl:2",
+        "help": "`</think>`, or give a chat template",
+    },
+    "a thought in a user's turn": {
+        **file("a.jsonl", [{"messages": [{**USER, "thinking": "Hm."}, ASSISTANT]}]),
+        "code": "misplaced-thought",
+        "where": "a.jsonl:1: messages[0]: ",
+    },
+    "a user's turn to be trained on": {
+        **file("a.jsonl", [{"messages": [{**USER, "weight": 1}, ASSISTANT]}]),
+        "code": "weighted-prompt",
+        "help": "data.train_on: all",
+    },
+    "a weight in words": {
+        **turn(role="assistant", content="a", train="yes"),
+        "code": "mistyped-field",
+        "where": "a.jsonl:2: messages[1].train: ",
+    },
+    "a weight below nothing": {**turn(role="assistant", content="a", weight=-0.5), "code": "weight-range"},
+    "two weights that differ": {
+        **turn(role="assistant", content="a", weight=0, loss=True),
+        "code": "contradicting-keys",
+    },
+    "a token that the base has no embedding for": {
+        "arrange": lambda place: (_grown(place), _rows(place, [CHAT, _SAYS_NEW])),
+        "argv": "train",
+        "code": "token-without-row",
+        "where": "train.jsonl:2: ",
+        "words": ("`<|new|>` (320)", "0 to 319"),
+        "help": "resize_token_embeddings",
     },
     "a picture": {
         **turn(role="user", content=[{"type": "image"}]),

@@ -98,6 +98,7 @@ OTHERS: dict[str, Any] = {
     "training.cpo_alpha": PAIRS | {"task": "cpo", "training.cpo_alpha": 0.3},
     "training.desirable_weight": PAIRS | {"task": "kto", "training.desirable_weight": 0.4},
     "training.undesirable_weight": PAIRS | {"task": "kto", "training.undesirable_weight": 0.4},
+    "data.train_on": "all",
     "data.query_prompt": TEXTS | {"data.query_prompt": "query: "},
     "data.document_prompt": TEXTS | {"data.document_prompt": "text: "},
     "training.pooling": TEXTS | {"training.pooling": "mean"},

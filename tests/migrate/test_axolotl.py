@@ -261,6 +261,8 @@ def test_what_axolotl_does_by_default_is_written_out(accounted: Accounted, value
         ("warmup_steps: 5\nwarmup_ratio: 0.5", "training.warmup_steps", 5),
         ("adapter: llama-adapter", "training.lora.target_modules", "auto"),
         ("sequence_len: 1", "data.max_length", 512),
+        ("train_on_inputs: true", "data.train_on", "all"),
+        ("train_on_inputs: false", "data.train_on", None),
     ],
 )
 def test_one_key_at_a_time(accounted: Accounted, values: Values, line: str, key: str, value: Any) -> None:

@@ -202,6 +202,9 @@ LEAST = "model_name_or_path: tiny\nstage: sft\ndataset: a\noutput_dir: out\n"
         ("dataset: rows.jsonl", "data.train", ("rows.jsonl",)),
         ("dataset: [a, b]", "data.train", ("./data/a.json", "./data/b.json")),
         ("val_size: 100", "data.val_split", None),
+        ("train_on_prompt: true", "data.train_on", "all"),
+        ("mask_history: true", "data.train_on", "last"),
+        ("stage: pt\ntrain_on_prompt: true", "data.train_on", None),
         ("warmup_steps: 0\nwarmup_ratio: 0.2", "training.warmup_ratio", 0.2),
         ("pure_bf16: true", "training.precision", "bf16"),
         ("lr_scheduler_type: polynomial", "training.scheduler", None),
@@ -216,7 +219,7 @@ def test_one_key_at_a_time(accounted: Accounted, values: Values, line: str, key:
     assert values(done).get(key) == value
 
 
-@pytest.mark.parametrize("line", ["train_on_prompt: true", "mask_history: true", "finetuning_type: full"])
+@pytest.mark.parametrize("line", ["enable_thinking: true", "finetuning_type: full"])
 def test_what_cannot_be_done_is_told_and_its_opposite_is_not(accounted: Accounted, line: str) -> None:
     key = line.partition(":")[0]
     assert key in [left.key for left in accounted(f"{LEAST}{line}\n").left]

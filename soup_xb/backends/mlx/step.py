@@ -55,7 +55,7 @@ class Step:
             raise RuntimeError("attach adapters before training")
         seed = step_seed(self._seed, "dropout", step.step, processes.process)
         keys = mx.random.split(mx.random.key(seed), max(1, len(batches)))
-        divisor = self._state.objective.divisor(step.target_tokens, step.examples)
+        divisor = self._state.objective.divisor(step.weight, step.examples)
         gradients: Arrays = {}
         total = 0.0
         with memory_guard("training"):
@@ -79,16 +79,17 @@ class Step:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSum:
         """The losses without dropout; every process evaluates its share."""
-        total, targets = 0.0, 0
+        total, targets, weight = 0.0, 0, 0.0
         with memory_guard("evaluating"):
             self._state.begin(batches)
             for batch in batches:
                 arrays, known = self._arrays(batch, self._state.constants(batch), padded=False)
                 total += self._added(*self._losses(arrays, known))
                 targets += batch.target_tokens
+                weight += batch.target_weight
             examples, means = self._state.finish(training=False)
         exactly = self._processes.sum_exactly
-        return LossSum(exactly(total), round(exactly(targets)), examples, means)
+        return LossSum(exactly(total), round(exactly(targets)), examples, means, exactly(weight))
 
     def _loss_and_gradients(
         self, batch: MicroBatch, constants: Mapping[str, Array], share: float, key: mx.array

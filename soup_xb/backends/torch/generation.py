@@ -39,7 +39,7 @@ class ChosenTokens(transformers.LogitsProcessor):
 def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
     """See soup_xb.core.run.session.Sampler. Prompts are padded on the left, and padding is masked."""
     length = max(map(len, prompts))
-    ids = np.full((len(prompts), length), settings.end_ids[0], dtype=np.int64)
+    ids = np.full((len(prompts), length), _filler(model, settings), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
@@ -52,6 +52,12 @@ def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: Gener
         model, torch.from_numpy(ids).to(place), torch.from_numpy(mask).to(place), settings, [chooser]
     )
     return [_to_the_end(row, settings.end_ids, including=True) for row in new]
+
+
+def _filler(model: Any, settings: GenerationSettings) -> int:
+    """The id that fills short prompts: an end id that the base has an embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return next((token for token in settings.end_ids if token < rows), 0)
 
 
 def continue_prompt(model: Any, prompt: Array, settings: GenerationSettings) -> Array:
@@ -78,7 +84,7 @@ def continued(
     config = transformers.GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=list(settings.end_ids),
-        pad_token_id=settings.end_ids[0],
+        pad_token_id=_filler(model, settings),
         **sampling,
     )
     with torch.no_grad(), _as_it_is(model):

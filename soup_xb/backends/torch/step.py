@@ -44,7 +44,7 @@ class Step:
         self, batches: Sequence[MicroBatch], step: StepSettings, adapters: Any, optimizer: Optimizer
     ) -> StepResult:
         """One update of the adapters over this process's micro-batches."""
-        divisor = self._state.objective.divisor(step.target_tokens, step.examples)
+        divisor = self._state.objective.divisor(step.weight, step.examples)
         with memory_guard("training"):
             self._begin(batches, training=True)
             constants = [self._state.constants(batch) for batch in batches]
@@ -74,15 +74,17 @@ class Step:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSum:
         """The losses without dropout and gradients; every process evaluates its share."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._place)
+        totals = torch.zeros(3, dtype=torch.float64, device=self._place)
         with torch.no_grad(), memory_guard("evaluating"):
             self._begin(batches, training=False)
             for batch in batches:
                 totals[0] += self._summed(batch, self._state.constants(batch), divisor=1.0)
                 totals[1] += batch.target_tokens
+                totals[2] += batch.target_weight
         self._processes.sum_([totals])
         examples, means = self._finish(training=False)
-        return LossSum(float(totals[0].item()), int(totals[1].item()), examples, means)
+        total, targets, weight = totals.tolist()
+        return LossSum(total, int(targets), examples, means, weight)
 
     def _begin(self, batches: Sequence[MicroBatch], training: bool) -> None:
         self._state.begin(batches)

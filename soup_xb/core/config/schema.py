@@ -109,6 +109,11 @@ class DataConfig:
         "Put several rows into one sequence of `max_length`, kept apart in attention; `pretrain` always does.",
     )
     chat_template: str | None = words(None, "Jinja chat template for a base that has none: text or a file.")
+    train_on: str = choice(
+        "answers",
+        ("answers", "last", "all"),
+        "sft, vision, audio: the tokens to learn: the assistant's `answers`, the `last` answer of each row, or `all`.",
+    )
     query_prompt: str | None = words(None, "embedding: text before every anchor, such as `query: `.")
     document_prompt: str | None = words(
         None, "embedding: text before every positive and negative, such as `passage: `."
@@ -305,6 +310,7 @@ FOREIGN_NAMES = {
     "lora_target_modules": "training.lora.target_modules",
     "lr_scheduler": "training.scheduler",
     "lr_scheduler_type": "training.scheduler",
+    "mask_history": "data.train_on",
     "max_seq_len": "data.max_length",
     "max_seq_length": "data.max_length",
     "micro_batch_size": "training.batch_size",
@@ -323,6 +329,8 @@ FOREIGN_NAMES = {
     "steps_per_eval": "training.eval_steps",
     "steps_per_report": "training.logging_steps",
     "train_file": "data.train",
+    "train_on_inputs": "data.train_on",
+    "train_on_prompt": "data.train_on",
     "use_dora": "training.lora.use_dora",
     "use_rslora": "training.lora.use_rslora",
     "val_set_size": "data.val_split",

@@ -71,8 +71,8 @@ class Objective(ABC):
         """Metrics (n,) of a batch that are known without the model."""
         return {}
 
-    def divisor(self, target_tokens: float, examples: int) -> float:
-        """What the sum of a whole step's losses is divided by, from its targets and its rows."""
+    def divisor(self, target_weight: float, examples: int) -> float:
+        """What the sum of a whole step's losses is divided by, from the sum of its targets' weights and its rows."""
         return examples
 
     def examples(self, sums: Sums) -> int:
@@ -163,8 +163,8 @@ class TokenObjective(Objective):
     ) -> tuple[X, Metrics]:
         return losses.cross_entropy(xp, outputs, constants["weights"]), {}
 
-    def divisor(self, target_tokens: float, examples: int) -> float:
-        return target_tokens
+    def divisor(self, target_weight: float, examples: int) -> float:
+        return target_weight
 
     def examples(self, sums: Sums) -> int:
         return 0
@@ -329,7 +329,7 @@ class GroupObjective(Objective):
     def observed(self, batch: MicroBatch) -> Mapping[str, Array]:
         return batch.observed
 
-    def divisor(self, target_tokens: float, examples: int) -> float:
+    def divisor(self, target_weight: float, examples: int) -> float:
         return float(examples * self._size)
 
 

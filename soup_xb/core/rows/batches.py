@@ -52,9 +52,10 @@ class MicroBatch:
     `tokens` is int32 (rows, length), padded on the right; `lengths` int64 (rows,), the real tokens of each row.
     What is trained is (rows, width), as wide as the row with most targets: `positions` int64, the places in the
     flattened (rows * length) grid whose hidden state predicts a target; `targets` int64, the token ids predicted there;
-    `weights` float32, 0 where a place only fills the row. `counted` is float32 (examples,): 1, or 0 for an example
-    that takes part only so that every process runs every part of the model. `position_ids` is int32 (rows, length),
-    the place of each token in its document, where a row holds several documents; None where no row does.
+    `weights` float32, what each counts for in the loss, 0 where a place only fills the row. `counted` is float32
+    (examples,): 1, or 0 for an example that takes part only so that every process runs every part of the model.
+    `position_ids` is int32 (rows, length), the place of each token in its document, where a row holds several
+    documents; None where no row does.
 
     What a task knows besides: `constants`, arrays by name; `beside`, other sequences of the same rows (answers to
     other prompts, candidates of an embedding); `media`, the pictures or sounds of the rows that have some, in order;
@@ -88,6 +89,11 @@ class MicroBatch:
     def target_tokens(self) -> int:
         """Number of targets."""
         return int(np.count_nonzero(self.weights))
+
+    @property
+    def target_weight(self) -> float:
+        """The sum of the targets' weights."""
+        return float(self.weights.sum(dtype=np.float64))
 
     @property
     def real_tokens(self) -> int:
@@ -139,7 +145,7 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int) -> MicroBatch:
         tokens[index, : one.length] = one.tokens
         positions[index, : places.size] = index * length + places - 1
         targets[index, : places.size] = one.tokens[places]
-        weights[index, : places.size] = 1.0
+        weights[index, : places.size] = 1.0 if one.weights is None else one.weights[places]
     return MicroBatch(
         tokens=tokens,
         positions=positions,

@@ -23,7 +23,7 @@ def plain(value: Any) -> Any:
     """An example, or a value in it, as JSON has it: an object of a class is its name and its values.
 
     >>> plain(examples.Message("user", "Hi"))
-    {'is': 'Message', 'values': ['user', 'Hi', [], '', '', []]}
+    {'is': 'Message', 'values': ['user', 'Hi', [], '', '', [], '', 1.0]}
     """
     if value is None or isinstance(value, str | int | float):
         return value

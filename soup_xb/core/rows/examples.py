@@ -48,6 +48,8 @@ class Message:
     `calls` are an assistant's; a tool's turn has the `name` of the function and the `call_id` that it answers, each
     empty where the row does not tell.
     A turn with pictures or sounds has `parts`, its texts and what stands between them; `content` is its text alone.
+    `thought` is what an assistant thinks before its words. `weight` is what each of its tokens counts for in the loss;
+    0 keeps the turn out of it.
     """
 
     role: str
@@ -56,6 +58,8 @@ class Message:
     name: str = ""
     call_id: str = ""
     parts: tuple[str | Attachment, ...] = ()
+    thought: str = ""
+    weight: float = 1.0
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -70,7 +74,7 @@ class Message:
 
 @frozen
 class ChatExample:
-    """A conversation; the assistant's turns from the turn `first_trained` on are trained on.
+    """A conversation; the assistant's turns from the turn `first_trained` on are trained on, each by its weight.
 
     `tools` are the functions that it may call, each as JSON text.
     """

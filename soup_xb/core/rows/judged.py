@@ -66,6 +66,8 @@ class JudgedAnswers(Rows):
             sequence_targets=targets[:, None],
             prompt_lengths=facts.prompt_lengths[one][:, None],
             prompt_keys=facts.prompt_keys[one][:, None],
+            # Losses over judged answers are divided by their number.
+            weights=targets.astype(np.float64),
         )
 
     def row(self, index: int) -> Row:
@@ -101,6 +103,7 @@ class MismatchedAnswers(Rows):
             sequence_targets=np.stack([facts.targets, np.zeros_like(others)], axis=1),
             prompt_lengths=facts.prompt_lengths,
             prompt_keys=facts.prompt_keys,
+            weights=facts.weights,
         )
 
     def row(self, index: int) -> Row:
@@ -136,4 +139,8 @@ def _swapped(row: TokenSequence, other: TokenSequence, max_length: int) -> Token
     trained = np.concatenate([np.zeros(row.first_target, dtype=np.bool_), other.trained[answer:]])[
         :max_length
     ]
-    return TokenSequence(tokens, trained, row.source)
+    weights = None
+    if other.weights is not None:
+        before = np.ones(row.first_target, dtype=np.float32)
+        weights = np.concatenate([before, other.weights[answer:]])[:max_length]
+    return TokenSequence(tokens, trained, row.source, weights=weights)

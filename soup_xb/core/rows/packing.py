@@ -37,16 +37,18 @@ class Pieces(Rows):
         starts = length * (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts))
         lengths = np.minimum(sizes[owners] - starts, length)
         targets = rows.facts.targets.astype(np.int64)[owners]
+        weights = rows.facts.weights[owners]
         for index in np.flatnonzero(counts > 1):
             first = np.searchsorted(owners, index)
-            marks = rows.row(int(index)).sequences[0].trained
+            document = rows.row(int(index)).sequences[0]
             for piece in range(first, first + counts[index]):
-                begin = starts[piece]
-                targets[piece] = marks[begin + 1 : begin + lengths[piece]].sum()
+                inside = slice(int(starts[piece]) + 1, int(starts[piece] + lengths[piece]))
+                targets[piece] = document.trained[inside].sum()
+                weights[piece] = _weight(document, inside)
         kept = np.flatnonzero((targets > 0) | (counts[owners] == 1))
         self._owners, self._starts = owners[kept], starts[kept]
         self._cut = counts[self._owners] > 1
-        self.facts = plain_facts(lengths[kept], targets[kept])
+        self.facts = plain_facts(lengths[kept], targets[kept], weights[kept])
 
     def row(self, index: int) -> Row:
         """The piece of a number."""
@@ -55,7 +57,8 @@ class Pieces(Rows):
             return row
         document = row.sequences[0]
         here = slice(int(self._starts[index]), int(self._starts[index] + self.facts.lengths[index]))
-        return text_row(document.tokens[here], document.trained[here], document.source)
+        weights = None if document.weights is None else document.weights[here]
+        return text_row(document.tokens[here], document.trained[here], document.source, weights)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,7 +75,10 @@ class PackedRows(Rows):
     def __init__(self, rows: Rows, length: int) -> None:
         self._rows = rows
         self._members, self._ends = _groups(rows.facts.lengths, length)
-        self.facts = plain_facts(self._summed(rows.facts.lengths), self._summed(rows.facts.targets))
+        lengths, targets, weights = (
+            self._summed(values) for values in (rows.facts.lengths, rows.facts.targets, rows.facts.weights)
+        )
+        self.facts = plain_facts(lengths, targets, weights)
 
     def row(self, index: int) -> Row:
         """The sequence of a number."""
@@ -93,8 +99,17 @@ class PackedRows(Rows):
         return self.row(int(several[0])).sequences[0] if len(several) else None
 
     def _summed(self, values: Array) -> Array:
-        totals = np.concatenate([[0], np.cumsum(values[self._members], dtype=np.int64)])
-        return np.diff(totals[np.concatenate([[0], self._ends])])
+        starts = np.concatenate([[0], self._ends[:-1]]).astype(np.int64)
+        wide = np.float64 if values.dtype.kind == "f" else np.int64
+        return np.add.reduceat(values[self._members], starts, dtype=wide) if len(starts) else starts
+
+
+def _weight(document: TokenSequence, inside: slice) -> float:
+    """The sum of the weights of the targets in a part of a document."""
+    marks = document.trained[inside]
+    return float(
+        marks.sum() if document.weights is None else document.weights[inside][marks].sum(dtype=np.float64)
+    )
 
 
 def split_long(rows: Sequence[Row], length: int) -> Rows:
@@ -169,9 +184,12 @@ def joined_documents(rows: Sequence[TokenSequence]) -> TokenSequence:
     trained = [row.trained.copy() for row in rows]
     for marks in trained:
         marks[0] = False
+    weighted = any(row.weights is not None for row in rows)
+    weights = [np.ones(row.length, np.float32) if row.weights is None else row.weights for row in rows]
     return TokenSequence(
         tokens=np.concatenate([row.tokens for row in rows]),
         trained=np.concatenate(trained),
+        weights=np.concatenate(weights) if weighted else None,
         source=rows[0].source,
         documents=tuple(accumulate((row.length for row in rows[:-1]), initial=0)),
     )

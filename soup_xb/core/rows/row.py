@@ -25,6 +25,14 @@ def _marks(array: Any) -> Array:
     return _read_only(np.asarray(array, dtype=np.bool_))
 
 
+def _weights(array: Any) -> Array | None:
+    """Weights as float32; None where every one is 1."""
+    if array is None:
+        return None
+    known = np.asarray(array, dtype=np.float32)
+    return None if (known == 1).all() else _read_only(known)
+
+
 def _read_only(array: Array) -> Array:
     view = array.view()
     view.setflags(write=False)
@@ -38,7 +46,8 @@ class TokenSequence:
     `tokens` is int32 (length,); `trained` is bool (length,): True where the token is a target, that is, where
     the model learns to predict it. The first token is never a target, since nothing comes before it.
     `documents` is where the documents in it begin; there is more than one after packing. `media` are the pictures or
-    sounds that its tokens stand for.
+    sounds that its tokens stand for. `weights` is what each token counts for in the loss where it is a target, float32
+    (length,) above 0; None where each counts for 1.
     """
 
     tokens: Array = field(converter=_token_ids)
@@ -46,6 +55,7 @@ class TokenSequence:
     source: Source
     documents: tuple[int, ...] = (0,)
     media: RowMedia | None = None
+    weights: Array | None = field(default=None, converter=_weights)
 
     @property
     def length(self) -> int:
@@ -56,6 +66,13 @@ class TokenSequence:
     def target_tokens(self) -> int:
         """Number of targets."""
         return int(self.trained[1:].sum())
+
+    @property
+    def target_weight(self) -> float:
+        """The sum of its targets' weights."""
+        if self.weights is None:
+            return float(self.target_tokens)
+        return float(self.weights[1:][self.trained[1:]].sum(dtype=np.float64))
 
     @property
     def first_target(self) -> int:
@@ -156,6 +173,11 @@ class Row:
         return sum(one.target_tokens for one in self._learned)
 
     @property
+    def target_weight(self) -> float:
+        """The sum of the weights of its targets."""
+        return sum(one.target_weight for one in self._learned)
+
+    @property
     def real_tokens(self) -> int:
         """Tokens of all its sequences."""
         return sum(one.length for one in self.sequences)
@@ -165,9 +187,9 @@ class Row:
         return self.sequences[: KINDS[self.kind].learned]
 
 
-def text_row(tokens: Any, trained: Any, source: Source) -> Row:
+def text_row(tokens: Any, trained: Any, source: Source, weights: Any = None) -> Row:
     """A row of one sequence."""
-    return Row("tokens", (TokenSequence(tokens, trained, source),))
+    return Row("tokens", (TokenSequence(tokens, trained, source, weights=weights),))
 
 
 def same_answers(row: Row) -> bool:
@@ -200,7 +222,8 @@ def repeated_positives(rows: Sequence[Row]) -> list[Problem]:
 class RowFacts:
     """What a plan has to know of every row: facts, each an array with one entry a row.
 
-    `lengths`, `targets` and `tokens` are a row's `length`, `target_tokens` and `real_tokens`. Of its sequences, (rows,
+    `lengths`, `targets`, `weights` and `tokens` are a row's `length`, `target_tokens`, `target_weight` and
+    `real_tokens`. Of its sequences, (rows,
     most sequences of a row) with zeros where a row has fewer: `sequence_lengths` and `sequence_targets`, and for
     rows with prompts `prompt_lengths` and `prompt_keys` (equal for equal prompts); those are (rows, 0) for other rows.
     """
@@ -212,6 +235,7 @@ class RowFacts:
     sequence_targets: Array
     prompt_lengths: Array
     prompt_keys: Array
+    weights: Array
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -238,6 +262,7 @@ class RowFacts:
             self.sequence_targets,
             self.prompt_lengths,
             self.prompt_keys,
+            self.weights,
         )
 
 
@@ -253,21 +278,25 @@ def facts_of(rows: Sequence[Row]) -> RowFacts:
         sequence_targets=_listed([[one.target_tokens for one in row] for row in sequences], np.int32),
         prompt_lengths=_listed([[one.first_target for one in row] for row in prompted], np.int32),
         prompt_keys=_listed([[prompt_key(one) for one in row] for row in prompted], np.uint64),
+        weights=np.array([row.target_weight for row in rows], dtype=np.float64),
     )
 
 
-def plain_facts(lengths: Array, targets: Array) -> RowFacts:
+def plain_facts(lengths: Array, targets: Array, weights: Array) -> RowFacts:
     """The facts of rows that are one sequence each and have no prompt."""
     nothing = np.zeros((len(lengths), 0), dtype=np.int32)
-    return RowFacts(lengths, targets, lengths, lengths[:, None], targets[:, None], nothing, nothing)
+    return RowFacts(lengths, targets, lengths, lengths[:, None], targets[:, None], nothing, nothing, weights)
 
 
-def facts_of_columns(counts: Array, lengths: Array, targets: Array, prompts: tuple[Array, Array]) -> RowFacts:
-    """The facts of rows with so many sequences each, whose lengths, targets, prompt lengths and keys follow each other.
+def facts_of_columns(
+    counts: Array, lengths: Array, targets: tuple[Array, Array], prompts: tuple[Array, Array]
+) -> RowFacts:
+    """The facts of rows with so many sequences each, of which everything follows each other.
 
-    A row is as long as its longest sequence, since all share one grid, and has the tokens and targets of all.
+    `targets` are their numbers and the sums of their weights, `prompts` the prompts' lengths and keys. A row is as long
+    as its longest sequence, since all share one grid, and has the tokens and targets of all.
     """
-    each, learned = (_spread(counts, values) for values in (lengths, targets))
+    each, learned, weights = (_spread(counts, values) for values in (lengths, *targets))
     single = each.shape[1] == 1
     prompt_lengths, prompt_keys = (
         _spread(counts, values) if len(values) else np.zeros((len(counts), 0), dtype=values.dtype)
@@ -281,6 +310,7 @@ def facts_of_columns(counts: Array, lengths: Array, targets: Array, prompts: tup
         sequence_targets=learned,
         prompt_lengths=prompt_lengths,
         prompt_keys=prompt_keys,
+        weights=weights.sum(axis=1),
     )
 
 

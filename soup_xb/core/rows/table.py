@@ -98,6 +98,7 @@ class ListedRows(Rows):
             digest.update(np.packbits(one.trained).tobytes())
             digest.update(np.array(one.documents, dtype="<i8").tobytes())
             digest.update(one.media.digest if one.media else b"")
+            digest.update(b"" if one.weights is None else one.weights.tobytes())
         return digest.hexdigest()
 
     @property
@@ -186,7 +187,8 @@ def combined(*parts: str | Array) -> str:
     return digest.hexdigest()
 
 
-# Of tokens: `tokens` and `trained`; of sequences: the next four; of rows: the rest, `extras` being bytes of JSON.
+# Of tokens: `tokens` and `trained`; of sequences: the next four; of rows: the next four, `extras` being bytes of JSON.
+# `weighted` says which sequences have weights; of those `weights`, one a token, and `weight_sums`, of their targets.
 COLUMNS: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
         "tokens": np.dtype("<i4"),
@@ -199,16 +201,20 @@ COLUMNS: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "lines": np.dtype("<i8"),
         "extras": np.dtype("u1"),
         "extra_lengths": np.dtype("<i4"),
+        "weighted": np.dtype("?"),
+        "weights": np.dtype("<f4"),
+        "weight_sums": np.dtype("<f8"),
     }
 )
-_READ_BY_ROW = ("tokens", "trained", "lines", "extras")
+_READ_BY_ROW = ("tokens", "trained", "lines", "extras", "weights")
 # What of a sequence has no column has to be as it is in a sequence that has nothing of it.
-_WITH_COLUMN = ("tokens", "trained", "source")
+_WITH_COLUMN = ("tokens", "trained", "source", "weights")
 _WITHOUT_COLUMN = tuple(
     (field.name, field.default) for field in attrs.fields(TokenSequence) if field.name not in _WITH_COLUMN
 )
+_OF_WEIGHTS = ("weighted", "weights", "weight_sums")
 # Where a row stands in its file changes nothing that is learned.
-_LEARNED = tuple(name for name in COLUMNS if name != "lines")
+_LEARNED = tuple(name for name in COLUMNS if name not in ("lines", *_OF_WEIGHTS))
 
 
 class Column(Protocol):
@@ -235,7 +241,11 @@ class RowTable(Rows):
         self._file, self._columns, self._kind = file, columns, columns.kind
         whole = {name: columns.arrays[name][:] for name in COLUMNS if name not in _READ_BY_ROW}
         prompts = (whole["prompt_lengths"], whole["prompt_keys"])
-        self.facts = facts_of_columns(whole["counts"], whole["lengths"], whole["targets"], prompts)
+        self._weighted = whole["weighted"]
+        sums = whole["targets"].astype(np.float64)
+        sums[self._weighted] = whole["weight_sums"]
+        self.facts = facts_of_columns(whole["counts"], whole["lengths"], (whole["targets"], sums), prompts)
+        self._weight_starts = _starts(np.where(self._weighted, whole["lengths"], 0))
         self._starts = _starts(whole["lengths"])
         self._firsts = _starts(whole["counts"])
         self._extra_starts = _starts(whole["extra_lengths"])
@@ -247,14 +257,21 @@ class RowTable(Rows):
         sequences = []
         for place in range(int(self._firsts[index]), int(self._firsts[index + 1])):
             here = slice(int(self._starts[place]), int(self._starts[place + 1]))
-            sequences.append(TokenSequence(arrays["tokens"][here], arrays["trained"][here], source))
+            weights = None
+            if self._weighted[place]:
+                known = slice(int(self._weight_starts[place]), int(self._weight_starts[place + 1]))
+                weights = arrays["weights"][known]
+            sequences.append(
+                TokenSequence(arrays["tokens"][here], arrays["trained"][here], source, weights=weights)
+            )
         return Row(self._kind.name, tuple(sequences), self._extra(index))
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every token, trained mark, length and verdict, in order."""
         known = self._columns.digests
-        digests = [known.get(name) or column_digest(self._columns.arrays[name]) for name in _LEARNED]
+        names = (*_LEARNED, *_OF_WEIGHTS) if self._weighted.any() else _LEARNED
+        digests = [known.get(name) or column_digest(self._columns.arrays[name]) for name in names]
         return combined("table", self._kind.name, *digests)
 
     @property
@@ -283,6 +300,7 @@ def columns_of(rows: Sequence[Row]) -> dict[str, Array]:
         raise TypeError(f"no table holds these rows of the kind {rows[0].kind}")
     sequences = [sequence for row in rows for sequence in row.sequences]
     extras = [json.dumps(row.extra).encode() for row in rows if row.extra is not None]
+    weights = [one.weights for one in sequences if one.weights is not None]
     prompted = sequences if kind.prompted else []
     found: dict[str, Any] = {
         "tokens": np.concatenate([one.tokens for one in sequences]),
@@ -295,6 +313,9 @@ def columns_of(rows: Sequence[Row]) -> dict[str, Array]:
         "lines": [row.source.line for row in rows],
         "extras": np.frombuffer(b"".join(extras), dtype=np.uint8),
         "extra_lengths": [len(extra) for extra in extras],
+        "weighted": [one.weights is not None for one in sequences],
+        "weights": np.concatenate(weights) if weights else [],
+        "weight_sums": [one.target_weight for one in sequences if one.weights is not None],
     }
     return {name: np.asarray(found[name], dtype=dtype) for name, dtype in COLUMNS.items()}
 

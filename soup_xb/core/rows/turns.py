@@ -40,17 +40,12 @@ ROLES: Mapping[str, str] = MappingProxyType(
 _CALLING = ("function_call", "tool_call")
 # How a turn spells its role and its text.
 _SPELLINGS = (("role", "content"), ("from", "value"))
-# Keys of a turn that change what the model should learn; dropping them would train on something else.
-_MEANINGFUL = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "weight",
-    "train",
-    "loss",
-)
+# Keys of a turn that say what an assistant thinks before its words, and what its tokens count for in the loss.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = ("weight", "loss_weight", "train", "loss")
+_LARGEST_WEIGHT = 1e6
 _OF_TOOLS = ("tool_calls", "function_call", "tool_call_id")
-_SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {}, 1)
+_SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 def read_turns(row: Mapping[str, Any], column: str, source: Source) -> tuple[Message, ...]:
@@ -67,7 +62,7 @@ def read_turns(row: Mapping[str, Any], column: str, source: Source) -> tuple[Mes
 
 def extra_turn_keys(row: Mapping[str, Any], column: str) -> Iterator[str]:
     """The keys of the turns that nothing is made of."""
-    known = {key for spelling in _SPELLINGS for key in spelling} | {*_MEANINGFUL, *_OF_TOOLS}
+    known = {key for spelling in _SPELLINGS for key in spelling} | {*_THOUGHTS, *_WEIGHTS, *_OF_TOOLS}
     for turn in row[column]:
         role = ROLES.get(turn.get("role", turn.get("from")))
         used = known | {"name"} if role == "tool" else known
@@ -81,14 +76,6 @@ def read_turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise mistyped(where, "an object", turn)
     role_key, text_key = next((keys for keys in _SPELLINGS if keys[0] in turn), _SPELLINGS[0])
-    for key in _MEANINGFUL:
-        if key in turn and turn[key] not in _SAYS_NOTHING:
-            raise DataError(
-                "unsupported-turn",
-                f"`{key}` is not supported in a turn",
-                where=where,
-                help=f"put what should be learned into `{text_key}`, or remove the row.",
-            )
     written = read_text(turn, role_key, f"{where}.")
     role = ROLES.get(written)
     if role is None:
@@ -100,11 +87,17 @@ def read_turn(turn: Any, where: str) -> Message:
         )
     if written in _CALLING:
         said = read_text(turn, text_key, f"{where}.")
-        return Message(role, "", calls=read_said_calls(said, f"{where}.{text_key}"))
-    calls = read_calls(turn, role, where)
+        calls = read_said_calls(said, f"{where}.{text_key}")
+        thought, weight = _thought(turn, role, where), _weight(turn, role, where)
+        return Message(role, "", calls=calls, thought=thought, weight=weight)
+    calls, thought, weight = (
+        read_calls(turn, role, where),
+        _thought(turn, role, where),
+        _weight(turn, role, where),
+    )
     content = _content(turn, text_key, where, calls=bool(calls), free=role == "tool")
     if role != "tool":
-        return Message(role, content, calls)
+        return Message(role, content, calls, thought=thought, weight=weight)
     name, call_id = (_optional(turn, key, where) for key in ("name", "tool_call_id"))
     return Message(role, content, name=name, call_id=call_id)
 
@@ -124,6 +117,78 @@ def _with_names(turns: Sequence[Message]) -> tuple[Message, ...]:
             turn = evolve(turn, name=turn.name or by_id.name)
         named.append(turn)
     return tuple(named)
+
+
+def _thought(turn: Mapping[str, Any], role: str, where: str) -> str:
+    """What an assistant thinks before its words, under any of its names. Raises DataError naming the key."""
+    found: dict[str, str] = {}
+    for key in _THOUGHTS:
+        value = turn.get(key)
+        if value in _SAYS_NOTHING or is_nan(value):
+            continue
+        thought = _content(turn, key, where, calls=False, free=False)
+        if thought.strip():
+            found[key] = thought
+    if not found:
+        return ""
+    key, thought = next(iter(found.items()))
+    if role != "assistant":
+        raise DataError(
+            "misplaced-thought",
+            f"`{key}` is for an assistant's turn; this is `{role}`",
+            where=where,
+            help="move it to the assistant's turn, or remove it.",
+        )
+    if len(set(found.values())) > 1:
+        raise _two_values(found, where)
+    return thought
+
+
+def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
+    """What a turn's tokens count for in the loss, under any of its names; 1 where it tells none."""
+    found = {key: _as_weight(turn[key], f"{where}.{key}") for key in _WEIGHTS if key in turn}
+    known = {key: weight for key, weight in found.items() if weight is not None}
+    if len(set(known.values())) > 1:
+        raise _two_values(known, where)
+    key, weight = next(iter(known.items()), ("", 1.0))
+    if role == "assistant":
+        return weight
+    if key and weight:
+        raise DataError(
+            "weighted-prompt",
+            f"`{key}` asks to train on a turn of the role {role}, and only an assistant's turns are trained on",
+            where=where,
+            help=f"set `{key}` to 0 or remove it; `data.train_on: all` trains on every token of every turn.",
+        )
+    return 1.0
+
+
+def _as_weight(value: Any, where: str) -> float | None:
+    """A number of 0 or more, or a yes or no; None for null and for the NaN that tables write for it."""
+    if value is None or is_nan(value):
+        return None
+    if not isinstance(value, bool | int | float):
+        raise mistyped(where, "a number, true or false", value)
+    if not 0 <= value <= _LARGEST_WEIGHT:
+        raise DataError(
+            "weight-range",
+            f"must be from 0 to {_LARGEST_WEIGHT:,.0f}, got {value:g}",
+            where=where,
+            help="0 keeps the turn out of the loss, 1 is what every other token counts for.",
+        )
+    return float(value)
+
+
+def is_nan(value: Any) -> bool:
+    """Whether it is a float that is no number."""
+    return isinstance(value, float) and value != value
+
+
+def _two_values(found: Mapping[str, Any], where: str) -> DataError:
+    names = " and ".join(f"`{key}`" for key in found)
+    return DataError(
+        "contradicting-keys", f"{names} do not say the same", where=where, help="keep one of them."
+    )
 
 
 def _optional(turn: Mapping[str, Any], key: str, where: str) -> str:

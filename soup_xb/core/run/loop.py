@@ -77,6 +77,7 @@ def _train_step(plan: Plan, session: TrainingSession, step: int, last_loss: floa
         learning_rate=plan.learning_rates.at(step),
         target_tokens=plan.target_tokens(step),
         examples=plan.examples(step),
+        target_weight=plan.target_weight(step),
     )
     result = session.train_step(plan.micro_batches(step, session.process, session.processes), settings)
     if not result.applied:

@@ -62,6 +62,10 @@ class Plan:
         """Targets of `step`, over all micro-batches and processes."""
         return sum(int(self.rows.facts.targets[rows].sum()) for rows in self.step_rows(step))
 
+    def target_weight(self, step: int) -> float:
+        """The sum of the weights of the targets of `step`, over all micro-batches and processes."""
+        return sum(float(self.rows.facts.weights[rows].sum()) for rows in self.step_rows(step))
+
     def real_tokens(self, step: int) -> int:
         """Tokens of `step` without padding, over all micro-batches and processes.
 

@@ -26,7 +26,8 @@ class RunRecord:
     """One run, as `run.json` tells it.
 
     `config` is the resolved one, `train_seconds` the whole loop, `tokens_per_second` counts real tokens,
-    `started` and `ended` are ISO times, `error` is the message of a failed run, `version` is soup-xb's.
+    `started` and `ended` are ISO times, `error` is the message of a failed run, `version` is soup-xb's. `day` is the
+    date (YYYY-MM-DD) that a chat template with a clock tells, that of the first start; empty without one.
     """
 
     status: str = field(validator=lambda _, __, status: _check_status(status))
@@ -44,6 +45,7 @@ class RunRecord:
     peak_memory_bytes: int = 0
     ended: str | None = None
     error: str | None = None
+    day: str = ""
 
 
 # The order that a reader wants: how it went, then with what.
@@ -65,6 +67,8 @@ TYPES: dict[str, tuple[type, ...]] = {
 def record_text(record: RunRecord) -> str:
     """The record as the text of `run.json`."""
     content = asdict(record, recurse=False)
+    if not record.day:
+        del content["day"]
     return json_text({**{key: content[key] for key in ORDER}, **content}, indent=2) + "\n"
 
 
@@ -92,6 +96,9 @@ def _parse(content: Any) -> RunRecord:
         raise TypeError("not a JSON object")
     values: dict[str, Any] = {}
     for attribute in fields(RunRecord):
+        if attribute.name == "day" and attribute.name not in content:
+            # Most chat templates have no clock.
+            continue
         if attribute.name not in content:
             raise ValueError(f"`{attribute.name}` is missing")
         value = content[attribute.name]

@@ -109,15 +109,21 @@ class RestartResult:
 class StepSettings:
     """What one optimizer update needs to know.
 
-    `target_tokens` counts the targets of the whole step, over all micro-batches and processes: the loss is the
-    sum over targets divided by it, for an objective over tokens. `examples` counts its rows, which the losses of other
-    objectives are divided by.
+    `target_tokens` counts the targets of the whole step, over all micro-batches and processes, and `target_weight` is
+    the sum of their weights, None where each weighs 1: the loss is the sum over targets divided by it, for an objective
+    over tokens. `examples` counts its rows, which the losses of other objectives are divided by.
     """
 
     step: int
     learning_rate: float
     target_tokens: int
     examples: int = 0
+    target_weight: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """What the sum over the targets is divided by."""
+        return self.target_tokens if self.target_weight is None else self.target_weight
 
 
 @frozen
@@ -140,17 +146,20 @@ class LossSum:
     """A sum of losses over `target_tokens` targets, over all processes.
 
     With `examples` it is a sum over so many pairs or judged answers, and `means` are further means over them.
+    `target_weight` is the sum of the targets' weights, None where each weighs 1.
     """
 
     total: float
     target_tokens: int
     examples: int = 0
     means: Mapping[str, float] = field(factory=dict)
+    target_weight: float | None = None
 
     @property
     def mean(self) -> float:
         """Mean loss over the targets, or over the examples of a preference task."""
-        return self.total / (self.examples or self.target_tokens)
+        targets = self.target_tokens if self.target_weight is None else self.target_weight
+        return self.total / (self.examples or targets)
 
 
 @frozen

@@ -9,6 +9,7 @@ TASK = Task(
     about="Learn transcripts of sounds, or the assistant's turns of conversations about them.",
     formats=("transcript", "messages"),
     media="audio",
+    keys=("data.train_on",),
     peft_type=None,
     no_packing=FILES_OF_ROWS,
     no_sharding=EQUALLY_OFTEN,

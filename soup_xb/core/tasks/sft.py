@@ -9,5 +9,6 @@ TASK = Task(
     about="Learn the assistant's turns, completions or plain texts.",
     formats=ANSWERS,
     packing="optional",
+    keys=("data.train_on",),
     balances_router=True,
 )

@@ -9,6 +9,7 @@ TASK = Task(
     about="Learn the assistant's turns of conversations about pictures.",
     formats=("messages", "sharegpt"),
     media="image",
+    keys=("data.train_on",),
     peft_type=None,
     no_packing=FILES_OF_ROWS,
     no_sharding=EQUALLY_OFTEN,
