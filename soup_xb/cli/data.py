@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from attrs import evolve
 
-from soup_xb.cli.options import json_option
+from soup_xb.cli.options import columns_option, json_option
 from soup_xb.core.config.schema import KEYS
 from soup_xb.core.errors import Problem
 from soup_xb.core.tasks import FORMATS, TASKS
@@ -33,9 +33,10 @@ _SHOWN_CHARACTERS = 3000
 )
 @click.option(
     "--task",
-    type=click.Choice([task.name for task in TASKS.values() if task.media]),
-    help="For rows with pictures or sounds.",
+    type=click.Choice(list(TASKS)),
+    help="Read the rows as this task does; for rows with pictures or sounds.",
 )
+@columns_option
 @click.option("--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens.")
 @click.option(
     "--train-on",
@@ -51,6 +52,7 @@ def command(  # noqa: PLR0913 - one parameter an option
     base: str | None,
     data_format: str,
     task: str | None,
+    columns: dict[str, str],
     max_length: int,
     train_on: str,
     chat_template: str | None,
@@ -58,15 +60,16 @@ def command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Show what FILE holds: its format and rows, and with --base its tokens and what is trained on."""
     if base is None:
-        summary, notices = _rows(file, data_format, task)
+        summary, notices = _rows(file, data_format, task, columns)
     else:
-        from soup_xb.data.dataset import tokenize_file
+        from soup_xb.data.dataset import tokenize_as
         from soup_xb.data.hub import resolve_base
         from soup_xb.data.media import open_tokenizer_for
+        from soup_xb.data.token_file import Reading
 
         tokenizer = open_tokenizer_for(TASKS[task].media if task else "", resolve_base(base), chat_template)
-        how = evolve(tokenizer, train_on=train_on)
-        tokens = tokenize_file(file, data_format, how, max_length, _formats(task))
+        reading = Reading(data_format, _formats(task), columns=columns)
+        tokens = tokenize_as(file, reading, evolve(tokenizer, train_on=train_on), max_length)
         summary = {"file": str(file), **_counts(tokens), "example": _example(tokens, tokenizer)}
         notices = (*tokens.warnings, *tokens.notices)
     if as_json:
@@ -90,11 +93,13 @@ def _formats(task: str | None) -> Formats:
     return formats_named(TASKS[task].formats, TASKS[task].media) if task else EVERY_FORMAT
 
 
-def _rows(file: Path, data_format: str, task: str | None) -> tuple[dict[str, Any], tuple[Problem, ...]]:
+def _rows(
+    file: Path, data_format: str, task: str | None, columns: dict[str, str]
+) -> tuple[dict[str, Any], tuple[Problem, ...]]:
     from soup_xb.core.rows.files import read_rows
     from soup_xb.core.rows.formats.detect import ExampleReader
 
-    reader = ExampleReader(read_rows(file), data_format, str(file), _formats(task))
+    reader = ExampleReader(read_rows(file), data_format, str(file), _formats(task), columns)
     for _ in reader:
         pass
     detection = reader.detection

@@ -35,6 +35,28 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")(command)
 
 
+def _read_names(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """`--columns ours=theirs,…` as `data.columns` has it."""
+    names: dict[str, str] = {}
+    for text in (part for whole in texts for part in whole.split(",")):
+        ours, equals, theirs = (part.strip() for part in text.partition("="))
+        if not (ours and equals and theirs):
+            raise click.BadParameter(f"{text!r} is not NAME=COLUMN, such as instruction=question")
+        names[ours] = theirs
+    return names
+
+
+def columns_option(command: Command) -> Command:
+    """--columns: our names for the file's columns, ours -> theirs."""
+    help = (
+        "Columns of the file by other names than ours, as `data.columns`: instruction=question,output=answer."
+    )
+    decorate = click.option(
+        "--columns", multiple=True, metavar="NAME=COLUMN", callback=_read_names, help=help
+    )
+    return decorate(command)
+
+
 def load(
     file: Path | None, named: Path | None, backend: str | None, overrides: tuple[str, ...]
 ) -> LoadedConfig:

@@ -104,8 +104,7 @@ def load_file(
 
     Raises as `load_dataset` does.
     """
-    how = Tokenizing(str(path), tokenizer, max_length)
-    file = token_file(_local(str(path), path), Reading(format, formats), how)
+    file = tokenize_file(path, format, tokenizer, max_length, formats)
     return file.rows, file.notices
 
 
@@ -113,8 +112,12 @@ def tokenize_file(
     path: Path, format: str, tokenizer: ChatTokenizer, max_length: int, formats: Formats = EVERY_FORMAT
 ) -> TokenFile:
     """One file with its counts, whichever task its rows are for. Raises as `load_dataset` does."""
-    how = Tokenizing(str(path), tokenizer, max_length)
-    return token_file(_local(str(path), path), Reading(format, formats), how)
+    return tokenize_as(path, Reading(format, formats), tokenizer, max_length)
+
+
+def tokenize_as(path: Path, reading: Reading, tokenizer: ChatTokenizer, max_length: int) -> TokenFile:
+    """One file as `reading` says. Raises as `load_dataset` does."""
+    return token_file(_local(str(path), path), reading, Tokenizing(str(path), tokenizer, max_length))
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[Rows, Rows]:
@@ -176,6 +179,7 @@ def _reading(data: DataConfig, task: Task) -> Reading:
         formats_named(task.formats, task.media, prompts),
         prompts if any(prompts) else (),
         not task.samples,
+        data.columns,
     )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,14 @@ class DataSource:
 class Reading:
     """How rows are read: the format asked for, those that the task knows, and what else their meaning depends on.
 
-    `has_columns` says whether a table can keep what becomes of them.
+    `has_columns` says whether a table can keep what becomes of them; `columns` are our names for the file's.
     """
 
     format: str
     formats: Formats
     extra: tuple[str, ...] = ()
     has_columns: bool = True
+    columns: Mapping[str, str] = MappingProxyType({})
 
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
@@ -93,6 +95,7 @@ def token_key(source: DataSource, reading: Reading, how: Tokenizing) -> dict[str
         "goal": source.goal.words if source.goal is not None else "",
         "format": reading.format,
         "formats": list(reading.formats),
+        "columns": dict(reading.columns),
         "max_length": how.max_length,
         "tokenizer": how.tokenizer.fingerprint,
         "embedding_rows": how.tokenizer.embedding_rows,
@@ -244,7 +247,11 @@ class _Run:
     def batches(self) -> Iterator[Batch]:
         """The rows in order, as many as the source's goal asks for."""
         self._reader = ExampleReader(
-            self.source.rows(), self._reading.format, self.source.name, self._reading.formats
+            self.source.rows(),
+            self._reading.format,
+            self.source.name,
+            self._reading.formats,
+            self._reading.columns,
         )
         examples, goal = iter(self._reader), self.source.goal
         if goal is None:

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.config.schema import Config, DataConfig
-from soup_xb.core.errors import DataError, Problem
+from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.rows.examples import (
     AnyExample,
     ChatExample,
     EmbeddingExample,
     Example,
     JudgedExample,
+    Message,
     PreferenceExample,
     PromptExample,
+    Source,
+    ToolCall,
 )
 from soup_xb.core.rows.row import Prompt, Row, TokenSequence, same_answers, same_prompts
+from soup_xb.core.rows.tools import with_ids
 from soup_xb.core.tasks import TASKS
+from soup_xb.data.chat_template import ChatTemplate, RenderError, with_tools
 from soup_xb.data.tokenizer import ChatTokenizer, Tokenized
 
 EQUAL_ANSWERS = "both answers are the same tokens"
@@ -42,6 +48,7 @@ def tokenize_examples(
     """
     if any(isinstance(example, EmbeddingExample) for example in examples):
         return embedding_rows(examples, tokenizer, max_length)
+    examples = [_with_ids(example, tokenizer) for example in examples]
     sides = [side for example in examples for side in sides_of(example)]
     results = iter(tokenizer.tokenize_many(sides, max_length))
     return [
@@ -50,6 +57,63 @@ def tokenize_examples(
         else _together(example, results)
         for example in examples
     ]
+
+
+def with_call_ids(messages: tuple[Message, ...], tokenizer: ChatTokenizer) -> tuple[Message, ...]:
+    """The turns with ids of calls as the chat template takes them; as they are where it takes theirs."""
+    if tokenizer.template is None or not any(message.calls for message in messages):
+        return messages
+    wanted = _wanted_ids(tokenizer.template)
+    return with_ids(messages, nine=wanted == "nine") if wanted else messages
+
+
+def _with_ids(example: AnyExample, tokenizer: ChatTokenizer) -> Any:
+    """An example whose conversations have ids that the chat template takes."""
+    if isinstance(example, ChatExample | PromptExample):
+        messages = with_call_ids(example.messages, tokenizer)
+        return example if messages is example.messages else evolve(example, messages=messages)
+    if isinstance(example, PreferenceExample):
+        chosen, rejected = (_with_ids(side, tokenizer) for side in (example.chosen, example.rejected))
+        same = chosen is example.chosen and rejected is example.rejected
+        return example if same else evolve(example, chosen=chosen, rejected=rejected)
+    if isinstance(example, JudgedExample):
+        answer = _with_ids(example.answer, tokenizer)
+        return example if answer is example.answer else evolve(example, answer=answer)
+    return example
+
+
+# An id as OpenAI's servers give them, and one that every template takes which asks for one.
+_LONG_ID, _SHORT_ID = "call_Xd7qV0aB2cD4eF6gH8iJ0kL2", "probe0001"
+
+
+@lru_cache(maxsize=8)
+def _wanted_ids(template: ChatTemplate) -> Literal["", "any", "nine"]:
+    """Whether a template refuses calls without an id, or those whose id has not nine letters, as Mistral's do."""
+    try:
+        template = with_tools(template, _called(_SHORT_ID))
+        template.render(_called(_SHORT_ID).messages)
+    except (ModelError, RenderError):
+        # It takes no calls at all, which the first row of them is told.
+        return ""
+    asked: tuple[tuple[str, Literal["any", "nine"]], ...] = ((_LONG_ID, "nine"), ("", "any"))
+    for call_id, wanted in asked:
+        try:
+            template.render(_called(call_id).messages)
+        except RenderError:
+            return wanted
+    return ""
+
+
+def _called(call_id: str) -> ChatExample:
+    """A conversation with a call of this id and its answer."""
+    call = ToolCall("look", '{"place": "here"}', call_id)
+    turns = (
+        Message("user", "Look."),
+        Message("assistant", "", (call,)),
+        Message("tool", "There.", name="look", call_id=call_id),
+        Message("assistant", "It is there."),
+    )
+    return ChatExample(turns, Source("", 0))
 
 
 def sides_of(example: AnyExample) -> tuple[Example, ...]:

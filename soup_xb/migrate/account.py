@@ -115,6 +115,24 @@ class Account:
         self.values[to] = [*self.values.get(to, []), *found]
         self.carried.append(Carried(entry.key, entry.line, to, found, note))
 
+    def name_column(self, key: str, ours: str) -> None:
+        """Make a key that names a column of the rows an entry of `data.columns`."""
+        entry, to = self._take(key), "data.columns"
+        if entry is None:
+            return
+        names = dict(self.values.get(to, {}))
+        try:
+            read_value(KEYS[to], {ours: entry.value})
+        except KeyRefused as refused:
+            self._leave(entry, f"`{to}` {refused.message}")
+            return
+        if names.get(ours, entry.value) != entry.value:
+            self._leave(entry, f"one `{to}` serves all files, and reads `{ours}` from `{names[ours]}`")
+            return
+        if entry.value != ours:
+            self.values[to] = {**names, ours: entry.value}
+        self.carried.append(Carried(entry.key, entry.line, f"{to}.{ours}", entry.value))
+
     def same(self, key: str, note: str) -> None:
         """A key whose value is what always happens here."""
         entry = self._take(key)

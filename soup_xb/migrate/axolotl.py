@@ -267,6 +267,7 @@ def _dataset(account: Account, prefix: str, to: str, keys: list[str]) -> None:
         f"{prefix}data_files", "the files of a hub dataset cannot be chosen; download them and name them"
     )
     account.same(f"{prefix}ds_type", "the ending of a file says how it is written")
+    style = account.peek(f"{prefix}type")
     _style(account, prefix)
     hub = isinstance(path, str) and not is_local_path(path) and to == "data.train"
     for key, ours in (("split", "data.split"), ("name", "data.subset")):
@@ -274,9 +275,32 @@ def _dataset(account: Account, prefix: str, to: str, keys: list[str]) -> None:
             account.carry(f"{prefix}{key}", ours)
         account.same(f"{prefix}{key}", "the split `train` is read, or the whole file")
     _turns(account, prefix, keys)
+    _columns(account, prefix, keys, style)
     for key in keys:
         prompt = re.match(r"(field|type|roles|drop|shards|preprocess)", key.removeprefix(prefix))
         account.leave(key, _rewrite(account) if prompt else "nothing here reads such a setting of a dataset")
+
+
+# What axolotl calls a column -> our name, for the styles that read it.
+_FIELDS = {
+    "completion": {"field": "text"},
+    "chat_template": {
+        "field_messages": "messages",
+        "field_system": "system",
+        "field_tools": "tools",
+        "field_chosen": "chosen",
+        "field_rejected": "rejected",
+    },
+    "type": {f"type.field_{name}": name for name in ("instruction", "input", "output", "system")},
+}
+
+
+def _columns(account: Account, prefix: str, keys: list[str], style: Any) -> None:
+    """The names of columns, where the style of the prompt is one that is built here too."""
+    family = style.partition(":")[0].partition(".")[0] if isinstance(style, str) else "type"
+    for name, ours in _FIELDS.get(family, {}).items():
+        if f"{prefix}{name}" in keys:
+            account.name_column(f"{prefix}{name}", ours)
 
 
 def _rewrite(account: Account) -> str:
@@ -311,10 +335,10 @@ def _style(account: Account, prefix: str) -> None:
     found = _TYPES.get(family)
     if family == "chat_template":
         column = str(account.peek(f"{prefix}field_messages") or "messages")
-        found = {"messages": "messages", "conversations": "sharegpt"}.get(column)
+        found = {"conversations": "sharegpt"}.get(column, "messages")
     if family == "pretrain":
         account.same(key, "`task: pretrain` says it")
-    if found is None or (found == "text" and account.peek(f"{prefix}field") not in (None, "text")):
+    if found is None:
         account.leave(key, _rewrite(account))
         return
     if account.values.get("data.format", found) != found:

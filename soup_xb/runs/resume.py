@@ -176,6 +176,8 @@ def _compare(
 def _value(settings: Mapping[str, Any], key: str) -> Any:
     """What a key stands for: its default if it is left out."""
     default = KEYS[key].default if key in KEYS else None
+    if isinstance(default, Mapping):
+        default = dict(default)
     return settings.get(key, list(default) if isinstance(default, tuple) else default)
 
 
@@ -231,7 +233,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict) or prefix.endswith("_pattern"):
+    if not isinstance(value, dict) or prefix.endswith(("_pattern", ".columns")):
         return [(prefix, value)]
     return [pair for key, item in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else key, item)]
 

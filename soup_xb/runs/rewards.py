@@ -40,6 +40,7 @@ from soup_xb.core.run.session import GenerationSettings, Judge, TrainingSession
 from soup_xb.core.tasks import TASKS
 from soup_xb.core.text import did_you_mean
 from soup_xb.data.hub import resolve_base
+from soup_xb.data.tokenize import with_call_ids
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.runs.adapters import attach_saved, base_of, session_on
 from soup_xb.runs.open import OpenRun
@@ -134,10 +135,8 @@ class ModelReward:
         prompt, source = answer.row.extra.columns["prompt"], answer.row.source
         example: Example
         if isinstance(prompt, list):
-            turns = (
-                *read_turns(answer.row.extra.columns, "prompt", source),
-                Message("assistant", answer.text),
-            )
+            asked = with_call_ids(read_turns(answer.row.extra.columns, "prompt", source), self.tokenizer)
+            turns = (*asked, Message("assistant", answer.text))
             example = ChatExample(turns, source, len(turns) - 1)
         else:
             example = CompletionExample(prompt, answer.text, source)

@@ -102,6 +102,30 @@ def test_a_failure_is_one_message_and_its_exit_code(soupx, rows, base, arguments
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("with_base", [False, True])
+def test_columns_of_other_names_are_shown_as_they_are_trained_on(soupx, tmp_path, base, with_base):
+    (tmp_path / "qa.csv").write_text(";question;answer\n0;Where?;Here, or there.\n", "utf-8")
+    names = ("--columns", "instruction=question,output=answer")
+    options = ("--base", base) if with_base else ()
+    done = soupx("data", tmp_path / "qa.csv", *names, *options, "--json")
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert (summary["format"], summary["rows"]) == ("alpaca", 1)
+    assert "index-column" in {notice["code"] for notice in summary["notices"]}
+    if with_base:
+        trained = [piece["text"] for piece in summary["example"]["pieces"] if piece["trained"]]
+        assert trained == ["Here, or there.<|im_end|>"]
+
+
+def test_the_rows_of_a_task_are_read_as_it_reads_them(soupx, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n', "utf-8")
+    assert "anchor-positive" in soupx("data", tmp_path / "rows.jsonl", "--task", "embedding").out
+    done = soupx("data", tmp_path / "rows.jsonl", "--task", "sft")
+    assert done.code == 3
+    assert "data.columns: {instruction: question, output: answer}" in done.err
+    assert soupx("data", tmp_path / "rows.jsonl", "--columns", "question").code == 2
+
+
 def test_the_calls_and_answers_of_a_row_with_tools_are_shown_as_trained(soupx, tmp_path, base):
     template = (
         "{{ tools[0] | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"

@@ -442,6 +442,7 @@ _SETTING = {
     "targets": _NAMES
     | st.lists(_NAMES.filter(lambda name: name not in ("auto", "all-linear")), min_size=1).map(tuple),
     "ranks": st.dictionaries(_NAMES, st.integers(1, 1024), max_size=5),
+    "names": st.dictionaries(st.sampled_from(["text", "messages", "output"]), _NAMES, max_size=3),
 }
 
 

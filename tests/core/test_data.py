@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pyarrow
@@ -51,10 +53,84 @@ JSON_A, JSON_B = json.dumps(A, ensure_ascii=False), json.dumps(B)
         ("a.json", json.dumps(A, indent=2) + "\n" + json.dumps(B, indent=2), (1, 4)),
         ("a.csv", '\ufefftext\nüber 😀\n\n"two\nlines"\n', (2, 4)),
         ("a.tsv", 'text\r\nüber 😀\r\n"two\nlines"', (2, 3)),
+        # As spreadsheets write tables: columns and rows without content, a line that tells the separator.
+        ("a.csv", 'text,,\nüber 😀,,\n,,\n"two\nlines",,\n', (2, 4)),
+        ("a.csv", 'text\nüber 😀,\n"two\nlines",,\n', (2, 3)),
+        ("a.csv", 'sep=;\ntext\nüber 😀\n"two\nlines"\n', (3, 4)),
     ],
 )
 def test_rows_are_read_with_their_lines(tmp_path, name, content, lines):
     assert rows(write(tmp_path, name, content)) == [(lines[0], A), (lines[1], B)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "a;b\n1;2, 3\n"),
+        ("a.csv", "a\tb\n1\t2, 3\n"),
+        ("a.csv", "a|b\n1|2, 3\n"),
+        ("a.csv", "sep=;\r\na;b\r\n1;2, 3\r\n"),
+        ("a.csv", 'a,b\n1,"2, 3"\n'),
+        ("a.csv", '"a";"b"\n1;"2, 3"\n'),
+        ("a.tsv", "a\tb\n1\t2, 3\n"),
+        ("a.tsv", "a;b\n1;2, 3\n"),
+    ],
+)
+def test_the_separator_of_a_table_is_found(tmp_path, name, text):
+    assert [row for _, row in rows(write(tmp_path, name, text))] == [{"a": "1", "b": "2, 3"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("id;question, long;answer\n1;a;b\n", ["id", "question, long", "answer"]),
+        ("text\none; two; three\n", ["text"]),
+        ("a,b; c\n1,2; 3\n", ["a", "b; c"]),
+        (",text\n0,a\n", ["Unnamed: 0", "text"]),
+        (",,text\n0,x,a\n", ["Unnamed: 0", "Unnamed: 1", "text"]),
+        ("Unnamed: 0,text\n0,a\n", ["Unnamed: 0", "text"]),
+        (",Unnamed: 0,text\n0,0,a\n", ["Unnamed: 1", "Unnamed: 0", "text"]),
+    ],
+)
+def test_the_columns_of_a_table_are_those_of_its_first_line(tmp_path, text, columns):
+    assert [list(row) for _, row in rows(write(tmp_path, "a.csv", text))] == [columns]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "encoding"),
+    [
+        ("a.csv", "text\ncafé\n".encode("cp1252"), "CP1252"),
+        ("a.csv", "text\n“quoted” – 5 €\n".encode("cp1252"), "CP1252"),
+        ("a.tsv", "text\ncafé\n".encode("utf-16"), "UTF-16"),
+        ("a.csv", "text\ncafé\n".encode("utf-16-le"), "UTF-16LE"),
+        ("a.csv", "text\ncafé\n".encode("utf-16-be"), "UTF-16BE"),
+        ("a.csv", "text\ncafé\n".encode("utf-32"), "UTF-32"),
+        ("a.jsonl", '{"text": "café"}\n'.encode("cp1252"), "CP1252"),
+        ("a.jsonl", '{"text": "café"}\n'.encode("utf-16-le"), "UTF-16LE"),
+        ("a.json", '[{"text": "café"}]'.encode("utf-16"), "UTF-16"),
+        ("a b.json", '[{"text": "café"}]'.encode("cp1252"), "CP1252"),
+    ],
+)
+def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path, name, content, encoding):
+    path = write(tmp_path, name, content)
+    with pytest.raises(DataError) as caught:
+        rows(path)
+    problem = caught.value.problems[0]
+    assert problem.code == "not-utf8"
+    (command,) = re.findall(r"`(iconv [^`]*)`", problem.help)
+    assert f"-f {encoding} -t UTF-8" in command
+    subprocess.run(command, shell=True, check=True)
+    assert len(rows(path.with_name(f"{path.stem}-utf8{path.suffix}"))) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["Привет, мир".encode("cp1251"), "über ".encode() + b"\xff", b"caf\xe9 \x81"]
+)
+def test_bytes_that_are_likely_something_else_are_not_called_cp1252(tmp_path, text):
+    path = write(tmp_path, "a.csv", b"text\n" + text + b"\n")
+    with pytest.raises(DataError) as caught:
+        rows(path)
+    assert "iconv" not in caught.value.problems[0].help
 
 
 def test_parquet_rows_have_the_number_of_the_row(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,11 +11,13 @@ from hypothesis import strategies as st
 from soup_xb.core.config.load import parse_config
 from soup_xb.core.errors import ConfigError, DataError
 from soup_xb.core.rows.examples import ChatExample, CompletionExample, Message, Source
+from soup_xb.core.rows.files import Cells
 from soup_xb.core.rows.formats.detect import FORMATS, ExampleReader, detect_format, extra_columns, to_example
 from soup_xb.core.rows.formats.every import EVERY_FORMAT, formats_named
 from soup_xb.core.rows.formats.media import media_formats
 from soup_xb.core.tasks import FORMATS as EVERY_NAME
 from soup_xb.core.tasks import TASKS
+from soup_xb.core.tasks.task import COLUMNS
 
 SOURCE = Source("rows.jsonl", 7)
 
@@ -137,8 +141,196 @@ def test_a_config_takes_the_formats_of_its_task_and_no_other(task, name):
     assert {problem.where for problem in refused.value.problems} == {"soup.yaml:3: data.format"}
 
 
+TURNS = [turn("user", "Hi"), turn("assistant", "Hello")]
+LISTS = {"role": ["user", "assistant"], "content": ["Hi", "Hello"]}
+SPELLINGS = [
+    {"messages": json.dumps(TURNS)},
+    {"messages": f" {json.dumps(TURNS)}\n"},
+    {"messages": LISTS},
+    {"messages": json.dumps(LISTS)},
+    {"messages": LISTS | {"name": None, "tool_calls": [None, None]}},
+    {"conversations": json.dumps([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])},
+    {"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}},
+    {"messages": None, "conversations": TURNS, "text": None},
+    {"messages": [turn("user", {"type": ["text"], "text": ["Hi"]}), turn("assistant", "Hello")]},
+    {"messages": [one | {"from": None, "value": None, "tool_calls": None, "weight": None} for one in TURNS]},
+    {"conversations": [{"role": None, "content": None, "from": "human", "value": "Hi"}, TURNS[1]]},
+    {"system": None, "tools": None, "messages": TURNS},
+    {"instruction": "Hi", "output": "Hello", "input": None, "history": None, "messages": None},
+    Cells(instruction="Hi", input="", output="Hello", system="", history="", text=""),
+    {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])},
+    {"prompt": TURNS[0], "completion": TURNS[1]},
+    {"prompt": {"role": ["user"], "content": ["Hi"]}, "completion": json.dumps(TURNS[1])},
+]
+
+
+@pytest.mark.parametrize("row", SPELLINGS)
+def test_turns_are_read_however_a_table_holds_them(row):
+    example = to_example(row, SOURCE, detect_format([(SOURCE, row)]).name)
+    assert example.messages == chat(*HELLO).messages
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"from": "Rome", "to": "Paris"}',
+        '[{"role": "admin", "content": "x"}]',
+        "[{'value': 3}]",
+        '[{"role": "user", "content":',
+        "[]",
+    ],
+)
+def test_a_text_that_looks_like_json_stays_a_text(text):
+    row = {"prompt": "Well?", "completion": text}
+    assert to_example(row, SOURCE, "prompt-completion").completion == text
+
+
+def test_nulls_that_a_common_schema_fills_in_count_as_absent_and_are_told():
+    filled = {"type": "object", "properties": {"day": {"type": "string", "enum": None}, "city": None}}
+    call = {
+        "id": None,
+        "type": "function",
+        "function": {"name": "look", "arguments": {"day": "1", "city": None}},
+    }
+    row = {
+        "text": None,
+        "tools": [{"type": "function", "function": {"name": "look", "parameters": filled}}],
+        "messages": [turn("user", "Hi"), turn("assistant", None) | {"tool_calls": [call]}],
+    }
+    reader = ExampleReader(iter([(SOURCE, row)] * 2), "auto", "rows.jsonl")
+    example, _ = reader
+    assert json.loads(example.tools[0])["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"day": {"type": "string"}},
+    }
+    assert example.messages[1].calls[0].arguments == '{"day": "1"}'
+    assert "12 null values count as absent: `messages` (6), `text` (2), `tools` (4)" in [
+        notice.message for notice in reader.notices()
+    ]
+
+
+def test_a_null_in_json_text_of_arguments_and_tools_is_kept():
+    tools = [{"name": "look", "parameters": {"type": "object", "default": None}}]
+    call = {"name": "look", "arguments": '{"day": null}'}
+    row = {"tools": json.dumps(tools), "messages": [turn("assistant", "") | {"tool_calls": [call]}]}
+    example = to_example(row, SOURCE, "messages")
+    assert example.messages[0].calls[0].arguments == '{"day": null}'
+    assert '"default": null' in example.tools[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": None, "messages": TURNS}, "format messages among rows of the format text"),
+        (Cells(text="", prompt="a", completion="b"), "format prompt-completion among"),
+    ],
+)
+def test_a_row_of_another_format_is_refused_in_a_table_of_all_columns_too(row, words):
+    blank = "" if isinstance(row, Cells) else None
+    rows = [(SOURCE, type(row)(dict.fromkeys(row, blank) | {"text": "a"})), (SOURCE, row)]
+    with pytest.raises(DataError, match=words) as caught:
+        list(ExampleReader(iter(rows), "auto", "rows.csv"))
+    assert caught.value.problems[0].code == "mixed-formats"
+
+
+QUESTION = {"question": "Hi", "answer": "Hello", "id": 3}
+NAMES = {"instruction": "question", "output": "answer"}
+
+
+def test_columns_of_other_names_are_read_by_ours():
+    reader = ExampleReader(iter([(SOURCE, QUESTION)]), "auto", "rows.jsonl", columns=NAMES)
+    assert [example.messages for example in reader] == [chat(*HELLO).messages]
+    assert (reader.detection.name, reader.dropped) == ("alpaca", {"id": 1})
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"prompt": "b", "completion": "a"}, {"prompt": "completion", "completion": "prompt"}, ("a", "b")),
+        ({"prompt": "a", "completion": "x", "better": "b"}, {"completion": "better"}, ("a", "b")),
+        ({"prompt": "a", "completion": "b"}, {"completion": "answer"}, ("a", "b")),
+    ],
+)
+def test_a_name_that_is_given_away_wins_and_one_that_is_not_there_changes_nothing(row, columns, expected):
+    reader = ExampleReader(iter([(SOURCE, row)]), "auto", "rows.jsonl", columns=columns)
+    [example] = reader
+    assert (example.prompt, example.completion) == expected
+    told = {notice.code for notice in reader.notices()}
+    assert ("unseen-column" in told) == ("answer" in columns.values())
+    assert ("extra-columns" in told) == ("better" in columns.values())
+
+
+def test_an_error_names_the_column_as_the_file_does():
+    rows = [(SOURCE, QUESTION | {"answer": 3})]
+    with pytest.raises(DataError) as caught:
+        list(ExampleReader(iter(rows), "auto", "rows.jsonl", columns=NAMES))
+    assert caught.value.problems[0].where == "rows.jsonl:7: answer"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "proposed"),
+    [
+        ("sft", {"question": "a", "answer": "b"}, "{instruction: question, output: answer}"),
+        ("sft", {"instruction": "a", "response": "b", "context": "c"}, "{output: response, input: context}"),
+        ("sft", {"query": "a", "response": "b"}, "{instruction: query, output: response}"),
+        ("sft", {"prompt": "a", "response": "b"}, "{instruction: prompt, output: response}"),
+        ("sft", {"input": "a", "output": "b"}, "{instruction: input}"),
+        ("sft", {"Input text": "a", "Output": "b"}, '{instruction: "Input text", output: Output}'),
+        ("sft", {"conversation": TURNS}, "{messages: conversation}"),
+        ("pretrain", {"content": "a"}, "{text: content}"),
+        ("grpo", {"question": "a", "answer": "b"}, "{prompt: question}"),
+        ("kto", {"question": "a", "answer": "b", "label": 1}, "{instruction: question, output: answer}"),
+        ("dpo", {"instruction": "a", "better": "b", "worse": "c"}, "{chosen: better, rejected: worse}"),
+        ("embedding", {"text1": "a", "text2": "b"}, "{anchor: text1, positive: text2}"),
+    ],
+)
+def test_columns_of_other_names_are_met_with_the_mapping(task, row, proposed):
+    with pytest.raises(DataError) as caught:
+        detect_format([(SOURCE, row)], formats_named(TASKS[task].formats))
+    assert f"`data.columns: {proposed}`" in caught.value.problems[0].help
+
+
+def test_an_index_that_pandas_wrote_is_left_out_with_a_note():
+    rows = [(SOURCE, {"Unnamed: 0": 4, "__index_level_0__": 4, "text": "a"})]
+    reader = ExampleReader(iter(rows), "auto", "rows.csv")
+    assert [example.completion for example in reader] == ["a"]
+    (notice,) = [one for one in reader.notices() if one.code == "index-column"]
+    assert "`Unnamed: 0`, `__index_level_0__`" in notice.message
+    assert not reader.dropped
+
+
+def test_the_table_of_columns_is_that_of_the_formats():
+    for name, columns in COLUMNS.items():
+        known = EVERY_FORMAT.get(name) or media_formats("audio")[name]
+        read = {column for one in (known, *known.variants) for column in one.columns}
+        assert read == set(columns), name
+    for task in TASKS.values():
+        known = formats_named(task.formats, task.media)
+        read = {column for one in known.values() for form in (one, *one.variants) for column in form.columns}
+        assert task.samples or read == set(task.columns("auto")), task.name
+
+
 USER = [turn("user", "Hi")]
 FAILURES = [
+    ("messages", {"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "bad-json", ": messages", "not JSON"),
+    ("messages", {"messages": '[{"role": "user"'}, "bad-json", ": messages", "not JSON"),
+    (
+        "messages",
+        {"messages": {"role": ["user"], "content": []}},
+        "ragged-lists",
+        ": messages",
+        "`content` 0",
+    ),
+    ("messages", {"messages": USER[0]}, "mistyped-field", ": messages", "got an object"),
+    (
+        "prompt-completion",
+        {"prompt": "[{'role': 'user', 'content': 'Hi'}]", "completion": "a"},
+        "bad-json",
+        ": prompt",
+        "not JSON",
+    ),
+    ("alpaca", Cells(instruction="a", output="b", history="c"), "mistyped-field", ": history", "got text"),
+    ("alpaca", {"instruction": "a", "output": "b", "history": "[["}, "bad-json", ": history", "not JSON"),
     ("text", {"text": None}, "null-field", ": text", "got null"),
     ("text", {"text": 3}, "mistyped-field", ": text", "got a number"),
     ("text", {"text": "\ud800"}, "broken-text", ": text", "surrogate"),
@@ -319,7 +511,7 @@ def test_a_row_of_another_format_in_the_middle_stops_the_reader():
     assert caught.value.problems[0].where == "rows.jsonl:8"
 
 
-COLUMNS = [
+DRAWN = [
     "text",
     "prompt",
     "completion",
@@ -360,7 +552,7 @@ VALUE = st.recursive(
 
 @settings(max_examples=500, deadline=None)
 @given(
-    st.dictionaries(st.sampled_from([*COLUMNS, "conversations"]), VALUE, max_size=5),
+    st.dictionaries(st.sampled_from([*DRAWN, "conversations"]), VALUE, max_size=5),
     st.sampled_from(["auto", *FORMATS]),
 )
 def test_whatever_the_row_it_is_an_example_or_a_data_error_with_its_place(row, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,95 @@ def test_conversations_are_trained_on_from_where_their_sides_part(row: dict[str,
         assert side.first_trained == 1
 
 
+HH = "\n\nHuman: Well?\n\nAssistant: Oh.\n\nHuman: Say.\n\nAssistant:"
+OH, SAY = turn("assistant", "Oh."), turn("user", "Say.")
+ASKED = (Message("user", "Well?"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "before"),
+    [
+        (
+            {
+                "conversations": [{"from": "human", "value": "Well?"}],
+                "chosen": {"from": "gpt", "value": "Yes."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            ASKED,
+        ),
+        ({"messages": [ASK], "chosen": YES, "rejected": NO}, ASKED),
+        ({"messages": [ASK], "chosen": "Yes.", "rejected": "No."}, ASKED),
+        ({"messages": [ASK, YES], "chosen": [ASK, YES], "rejected": [ASK, NO]}, ASKED),
+        ({"instruction": "Well?", "input": "", "chosen": "Yes.", "rejected": "No."}, ASKED),
+        (
+            {"system": "Terse.", "instruction": "Well?", "input": None, "chosen": "Yes.", "rejected": "No."},
+            (Message("system", "Terse."), *ASKED),
+        ),
+        (
+            {"instruction": "Say.", "history": [["Well?", "Oh."]], "chosen": "Yes.", "rejected": "No."},
+            (*ASKED, Message("assistant", "Oh."), Message("user", "Say.")),
+        ),
+        ({"prompt": "Well?", "chosen": YES, "rejected": NO}, ASKED),
+        ({"prompt": "Well?", "chosen": [YES], "rejected": [NO]}, ASKED),
+        ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]}, ASKED),
+        (
+            {"prompt": "Well?", "messages": [ASK, YES], "chosen": [ASK, YES], "rejected": [ASK, NO]},
+            ASKED,
+        ),
+        (
+            {"chosen": [ASK, OH, SAY, YES], "rejected": [ASK, OH, SAY, NO]},
+            (*ASKED, Message("assistant", "Oh."), Message("user", "Say.")),
+        ),
+        (
+            {"chosen": f"{HH} Yes.", "rejected": f"{HH} No."},
+            (*ASKED, Message("assistant", "Oh."), Message("user", "Say.")),
+        ),
+        (
+            {"prompt": HH, "chosen": f"{HH} Yes.", "rejected": f"{HH} No."},
+            (*ASKED, Message("assistant", "Oh."), Message("user", "Say.")),
+        ),
+        ({"chosen": json.dumps([ASK, YES]), "rejected": json.dumps([ASK, NO])}, ASKED),
+    ],
+)
+def test_pairs_of_other_tools_are_conversations_that_part_at_the_answers(
+    row: dict[str, Any], before: tuple[Message, ...]
+) -> None:
+    example = read(row)
+    for side, answer in ((example.chosen, "Yes."), (example.rejected, "No.")):
+        assert side.messages == (*before, Message("assistant", answer))
+        assert side.first_trained == len(before)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASK, YES], "label": True},
+        {
+            "conversations": [{"from": "human", "value": "Well?"}, {"from": "gpt", "value": "Yes."}],
+            "kto_tag": True,
+        },
+        {"instruction": "Well?", "output": "Yes.", "kto_tag": "True"},
+        {"prompt": [ASK], "completion": YES, "label": "true"},
+        {"prompt": [ASK], "completion": [YES], "label": 1},
+        {"prompt": [ASK], "completion": [YES], "label": " 1 "},
+    ],
+)
+def test_judged_rows_of_other_tools_have_their_last_turn_judged(row: dict[str, Any]) -> None:
+    example = read(row, "kto")
+    assert example.answer.messages == (*ASKED, Message("assistant", "Yes."))
+    assert (example.answer.first_trained, example.desirable) == (1, True)
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "false", "0", "FALSE"])
+def test_a_bad_answer_may_be_labelled_as_tables_do(label: Any) -> None:
+    assert read({"prompt": "1+1=", "completion": "3", "label": label}, "bco").desirable is False
+
+
+def test_a_pair_without_a_prompt_is_told_which_column_may_be_it() -> None:
+    with pytest.raises(DataError, match=r"data\.columns: {instruction: question}"):
+        read({"question": "a", "chosen": "b", "rejected": "c"})
+
+
 def test_texts_have_their_prompt_before_both_answers() -> None:
     example = read({"prompt": "1+1=", "chosen": "2", "rejected": "3"})
     assert (example.chosen.prompt, example.chosen.completion) == ("1+1=", "2")
@@ -89,7 +179,13 @@ FAILURES = [
     ("dpo", {"prompt": "a", "chosen": "b", "rejected": [NO]}, "mistyped-field"),
     ("dpo", {"prompt": [ASK], "chosen": "b", "rejected": "c"}, "mistyped-field"),
     ("dpo", {"prompt": "a", "chosen": None, "rejected": "c"}, "null-field"),
-    ("kto", {"prompt": "a", "completion": "b", "label": 1}, "mistyped-field"),
+    ("kto", {"prompt": "a", "completion": "b", "label": 2}, "mistyped-field"),
+    ("kto", {"prompt": "a", "completion": "b", "label": "maybe"}, "mistyped-field"),
+    ("kto", {"prompt": "a", "completion": "b", "label": None}, "null-field"),
+    ("dpo", {"messages": [ASK, YES], "kto_tag": True}, "unpaired-rows"),
+    ("dpo", {"question": "a", "chosen": "b", "rejected": "c"}, "missing-field"),
+    ("dpo", {"conversations": "Well?", "chosen": YES, "rejected": NO}, "mistyped-field"),
+    ("dpo", {"prompt": "a", "chosen": {"role": "asistant", "content": "b"}, "rejected": NO}, "unknown-role"),
     ("kto", {"prompt": "a", "completion": "b"}, "unknown-columns"),
 ]
 

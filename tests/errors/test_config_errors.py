@@ -263,6 +263,30 @@ CONTRADICTIONS = {
         "code": "contradiction",
         "help": "data.val_split",
     },
+    "a column that no row of the task has": {
+        "text": LEAST + "  columns:\n    instruciton: question\n",
+        "code": "unknown-column",
+        "where": "soup.yaml:5: data.columns.instruciton: ",
+        "words": "our name comes first",
+        "help": "did you mean `instruction`?",
+    },
+    "a column that the format does not have": {
+        "text": LEAST + "  format: text\n  columns: {output: answer}\n",
+        "code": "unknown-column",
+        "words": "format text",
+        "help": "our names: text.",
+    },
+    "columns in a list": {
+        "text": LEAST + "  columns: [question, answer]\n",
+        "code": "wrong-type",
+        "where": "soup.yaml:4: data.columns: ",
+        "help": "{instruction: question, output: answer}",
+    },
+    "a column by a number": {
+        "text": LEAST + "  columns: {text: 3}\n",
+        "code": "wrong-type",
+        "words": "`text` must be text, got 3",
+    },
     "a split of a local file": {"text": LEAST + "  split: test\n", "code": "key-without-effect"},
     "streaming without steps": {
         "text": "base: x\ndata:\n  train: org/rows\n  streaming: true\n",

@@ -20,6 +20,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] 
 
 PAIRS = {"data.train": "pairs.jsonl"}
 TEXTS = {"task": "embedding", "data.train": "texts.jsonl"}
+OTHER_COLUMN = {"data.train": "columns.jsonl"}
 # Few and short answers; a reward that sets them apart.
 ROLLOUTS = {
     "task": "grpo",
@@ -42,6 +43,7 @@ OTHERS: dict[str, Any] = {
     "data.train": "other.jsonl",
     "data.eval": {"data.eval": "other.jsonl", "data.val_split": 0.0},
     "data.format": "sharegpt",
+    "data.columns": OTHER_COLUMN | {"data.columns": {"messages": "talk"}},
     "data.split": "test",
     "data.subset": "small",
     "data.streaming": True,
@@ -125,6 +127,7 @@ OTHERS: dict[str, Any] = {
 }
 # What such a key is compared with: the run that has its companions and not the key itself.
 BESIDE = {
+    "data.columns": OTHER_COLUMN,
     "training.rope_scaling.factor": {
         "training.rope_scaling.type": "linear",
         "training.rope_scaling.factor": 2,
@@ -174,6 +177,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_f
     lines = chat_file.read_text().splitlines()
     (place / "train.jsonl").write_text("\n".join(lines[:30]))
     (place / "other.jsonl").write_text("\n".join(lines[20:45]))
+    both = zip(lines[:16], lines[16:32], strict=True)
+    rows = [json.loads(one) | {"talk": json.loads(other)["messages"]} for one, other in both]
+    (place / "columns.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (place / "pairs.jsonl").write_text("\n".join(map(pair, lines[:16])))
     (place / "texts.jsonl").write_text("\n".join(map(texts, lines[:16])))
     prompts = [json.dumps({"prompt": json.loads(line)["messages"][:1]}) for line in lines[:6]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from soup_xb.core.config.load import parse_config
 from soup_xb.core.errors import ConfigError
 from soup_xb.migrate import Migration, migrate
 
@@ -289,10 +290,13 @@ def test_a_task_that_is_none_of_ours_ends_the_migration() -> None:
         ("{path: s3://bucket/rows.jsonl}", "remote disk"),
         ("{path: rows.jsonl, type: {system_prompt: hi, field_instruction: q}}", "rewrite the rows"),
         ("{path: rows.jsonl, type: input_output}", "rewrite the rows"),
-        ("{path: rows.jsonl, type: chat_template, field_messages: [a]}", "rewrite the rows"),
+        ("{path: rows.jsonl, type: chat_template, field_messages: [a]}", "must be text"),
         ("{path: rows.jsonl, type: chat_template, roles_to_train: [user]}", "assistant turns alone"),
         ("{path: rows.jsonl, type: chat_template, chat_template: chatml}", "one template"),
-        ("{path: rows.jsonl, type: completion, field: body}", "rewrite the rows"),
+        (
+            "{path: a.jsonl, type: completion, field: body}, {path: b.jsonl, type: completion, field: story}",
+            "reads `text` from `body`",
+        ),
         ("{path: org/name, data_files: [x.jsonl]}", "download them"),
         ("{path: [1, 2]}", "no list of paths"),
     ],
@@ -300,6 +304,24 @@ def test_a_task_that_is_none_of_ours_ends_the_migration() -> None:
 def test_a_dataset_that_cannot_be_read_here_is_told(accounted: Accounted, dataset: str, reason: str) -> None:
     text = f"base_model: tiny\ndatasets: [{dataset}]\nadapter: lora\n"
     assert any(reason in left.reason for left in accounted(text, ok=False).left)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "columns"),
+    [
+        ("{path: rows.jsonl, type: completion, field: body}", {"text": "body"}),
+        ("{path: rows.jsonl, type: completion, field: text}", {}),
+        ("{path: rows.jsonl, type: chat_template, field_messages: talk, field_system: who}",
+         {"messages": "talk", "system": "who"}),
+        ("{path: rows.jsonl, type: {field_instruction: question, field_output: answer}}",
+         {"instruction": "question", "output": "answer"}),
+    ],
+)  # fmt: skip
+def test_the_names_of_columns_are_carried_over(
+    accounted: Accounted, dataset: str, columns: dict[str, str]
+) -> None:
+    done = accounted(f"base_model: tiny\ndatasets: [{dataset}]\nadapter: lora\n", ok=False)
+    assert parse_config(done.text, "soup.yaml").config.data.columns == columns
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import pytest
 from soup_xb.core.config.schema import DataConfig
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Source
+from soup_xb.core.rows.formats.detect import FORMATS
 from soup_xb.core.rows.row import Row, TokenSequence
 from soup_xb.core.tasks import TASKS
 from soup_xb.data import token_file
-from soup_xb.data.dataset import load_dataset, tokenize_file
+from soup_xb.data.dataset import load_dataset, tokenize_as, tokenize_file
 from soup_xb.data.spans import BATCH
 from soup_xb.data.tokenize import RowTally
 from soup_xb.data.workers import Batch
@@ -107,6 +108,14 @@ def test_another_setting_file_or_template_has_an_entry_of_its_own(opened, tmp_pa
     write(path, chats(41))
     tokenize_file(path, "auto", opened("byte-level", "chatml"), 64)
     assert len(entries(kept)) == 4
+
+
+def test_other_columns_have_an_entry_of_their_own(opened, tmp_path, kept):
+    rows = [chat | {"talk": chat["messages"][:2]} for chat in chats(40)]
+    path, tokenizer = write(tmp_path / "a.jsonl", rows), opened("byte-level", "chatml")
+    for columns in ({}, {"messages": "talk"}, {}):
+        tokenize_as(path, token_file.Reading("auto", FORMATS, columns=columns), tokenizer, 64)
+    assert len(entries(kept)) == 2
 
 
 @pytest.mark.parametrize(("name", "value"), [("ROWS_VERSION", 10**6), ("__version__", "99.0")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 
 from soup_xb.core.errors import DataError, ModelError
 from soup_xb.core.rows.examples import Source
-from soup_xb.core.rows.formats.detect import to_example
+from soup_xb.core.rows.formats.detect import detect_format, to_example
+from soup_xb.core.rows.formats.every import formats_named
 from soup_xb.core.rows.row import Row
+from soup_xb.core.tasks import TASKS
+from soup_xb.data.tokenize import tokenize_examples
 from soup_xb.data.tokenizer import ChatTokenizer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
@@ -204,3 +208,65 @@ def test_what_a_template_says_about_one_row_is_told_with_the_row(opened):
     with pytest.raises(DataError, match="ids have nine letters") as caught:
         opened("byte-level", "tools_with_ids").tokenize(to_example(row, SOURCE, "messages"), 4096)
     assert caught.value.problems[0].where == "rows.jsonl:3"
+
+
+OPENAI, NINE = "call_Xd7qV0aB2cD4eF6gH8iJ0kL2", "aaaabbbb1"
+
+
+def with_ids(first: str | None, answer: str | None) -> dict[str, Any]:
+    """A conversation with two calls, the first of this id, and the answer to the first, of that one."""
+    calls = [call("weather", first or "", city="Rome"), call("now", "zzzzyyyy2")]
+    answered = {"role": "tool", "content": "31"} | ({"tool_call_id": answer} if answer else {})
+    turns = [ROW["messages"][0], {"role": "assistant", "content": "", "tool_calls": calls}, answered]
+    return {"messages": [*turns, ROW["messages"][3]], "tools": TOOLS}
+
+
+def shown_ids(opened: Any, template: str, row: dict[str, Any], name: str = "messages") -> list[str]:
+    """The ids of the first call and of its answer, as the template writes them."""
+    tokenizer = opened("byte-level", template)
+    (done,) = tokenize_examples([to_example(row, SOURCE, name)], tokenizer, 4096)
+    assert done.row is not None
+    text = tokenizer.decode(done.row.sequences[0].tokens, special=True)
+    return [re.search(r"</city>(.*?)<\|start", text)[1], re.search(r'"id": "(.*?)"', text)[1]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("first", "answer"), [(OPENAI, OPENAI), (OPENAI, None), (None, None), (None, OPENAI)]
+)
+def test_a_template_that_wants_nine_letters_gets_ids_of_nine_for_call_and_answer(opened, first, answer):
+    ids = shown_ids(opened, "tools_with_ids", with_ids(first, answer))
+    assert len(set(ids)) == 1
+    assert re.fullmatch(r"[A-Za-z0-9]{9}", ids[0])
+    assert ids == shown_ids(opened, "tools_with_ids", with_ids(first, answer))
+
+
+def test_ids_that_the_template_takes_stay_as_they_are(opened):
+    assert shown_ids(opened, "tools_with_ids", with_ids(NINE, NINE)) == [NINE, NINE]
+    assert shown_ids(opened, "tools_any_ids", with_ids(OPENAI, OPENAI)) == [OPENAI, OPENAI]
+    ids = shown_ids(opened, "tools_any_ids", with_ids(None, None))
+    assert ids[0] == ids[1] != ""
+
+
+def test_a_row_without_ids_of_another_spelling_gets_them_too(opened):
+    ids = shown_ids(opened, "tools_with_ids", SHAREGPT | {"conversations": [
+        *SHAREGPT["conversations"][:1],
+        {"from": "function_call", "value": json.dumps([call("weather", "", city="Rome"), call("now", "")])},
+        *SHAREGPT["conversations"][2:],
+    ]}, "sharegpt")  # fmt: skip
+    assert len(set(ids)) == 1
+
+
+@pytest.mark.parametrize("task", ["grpo", "dpo", "kto"])
+def test_rows_of_every_task_get_the_ids(opened, task):
+    turns = with_ids(OPENAI, OPENAI)["messages"]
+    answers = {"chosen": turns[3:], "rejected": [{"role": "assistant", "content": "No."}]}
+    rows = {
+        "grpo": {"prompt": turns[:3]},
+        "dpo": {"prompt": turns[:3], **answers},
+        "kto": {"prompt": turns[:3], "completion": turns[3:], "label": True},
+    }
+    formats = formats_named(TASKS[task].formats)
+    name = detect_format([(SOURCE, rows[task])], formats).name
+    example = to_example(rows[task], SOURCE, name, formats)
+    (done,) = tokenize_examples([example], opened("byte-level", "tools_with_ids"), 4096)
+    assert done.row is not None

@@ -16,7 +16,9 @@ from attrs import NOTHING, Attribute, field, frozen
 
 from soup_xb.core.text import did_you_mean, holds_token, masked, printable
 
-Kind = Literal["integer", "number", "boolean", "text", "choice", "paths", "targets", "ranks", "section"]
+Kind = Literal[
+    "integer", "number", "boolean", "text", "choice", "paths", "targets", "ranks", "names", "section"
+]
 
 _METADATA = "soup_xb.key"
 
@@ -118,6 +120,12 @@ def ranks(meaning: str) -> Any:
     return _declare(key, lambda entries: MappingProxyType(dict(entries)))
 
 
+def names(meaning: str) -> Any:
+    """A map from one name to another, empty by default."""
+    key = Key("names", meaning, MappingProxyType({}))
+    return _declare(key, lambda entries: MappingProxyType(dict(entries)))
+
+
 def section(of: type, meaning: str, required: bool = False) -> dict[str, Key]:
     """The metadata of an attribute that holds further keys; its class declares them."""
     return {_METADATA: Key("section", meaning, NOTHING if required else None, section=of)}
@@ -166,6 +174,7 @@ def declared(cls: type, prefix: str = "") -> Mapping[str, Key]:
 
 MOST_PATTERNS = 256
 LONGEST_PATTERN = 1000
+_MOST_NAMES = 64
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -346,6 +355,22 @@ def _ranks(key: Key, raw: Any) -> Mapping[str, int]:
     return MappingProxyType(values)
 
 
+def _names(key: Key, raw: Any) -> Mapping[str, str]:
+    if not isinstance(raw, Mapping):
+        help = "write `{instruction: question, output: answer}`."
+        raise KeyRefused("wrong-type", f"must be a mapping of name to name, got {shown(raw)}", help)
+    if len(raw) > _MOST_NAMES:
+        raise KeyRefused("too-many-names", f"has {len(raw)} names, at most {_MOST_NAMES} are allowed")
+    values = {}
+    for name, value in raw.items():
+        try:
+            values[_path(key, name)] = _path(key, value)
+        except KeyRefused as refusal:
+            message = f"`{safe_text(str(name))}` {refusal.message}"
+            raise KeyRefused(refusal.code, message, refusal.help) from None
+    return MappingProxyType(values)
+
+
 _READERS: dict[str, Callable[[Key, Any], Any]] = {
     "integer": _integer,
     "number": _number,
@@ -355,4 +380,5 @@ _READERS: dict[str, Callable[[Key, Any], Any]] = {
     "paths": _paths,
     "targets": _targets,
     "ranks": _ranks,
+    "names": _names,
 }

@@ -59,6 +59,8 @@ def _value(key: Key) -> dict[str, Any]:
         entries = {"type": "integer", **_bounds(key.range)}
         limits = {"maxProperties": MOST_PATTERNS, "propertyNames": _PATTERN}
         return {"type": "object", "additionalProperties": entries, **limits}
+    if key.kind == "names":
+        return {"type": "object", "additionalProperties": _TEXT}
     name = _TYPES[key.kind]
     limits = {"minLength": 1} if key.kind == "text" else _bounds(key.range)
     return {"type": [name, "null"] if key.optional else name, **limits}
@@ -191,6 +193,7 @@ def _values(key: Key) -> str:
     if key.kind == "ranks":
         return f"map of pattern to integer, {key.range}"
     words = {
+        "names": "map of name to name",
         "integer": "integer",
         "number": "number",
         "boolean": "`true`, `false`",

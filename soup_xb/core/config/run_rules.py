@@ -100,6 +100,24 @@ def _format_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
     )
 
 
+def _columns_are_read(loaded: LoadedConfig) -> Iterator[Problem]:
+    task, data = TASKS[loaded.config.task], loaded.config.data
+    known = task.columns(data.format)
+    for name in data.columns if known else ():
+        if name not in known:
+            rows = (
+                f"rows of the format {data.format}"
+                if data.format != "auto"
+                else f"rows of `task: {task.name}`"
+            )
+            yield Problem(
+                "unknown-column",
+                f"{rows} have no such column; our name comes first, the file's second",
+                loaded.where(f"data.columns.{name}"),
+                did_you_mean(name, known) or f"our names: {', '.join(known)}.",
+            )
+
+
 def _packing_fits_task(loaded: LoadedConfig) -> Iterator[Problem]:
     task = TASKS[loaded.config.task]
     if loaded.config.data.packing and task.packing == "never":
@@ -186,6 +204,7 @@ RUN_RULES = (
     Rule(_evaluation_has_rows, ("training.eval_steps", "data.eval", "data.val_split")),
     Rule(_split_of_a_hub_dataset, ("data.train", "data.split", "data.subset")),
     Rule(_format_fits_task, ("data.format", "task")),
+    Rule(_columns_are_read, ("data.columns", "data.format", "task")),
     Rule(_packing_fits_task, ("data.packing", "task")),
     Rule(_rope_has_a_factor, ("training.rope_scaling.type", "training.rope_scaling.factor")),
     Rule(_vectors_from_the_base_as_it_stands, ("training.rope_scaling.type", "task")),

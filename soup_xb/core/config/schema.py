@@ -15,6 +15,7 @@ from soup_xb.core.config.keys import (
     choice,
     declared,
     integer,
+    names,
     number,
     paths,
     ranks,
@@ -96,6 +97,9 @@ class DataConfig:
     train: tuple[str, ...] = paths(NOTHING, "Training rows: a file, a list of files, or a hub dataset id.")
     eval: tuple[str, ...] = paths((), "Held-out rows to evaluate on: a file or a list of files.")
     format: str = choice("auto", ("auto", *FORMATS), "How a row is written; `auto` looks at the columns.")
+    columns: Mapping[str, str] = names(
+        "Columns of the rows that have other names there, ours first: `{instruction: question, output: answer}`."
+    )
     split: str = words("train", "Split of a hub dataset.")
     subset: str | None = words(None, "Subset (configuration name) of a hub dataset.")
     streaming: bool = switch(
@@ -286,6 +290,7 @@ FOREIGN_NAMES = {
     "alpha": "training.lora.alpha",
     "base_model": "base",
     "bf16": "training.precision",
+    "column_mapping": "data.columns",
     "cutoff_len": "data.max_length",
     "dataset": "data.train",
     "dataset_name": "data.train",

@@ -107,7 +107,7 @@ _DATA = (
     *_works(
         "data", "data.train", "data.eval", "data.split", "data.subset", "data.val_split", "data.max_length"
     ),
-    *_works("data.packing", "data.chat_template", "data.streaming"),
+    *_works("data.columns", "data.packing", "data.chat_template", "data.streaming"),
 )
 
 # A loss scaler would skip the updates whose gradient overflows: not the run that the file describes.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -86,17 +88,51 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def decoded(raw: bytes, source: Source) -> str:
     """Bytes that begin at `source` as text. Raises DataError with the line of the first byte that is not UTF-8."""
+    if source.line == 1 and (wide := _wide_encoding(raw[:4])):
+        raise DataError("not-utf8", f"is {wide}, not UTF-8", where=str(source), help=_convert(source, wide))
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = source.line + raw.count(b"\n", 0, error.start)
-        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        likely = _narrow_encoding(raw)
+        guess = f"; it is likely {likely}, as Windows writes it" if likely else ""
         raise DataError(
             "not-utf8",
-            "is UTF-16, not UTF-8" if wide else f"is not UTF-8: byte 0x{raw[error.start]:02x}",
+            f"is not UTF-8: byte 0x{raw[error.start]:02x}{guess}",
             where=f"{source.file}:{line}",
-            help="save the file as UTF-8.",
+            help=_convert(source, likely) if likely else "save the file as UTF-8, or mend that line.",
         ) from error
+
+
+def _wide_encoding(head: bytes) -> str:
+    """The name of an encoding whose characters are two or four bytes, told by the mark or the zeros of ASCII text."""
+    if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "UTF-32"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    zeros = [place for place, byte in enumerate(head) if not byte]
+    return "UTF-16LE" if zeros == [1, 3] else "UTF-16BE" if zeros == [0, 2] else ""
+
+
+# Of the bytes of a text in a language of Western Europe, far fewer are accented letters.
+_MOST_ACCENTS = 0.3
+
+
+def _narrow_encoding(raw: bytes) -> str:
+    """cp1252 for bytes that are likely text in it; empty where they are something else, or damaged UTF-8."""
+    high = sum(byte >= 0x80 for byte in raw)
+    undefined = any(byte in raw for byte in (0x00, 0x81, 0x8D, 0x8F, 0x90, 0x9D))
+    if undefined or high > _MOST_ACCENTS * len(raw) or not raw.decode("utf-8", "ignore").isascii():
+        return ""
+    return "cp1252"
+
+
+def _convert(source: Source, encoding: str) -> str:
+    """How to write the file as UTF-8."""
+    path = Path(source.file)
+    copy = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    command = f"iconv -f {encoding.upper()} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(copy))}"
+    return f"save the file as UTF-8, or convert it: `{command}`."
 
 
 def strict_json(text: str) -> Any:
@@ -237,8 +273,12 @@ _LONGEST_FIELD = 2**26
 _BATCH = 1024
 
 
+class Cells(dict[str, Any]):
+    """A row of a table that knows texts alone: an empty cell says the same as a null."""
+
+
 def csv_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .csv file; the first line names the columns."""
+    """The rows of a .csv file; the first line names the columns. The separator is looked for."""
     return _delimited(path, ",")
 
 
@@ -248,19 +288,82 @@ def tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
-    columns: list[str] = []
-    for source, cells in _records(path, delimiter):
-        if not columns:
-            columns = _checked_columns(cells, source)
-            continue
+    delimiter, is_told = _separator(path, delimiter)
+    records = _records(path, delimiter)
+    if is_told:
+        next(records, None)
+    head = next(records, None)
+    if head is None:
+        return
+    first, names = head
+    columns = _named_columns(names, first)
+    nameless = [place for place, name in enumerate(columns) if not name]
+    for source, cells in records:
         if len(cells) != len(columns):
-            raise DataError(
-                "ragged-row",
-                f"has {len(cells)} field{'s' * (len(cells) != 1)}, and the first line names {len(columns)} columns",
-                where=str(source),
-                help="a field that holds the separator or a line break goes in double quotes.",
-            )
-        yield source, dict(zip(columns, cells, strict=True))
+            cells = _without_padding(cells, columns, source)
+        # Spreadsheets write the separators of rows that are empty.
+        if not cells[0] and len(cells) > 1 and not any(cells):
+            continue
+        if nameless:
+            if any(cells[place] for place in nameless):
+                raise _unnamed(first)
+            yield source, Cells((name, cell) for name, cell in zip(columns, cells, strict=True) if name)
+            continue
+        yield source, Cells(zip(columns, cells, strict=True))
+
+
+_SEPARATORS = ",;\t|"
+# Excel begins a file so whose separator its reader should not have to guess.
+_TOLD = re.compile(r"\"?sep=([,;\t|])\"?\s*")
+_HEAD = 2**16
+
+
+def _separator(path: Path, usual: str) -> tuple[str, bool]:
+    """What stands between the columns, and whether the first line tells it.
+
+    It is the usual one unless another one cuts head and first row into as many columns, and more than one.
+    """
+    with path.open("rb") as file:
+        text = file.read(_HEAD).removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "replace")
+    lines = text.splitlines(keepends=True)
+    if lines and (told := _TOLD.fullmatch(lines[0])):
+        return told[1], True
+    widths = {mark: _widths(lines, mark) for mark in (usual, *_SEPARATORS.replace(usual, ""))}
+    fitting = [mark for mark, (head, row) in widths.items() if head == row > 1]
+    return fitting[0] if fitting else max(widths, key=lambda mark: widths[mark][0]), False
+
+
+def _widths(lines: list[str], delimiter: str) -> tuple[int, int]:
+    """The columns of the first two records."""
+    records = (record for record in csv.reader(lines, delimiter=delimiter) if record)
+    try:
+        return len(next(records, ())), len(next(records, ()))
+    except csv.Error:
+        return 0, 0
+
+
+def _named_columns(names: list[str], source: Source) -> list[str]:
+    """The names of a table's columns: pandas' name for an index that it wrote without one, empty for others."""
+    names = [name.strip() for name in names]
+    for place, name in enumerate(names):
+        if name or not any(names[place:]):
+            break
+        numbers = (f"Unnamed: {number}" for number in range(place, len(names) + 1 + place))
+        names[place] = next(free for free in numbers if free not in names)
+    _check_columns([name for name in names if name], source)
+    return names
+
+
+def _without_padding(cells: list[str], columns: list[str], source: Source) -> list[str]:
+    """The cells without empty ones behind the last column."""
+    if len(cells) < len(columns) or any(cells[len(columns) :]):
+        raise DataError(
+            "ragged-row",
+            f"has {len(cells)} field{'s' * (len(cells) != 1)}, and the first line names {len(columns)} columns",
+            where=str(source),
+            help="a field that holds the separator or a line break goes in double quotes.",
+        )
+    return cells[: len(columns)]
 
 
 def _records(path: Path, delimiter: str) -> Iterator[tuple[Source, list[str]]]:
@@ -289,17 +392,22 @@ def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
         yield decoded(line, Source(str(path), number))
 
 
-def _checked_columns(names: list[str], source: Source) -> list[str]:
-    names = [name.strip() for name in names]
+def _check_columns(names: list[str], source: Source) -> None:
     for name in names:
-        if not name or names.count(name) > 1:
+        if not name:
+            raise _unnamed(source)
+        if names.count(name) > 1:
             raise DataError(
                 "bad-columns",
-                f"the column `{name}` is named twice" if name else "a column has no name",
+                f"the column `{name}` is named twice",
                 where=str(source),
                 help="the first line names the columns.",
             )
-    return names
+
+
+def _unnamed(source: Source) -> DataError:
+    help = "the first line names the columns."
+    return DataError("bad-columns", "a column has no name", where=str(source), help=help)
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -317,7 +425,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(str(path)) as table:
-            _checked_columns(list(table.schema_arrow.names), Source(str(path), 1))
+            _check_columns([name.strip() for name in table.schema_arrow.names], Source(str(path), 1))
             for batch in table.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1

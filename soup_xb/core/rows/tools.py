@@ -1,19 +1,30 @@
 """Tools and their calls, as a row holds them: read into one form, whatever the dataset's spelling.
 
-Objects may be written as JSON text, as tables and older datasets do. A function may stand in OpenAI's envelope
-(`{"type": "function", "function": {…}}`) or by itself.
+Objects may be written as JSON text, as tables and older datasets do; of those that are not, keys with a null are left
+out. A function may stand in OpenAI's envelope (`{"type": "function", "function": {…}}`) or by itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attrs import evolve
+
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Message, Source, ToolCall
-from soup_xb.core.rows.fields import checked_text, mistyped, read_text
-from soup_xb.core.rows.files import strict_json
+from soup_xb.core.rows.fields import (
+    checked_text,
+    count_nulls,
+    listed,
+    mistyped,
+    parsed,
+    read_text,
+    without_nulls,
+)
 from soup_xb.core.text import did_you_mean
 
 _ONE_TOOL = (
@@ -30,8 +41,10 @@ def read_tools(row: Mapping[str, Any], source: Source) -> tuple[str, ...]:
 
     Raises DataError naming the field.
     """
+    if row.get("tools") is None:
+        return ()
     where = f"{source}: tools"
-    written = parsed(row.get("tools"), where)
+    written = _objects(row["tools"], where)
     if written in (None, "", []):
         return ()
     if not isinstance(written, list):
@@ -52,7 +65,9 @@ def read_tools(row: Mapping[str, Any], source: Source) -> tuple[str, ...]:
 def read_calls(turn: Mapping[str, Any], role: str, where: str) -> tuple[ToolCall, ...]:
     """The calls under `tool_calls`, or the one under the older `function_call`. Raises DataError naming the field."""
     for key in _CALLS:
-        written = parsed(turn.get(key), f"{where}.{key}")
+        if turn.get(key) is None:
+            continue
+        written = _objects(turn[key], f"{where}.{key}")
         if written in (None, "", [], {}):
             continue
         if role != "assistant":
@@ -93,21 +108,52 @@ def check_declared(turns: Sequence[Message], tools: Sequence[str], where: str) -
                 )
 
 
-def parsed(value: Any, where: str) -> Any:
-    """The value, read from JSON where it is text. Raises DataError for text that is no JSON."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return strict_json(value)
-    except ValueError as error:
-        raise DataError(
-            "bad-json",
-            f"is text that is not JSON: {error}",
-            where=where,
-            help="write it as JSON, or as an object.",
-        ) from error
-    except RecursionError as error:
-        raise DataError("bad-json", "is nested too deep", where=where) from error
+_NINE = re.compile(r"[A-Za-z0-9]{9}")
+
+
+def with_ids(turns: Sequence[Message], nine: bool) -> tuple[Message, ...]:
+    """The turns with an id for every call that has none, and the same for its answer; a function of the turns alone.
+
+    With `nine` an id that is not nine letters or digits is another one, too: the same for the same.
+
+    >>> called, answer = with_ids([Message("assistant", "", (ToolCall("now", "{}", "call_7"),)),
+    ...                            Message("tool", "noon", call_id="call_7")], nine=True)
+    >>> called.calls[0].id == answer.call_id, len(answer.call_id)
+    (True, 9)
+    """
+    done, waiting = [], list[tuple[str, ToolCall]]()
+    for place, turn in enumerate(turns):
+        if turn.calls:
+            ids = [_id(call.id, f"{place}.{number}", nine) for number, call in enumerate(turn.calls)]
+            waiting = list(zip(ids, turn.calls, strict=True))
+            calls = tuple(evolve(call, id=given) for given, call in waiting)
+            turn = evolve(turn, calls=calls)
+        elif turn.role == "tool":
+            known = turn.call_id or turn.name
+            nameless = [one for one in waiting if not (turn.call_id and one[1].id)]
+            named = [one for one in waiting if known and known in (one[1].id, one[1].name)]
+            answered = next(iter([*named, *nameless]), None)
+            if answered is not None:
+                waiting.remove(answered)
+            given = _id(turn.call_id, str(place), nine) if answered is None else answered[0]
+            turn = evolve(turn, call_id=given)
+        done.append(turn)
+    return tuple(done)
+
+
+def _id(written: str, place: str, nine: bool) -> str:
+    if written and not (nine and not _NINE.fullmatch(written)):
+        return written
+    return hashlib.sha256(f"{'id' if written else 'place'} {written or place}".encode()).hexdigest()[:9]
+
+
+def _objects(value: Any, where: str) -> Any:
+    """What stands under a key for tools or calls: text as JSON word for word, else without the nulls of a table."""
+    if isinstance(value, str):
+        return parsed(value, where)
+    if isinstance(value, list | dict) and count_nulls(value):
+        value = without_nulls(value)
+    return listed(value, where)
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
@@ -143,6 +189,7 @@ def _function(value: Any, where: str, help: str) -> tuple[dict[str, Any], str]:
     value = parsed(value, where)
     if not isinstance(value, dict):
         raise mistyped(where, "an object", value, help)
+    value = {key: one for key, one in value.items() if one is not None}
     kind = value.get("type")
     if "function" not in value and "name" in value:
         return value, where

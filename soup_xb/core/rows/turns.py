@@ -11,7 +11,8 @@ from attrs import evolve
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Message, Source, ToolCall
-from soup_xb.core.rows.fields import checked_text, mistyped, read_text
+from soup_xb.core.rows.fields import checked_text, listed, mistyped, parsed, read_text
+from soup_xb.core.rows.files import strict_json
 from soup_xb.core.rows.tools import read_calls, read_said_calls
 from soup_xb.core.text import did_you_mean
 
@@ -45,6 +46,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "loss_weight", "train", "loss")
 _LARGEST_WEIGHT = 1e6
 _OF_TOOLS = ("tool_calls", "function_call", "tool_call_id")
+_USED = frozenset((*_THOUGHTS, *_WEIGHTS, *_OF_TOOLS, *(key for spelling in _SPELLINGS for key in spelling)))
 _SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -54,28 +56,79 @@ def read_turns(row: Mapping[str, Any], column: str, source: Source) -> tuple[Mes
     An assistant's turn may hold tool calls, and a tool's what it answered. Raises DataError naming the turn and the
     field.
     """
-    turns = row[column]
+    turns, where = row[column], f"{source}: {column}"
     if not isinstance(turns, list):
-        raise mistyped(f"{source}: {column}", "a list of turns", turns)
-    return _with_names([read_turn(turn, f"{source}: {column}[{index}]") for index, turn in enumerate(turns)])
+        turns = written_turns(turns, where)
+    if not isinstance(turns, list):
+        raise mistyped(where, "a list of turns", turns)
+    return _with_names([read_turn(turn, f"{where}[{index}]") for index, turn in enumerate(turns)])
+
+
+def written_turns(value: Any, where: str, may_be_text: bool = False) -> Any:
+    """The list of turns that a value is another spelling of: its JSON text, or an object of lists.
+
+    With `may_be_text` the value may be a plain text as well, which stays one, or a turn by itself. Raises DataError for
+    text that stands for turns and is no JSON.
+    """
+    if isinstance(value, dict):
+        value = listed(value, where)
+        return (
+            [value] if may_be_text and isinstance(value, dict) and _is_turn(value, any_role=True) else value
+        )
+    if not isinstance(value, str) or value[:1] not in ("[", "{", " ", "\n", "\t", "\r"):
+        return value
+    if value.lstrip()[:1] not in ("[", "{"):
+        return value
+    if not may_be_text or _is_python(value):
+        return listed(parsed(value, where), where)
+    return _turns_in(value, where)
+
+
+def _is_python(text: str) -> bool:
+    """Whether a text is a list of turns as Python shows it, which no answer is."""
+    keys = (f"'{key}': " for pair in _SPELLINGS for key in pair)
+    return text.lstrip().startswith("[{'") and sum(key in text for key in keys) > 1
+
+
+def _turns_in(text: str, where: str) -> Any:
+    """The turns of a JSON text; a text that is none, or whose objects are no turns, as it is."""
+    if not any(f'"{role}"' in text for role, _ in _SPELLINGS):
+        return text
+    try:
+        found = listed(strict_json(text), where)
+    except (ValueError, RecursionError, DataError):
+        return text
+    turns = [found] if isinstance(found, dict) else found
+    return turns if isinstance(turns, list) and all(map(_is_turn, turns)) else text
+
+
+def _is_turn(value: Any, any_role: bool = False) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(value.get(role), str)
+        and (any_role or value[role] in ROLES)
+        and (text in value or "tool_calls" in value)
+        for role, text in _SPELLINGS
+    )
 
 
 def extra_turn_keys(row: Mapping[str, Any], column: str) -> Iterator[str]:
     """The keys of the turns that nothing is made of."""
-    known = {key for spelling in _SPELLINGS for key in spelling} | {*_THOUGHTS, *_WEIGHTS, *_OF_TOOLS}
     for turn in row[column]:
-        role = ROLES.get(turn.get("role", turn.get("from")))
-        used = known | {"name"} if role == "tool" else known
-        yield from (
-            f"{column}[].{key}" for key, value in turn.items() if key not in used and value is not None
-        )
+        if turn.keys() <= _USED:
+            continue
+        role = ROLES.get(turn.get("role") or turn.get("from"))
+        for key, value in turn.items():
+            if key not in _USED and value is not None and not (key == "name" and role == "tool"):
+                yield f"{column}[].{key}"
 
 
 def read_turn(turn: Any, where: str) -> Message:
     """One turn. Raises DataError naming the field, `where` being the turn's place."""
     if not isinstance(turn, dict):
         raise mistyped(where, "an object", turn)
-    role_key, text_key = next((keys for keys in _SPELLINGS if keys[0] in turn), _SPELLINGS[0])
+    # Of a table's turns with the keys of both, one has nulls.
+    is_sharegpt = turn.get("role") is None and turn.get("from") is not None
+    role_key, text_key = _SPELLINGS[is_sharegpt]
     written = read_text(turn, role_key, f"{where}.")
     role = ROLES.get(written)
     if role is None:
@@ -202,6 +255,8 @@ def _content(turn: Mapping[str, Any], key: str, where: str, calls: bool, free: b
         return ""
     if free and isinstance(content, dict):
         return checked_text(json.dumps(content, ensure_ascii=False), f"{where}.{key}")
+    if isinstance(content, dict):
+        content = listed(content, f"{where}.{key}")
     if not isinstance(content, list):
         return read_text(turn, key, f"{where}.")
     return "".join(_part(part, f"{where}.{key}[{index}]") for index, part in enumerate(content))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from attrs import field, frozen
@@ -17,6 +18,26 @@ JUDGED = (*PAIRS, "unpaired-preference")
 ROLLOUT_KEYS = tuple(
     f"training.{name}"
     for name in ("rewards", "answer_pattern", "group_size", "max_new_tokens", "temperature", "scale_rewards")
+)
+# The columns that rows of each format may have, by our names.
+COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "messages": ("messages", "system", "tools"),
+        "sharegpt": ("conversations", "system", "tools"),
+        "prompt-completion": ("prompt", "completion", "tools"),
+        "alpaca": ("instruction", "input", "output", "system", "history"),
+        "text": ("text",),
+        "preference": (
+            *("chosen", "rejected", "prompt", "conversations", "messages", "instruction", "input"),
+            *("system", "history", "tools"),
+        ),
+        "unpaired-preference": (
+            *("label", "prompt", "completion", "messages", "conversations", "instruction", "input"),
+            *("output", "system", "history", "tools"),
+        ),
+        "anchor-positive": ("anchor", "positive", "negative"),
+        "transcript": ("audio", "text", "language"),
+    }
 )
 WHOLE_TEXTS = "what is compared are whole texts, each in a sequence of its own"
 FILES_OF_ROWS = "pictures and sounds are matched to the tokens of a row, one row a sequence"
@@ -89,6 +110,15 @@ class Task:
         """The dotted config keys that mean something for this task."""
         router = ("training.router_aux_loss_coef",) if self.balances_router else ()
         return (*(f"training.{name}" for name in self.settings), *self.keys, *router)
+
+    def columns(self, format: str) -> tuple[str, ...]:
+        """The columns that its rows of a format may have, for `auto` of all its formats; none where all are read."""
+        if self.samples:
+            return ()
+        named = [name for one in self.formats if format in ("auto", one) for name in COLUMNS[one]]
+        if self.media:
+            named = [*(name for name in named if name != "tools"), self.media, f"{self.media}s"]
+        return tuple(dict.fromkeys(named))
 
     @property
     def needs_reference(self) -> bool:

@@ -11,7 +11,7 @@ from attrs import evolve
 
 from soup_xb.core.errors import DataError
 from soup_xb.core.rows.examples import Attachment, ChatExample, CompletionExample, Message, Source
-from soup_xb.core.rows.fields import mistyped, read_text
+from soup_xb.core.rows.fields import listed, mistyped, parsed, read_text
 from soup_xb.core.rows.formats.detect import Format, with_system
 from soup_xb.core.rows.turns import read_turn
 
@@ -72,20 +72,23 @@ def _named(row: Mapping[str, Any], kind: str, source: Source) -> list[Attachment
     """What the columns `image` and `images` (or `audio` and `audios`) name, in order."""
     found: list[Attachment] = []
     for column in (kind, f"{kind}s"):
-        value = row.get(column)
+        value, where = row.get(column), f"{source}: {column}"
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            value = parsed(value, where)
+        value = listed(value, where)
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        found += [_attachment(one, kind, f"{source}: {column}") for one in values]
+        found += [_attachment(one, kind, where) for one in values]
     return found
 
 
 def _turn(turn: Any, kind: str, waiting: Iterator[Attachment], where: str) -> Message:
-    key = "content" if isinstance(turn, dict) and "role" in turn else "value"
-    written = turn.get(key) if isinstance(turn, dict) else None
+    key = "content" if isinstance(turn, dict) and turn.get("role") is not None else "value"
+    written = listed(turn.get(key), f"{where}.{key}") if isinstance(turn, dict) else None
     if isinstance(written, list):
-        listed = enumerate(written)
-        parts = tuple(_part(part, kind, waiting, f"{where}.{key}[{index}]") for index, part in listed)
+        places = enumerate(written)
+        parts = tuple(_part(part, kind, waiting, f"{where}.{key}[{index}]") for index, part in places)
         message = read_turn({**turn, key: ""}, where)
     else:
         message = read_turn(turn, where)
