@@ -13,6 +13,7 @@ from soup_xb.core.disk import local_path, user_cache, write_bytes
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.random_numbers import permutation
 from soup_xb.core.rows.examples import Row, Source
+from soup_xb.core.text import holds_token
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # What a base needs and nothing that can run: no pickles, no code.
@@ -43,8 +44,12 @@ def resolve_base(name: str) -> Path:
 
 
 def portable_name(name: str) -> str:
-    """What an adapter's settings name its base: the hub id, or the absolute path of a local folder."""
-    return str(local_path(name).absolute()) if _is_folder(name) else name
+    """What an adapter's settings name its base: the hub id, or the absolute path of a local folder.
+
+    A path with an access token in it stays as it was given: nothing that is written may hold one.
+    """
+    path = str(local_path(name).absolute()) if _is_folder(name) else name
+    return name if holds_token(path) else path
 
 
 def base_at_hand(name: str) -> Path | None:

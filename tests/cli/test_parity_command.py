@@ -42,6 +42,33 @@ def test_both_engines_give_the_same_numbers(soupx: Soupx, config: Path, tmp_path
     assert "the engines agree" in page
 
 
+@pytest.mark.parametrize("task", ["dpo", "grpo", "reward", "embedding"])
+def test_every_mean_of_a_task_is_compared(soupx: Soupx, config: Path, tmp_path: Path, task: str) -> None:
+    rows = {
+        "grpo": {"prompt": "3+4?", "answer": 7},
+        "embedding": {"anchor": "a tide", "positive": "a sea", "negative": "a hill"},
+    }.get(task, {"prompt": "3+4?", "chosen": "7, sir", "rejected": "Whatever"})
+    rows = [{**rows, next(iter(rows)): f"{index}+{index % 3}?"} for index in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = json.loads(config.read_text()) | {"task": task}
+    content["data"]["train"] = str(tmp_path / "rows.jsonl")
+    if task == "grpo":
+        (tmp_path / "rewards.py").write_text("def short(completion, row):\n    return -len(completion) / 8\n")
+        content["training"] |= {
+            "rewards": [f"{tmp_path / 'rewards.py'}:short"],
+            "group_size": 3,
+            "max_new_tokens": 5,
+        }
+    config.write_text(json.dumps(content))
+    answer = soupx("parity", config, "--steps", 3, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    means = {"dpo": "reward_margin", "grpo": "kl", "reward": "reward_accuracy", "embedding": "accuracy"}
+    assert means[task] in found["means_differences"]
+    assert all(0 <= difference < 2e-5 for difference in found["means_differences"].values())
+    assert found["loss_difference"] < 2e-5
+
+
 def test_what_one_engine_refuses_is_told_before_anything_runs(soupx: Soupx, config: Path) -> None:
     answer = soupx("parity", config, "--set", "training.relora_steps=5", "--set", "training.precision=fp16")
     assert answer.code == 2

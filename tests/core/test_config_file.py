@@ -489,7 +489,7 @@ def test_a_config_written_out_loads_again_as_it_was(config: Config) -> None:
         # Values drawn apart may contradict each other, and a text may name no reward; nothing else may be wrong.
         codes = {problem.code for problem in error.problems if "-no-" not in problem.code}
         codes = {code for code in codes if not code.startswith("streaming-")}
-        drawn = {"missing-key", "unknown-reward", "bad-pattern"}
+        drawn = {"missing-key", "unknown-reward", "bad-pattern", "unknown-column"}
         assert codes <= {"contradiction", "key-without-effect", *drawn}
         # Hypothesis fails the test where most of what is drawn ends here.
         reject()
@@ -508,3 +508,11 @@ def test_a_config_written_out_loads_again_as_it_was(config: Config) -> None:
 def test_a_chat_template_survives_writing_out(template: str) -> None:
     config = Config(base="tiny", data=DataConfig(train="x.jsonl", chat_template=template))
     assert parse_config(dump_config(config), "soup.yaml").config == config
+
+
+def test_a_dump_leaves_the_pattern_out_that_no_reward_looks_for() -> None:
+    text = "base: x\ntask: grpo\ndata: {train: a.jsonl}\ntraining: {rewards: [%s]}\n"
+    for rewards, there in (("./r.py:one", False), ("format", True)):
+        config = parse_config(text % rewards, "soup.yaml").config
+        assert ("answer_pattern" in dump_config(config)) == there
+        assert parse_config(dump_config(config), "soup.yaml").config == config

@@ -82,8 +82,6 @@ REFUSED = [
 
 REFUSED_ON_MLX = [
     *((f"task={task}", task) for task in ("vision", "audio")),
-    ("task=embedding", "embedding"),
-    ("task=reward", "reward"),
     ("training.router_aux_loss_coef=0.01", "router-loss"),
     ("training.relora_steps=5", "relora"),
     ("training.lora.use_vera=true", "vera"),
@@ -111,12 +109,12 @@ def test_what_is_not_built_is_refused_with_its_own_code(override: str, feature: 
 
 
 def test_all_refusals_come_at_once_with_their_lines() -> None:
-    loaded = load("  format: preference\ntask: reward\ntraining:\n  lora: {use_vera: true}\n")
+    loaded = load("task: vision\ntraining:\n  lora: {use_vera: true}\n")
     with pytest.raises(ConfigError) as caught:
         check_supported(loaded, "mlx")
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
-        ("mlx-no-reward", "soup.yaml:5: task"),
-        ("mlx-no-vera", "soup.yaml:7: training.lora.use_vera"),
+        ("mlx-no-vision", "soup.yaml:4: task"),
+        ("mlx-no-vera", "soup.yaml:6: training.lora.use_vera"),
     ]
 
 
@@ -163,6 +161,13 @@ def test_auto_is_mlx_on_apple_silicon_where_installed_and_supported() -> None:
     name, reason = choose_backend(load("", "training.relora_steps=5"), **apple, installed=both)
     assert (name, "`training.relora_steps`" in reason) == ("torch", True)
     assert available_backend("auto", **apple, installed=both)[0] == "mlx"
+
+
+def test_auto_is_torch_for_vectors_of_texts_whose_base_may_be_an_encoder() -> None:
+    apple = {"system": "Darwin", "machine": "arm64", "installed": installed(*TORCH, *MLX)}
+    name, reason = choose_backend(load("", "task=embedding"), **apple)
+    assert (name, "mlx opens no encoders" in reason) == ("torch", True)
+    assert choose_backend(load("", "task=embedding", "backend=mlx"), **apple)[0] == "mlx"
 
 
 @pytest.mark.parametrize(("backend", "missing"), [("torch", "peft"), ("mlx", "mlx_lm")])

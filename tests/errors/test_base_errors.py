@@ -266,8 +266,9 @@ FILES = {
     },
     "another vocabulary": {
         "arrange": settings(vocab_size=100),
-        "code": "incomplete-weights",
-        "words": "shape",
+        "exit": 3,
+        "code": "token-without-row",
+        "words": "rows for 0 to 99",
     },
 }
 

@@ -116,4 +116,5 @@ def request() -> dict[str, Any]:
         "generation_prompt": False,
         "room": 99,
         "tokens": {},
+        "day": "",
     }

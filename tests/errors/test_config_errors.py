@@ -333,9 +333,9 @@ CONTRADICTIONS = {
         "code": ["torch-no-fp16", "out-of-range", "unknown-key", "out-of-range"],
     },
     "several refusals at once": {
-        "text": LEAST + "task: reward\ntraining: {relora_steps: 5, precision: fp16}\n",
+        "text": LEAST + "task: vision\ntraining: {relora_steps: 5, precision: fp16}\n",
         "argv": "check --backend mlx",
-        "code": ["mlx-no-reward", "mlx-no-fp16", "mlx-no-relora"],
+        "code": ["mlx-no-vision", "mlx-no-fp16", "mlx-no-relora"],
     },
 }
 

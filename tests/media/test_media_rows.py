@@ -45,6 +45,38 @@ def llava(words: str, **columns: Any) -> dict[str, Any]:
         turns({"type": "image"}, text("Alike?"), {"type": "image"}, images=["cat.png", {"path": "dog.png"}]),
         llava("<image>\nAlike?\n<image>", image=["cat.png", "dog.png"]),
         llava("<image>Alike?<image>", images=["cat.png", "dog.png"]),
+        # As tables hold them: JSON text, an object of lists, the nulls of a common schema.
+        llava("<image>Alike?<image>", images='["cat.png", "dog.png"]', image=None),
+        llava("<image>Alike?<image>", images={"path": ["cat.png", "dog.png"], "bytes": [None, None]}),
+        {
+            "conversations": json.dumps(llava("<image>Alike?<image>")["conversations"]),
+            "images": ["cat.png", "dog.png"],
+        },
+        turns(
+            {"type": "image", "path": "cat.png", "text": None},
+            text("Alike?"),
+            {"type": "image", "path": "dog.png"},
+        ),
+        {
+            "messages": [
+                {"role": None, "content": None, "from": "human", "value": "<image>Alike?<image>"},
+                {"role": None, "content": None, "from": "gpt", "value": "Yes."},
+            ],
+            "images": ["cat.png", "dog.png"],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": {
+                        "type": ["image", "text", "image"],
+                        "path": ["cat.png", None, "dog.png"],
+                        "text": [None, "Alike?", None],
+                    },
+                },
+                {"role": "assistant", "content": "Yes."},
+            ]
+        },
     ],
 )
 def test_every_way_to_write_two_pictures_is_the_same_turn(row: dict[str, Any]) -> None:

@@ -171,8 +171,10 @@ def test_stock_peft_gives_the_live_logits_of_text_and_of_all_senses(
     folder = save(session, plan, tiny_gemma4, tmp_path / "adapter")
     stock = PeftModel.from_pretrained(untouched(tiny_gemma4, auto), folder).eval()
     plain = outputs(untouched(tiny_gemma4))
+    # The scales of rsLoRA and of two ranks are in B of the saved file, each entry rounded once more.
+    within = 1e-4 if lora.get("use_rslora") else 2e-5
     for live, reloaded, base in zip(outputs(session.model), outputs(stock), plain, strict=True):
-        torch.testing.assert_close(live, reloaded, rtol=0, atol=2e-5)
+        torch.testing.assert_close(live, reloaded, rtol=0, atol=within)
         assert (live - base).abs().max() > 1e-3
 
 

@@ -62,8 +62,9 @@ def chosen_tokens(logits: Array, chances: Array, temperature: float) -> Array:
 
     It is the first that lifts the sum of the shares up to it above the number: uniform numbers make that a sample.
     """
-    scaled = logits.astype(np.float64) / temperature
-    sums = np.exp(scaled - scaled.max(axis=-1, keepdims=True)).cumsum(axis=-1)
+    scaled = logits if temperature == 1.0 else logits / np.float32(temperature)
+    # The terms are float32, as the logits are; their sum over a vocabulary is not.
+    sums = np.exp(scaled - scaled.max(axis=-1, keepdims=True)).cumsum(axis=-1, dtype=np.float64)
     wanted = chances * sums[:, -1]
     found = [row.searchsorted(number, side="right") for row, number in zip(sums, wanted, strict=True)]
     return np.minimum(found, logits.shape[1] - 1).astype(np.int32)

@@ -9,7 +9,7 @@ from attrs import frozen
 
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import LORA_RULES, SHARDING_RULES
-from soup_xb.core.config.run_rules import REWARD_RULES, RUN_RULES, STREAMING_RULES
+from soup_xb.core.config.run_rules import REWARD_RULES, RUN_RULES, STREAMING_RULES, reads_pattern
 from soup_xb.core.config.schema import KEYS, Config, value_of
 from soup_xb.core.errors import Problem
 from soup_xb.core.tasks import tasks_with
@@ -139,6 +139,8 @@ OVERRULED = (
 
 def counts(config: Config, key: str) -> bool:
     """Whether a key means something beside the other values of this config."""
+    if key == "training.answer_pattern" and not reads_pattern(config):
+        return False
     return all(dependence.met(config) for dependence in DEPENDENCES + OVERRULED if dependence.key == key)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import Rule, excluded
-from soup_xb.core.config.schema import value_of
+from soup_xb.core.config.schema import Config, value_of
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.tasks import TASKS, readers
@@ -327,11 +327,15 @@ def _pattern_is_one(loaded: LoadedConfig) -> Iterator[Problem]:
         yield from error.problems
 
 
+def reads_pattern(config: Config) -> bool:
+    """Whether one of the rewards looks for `training.answer_pattern`."""
+    return bool(set(config.training.rewards) & set(BUILT_IN))
+
+
 def _pattern_is_read(loaded: LoadedConfig) -> Iterator[Problem]:
-    training = loaded.config.training
     if "training.answer_pattern" not in loaded.written or not TASKS[loaded.config.task].samples:
         return
-    if not set(training.rewards) & set(BUILT_IN):
+    if not reads_pattern(loaded.config):
         yield Problem(
             "key-without-effect",
             "has no effect without the reward `exact-match` or `format`",

@@ -389,7 +389,12 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[Source, list[str]]]:
 def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
     for number, raw in enumerate(file, start=1):
         line = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
-        yield decoded(line, Source(str(path), number))
+        try:
+            text = "" if number == 1 else line.decode("utf-8")
+        except UnicodeDecodeError:
+            text = ""
+        # Whatever is wrong with the bytes is told there; the first line tells other encodings.
+        yield text or decoded(line, Source(str(path), number))
 
 
 def _check_columns(names: list[str], source: Source) -> None:
