@@ -85,12 +85,9 @@ class _PaddedBatch:
         for row, prompt in enumerate(prompts):
             self._prompts[row, longest - len(prompt) :] = prompt
         self._padding = mx.array([longest - len(prompt) for prompt in prompts])
+        # The position of each row's next token, (rows,); negative inside the padding.
+        self.offset = -self._padding
         self._layers = [_LayerCache(self) for _ in model.layers]
-
-    @property
-    def offset(self) -> mx.array:
-        """The position of each row's next token, (rows,); negative inside the padding."""
-        return self.length - self._padding
 
     def read_prompts(self) -> Array:
         """The logits (rows, vocabulary) that follow the prompts."""
@@ -119,6 +116,7 @@ class _PaddedBatch:
     def _hidden(self, tokens: Array) -> mx.array:
         hidden: mx.array = self._model.model(mx.array(tokens), self._layers)
         self.length += tokens.shape[1]
+        self.offset = self.length - self._padding
         return hidden
 
 
