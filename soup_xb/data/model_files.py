@@ -99,12 +99,14 @@ def read_as_it_stands(folder: Path) -> None:
 def older_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json of transformers 5 in the words of transformers 4, which both read alike.
 
-    >>> older_spelling({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]})
-    {'tokenizer_class': 'PreTrainedTokenizerFast', 'additional_special_tokens': ['<a>']}
+    >>> older_spelling({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]})["tokenizer_class"]
+    'PreTrainedTokenizerFast'
     """
     older = dict(settings)
     if older.get("tokenizer_class") == "TokenizersBackend":
         older["tokenizer_class"] = ANY_CLASS
+        # What transformers 5 takes without the key; transformers 4 adds token types, which `generate` refuses.
+        older.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(older.get("extra_special_tokens"), list):
         extra = older.pop("extra_special_tokens")
         if extra and not older.get("additional_special_tokens"):
