@@ -170,19 +170,21 @@ def read_mlx_lm(folder: Path, model_type: str) -> tuple[AdapterPlan, Factors]:
 
 
 def _mlx_lm_name(name: str, model_type: str, folder: Path) -> str:
-    _check_name(name, model_type, folder)
     ours, theirs = _PLACES.get(model_type, ("", ""))
-    if not name.startswith(ours):
-        raise _no_counterpart(f"`{name}` lies outside of `{model_type}`'s language model", folder)
-    return theirs + name.removeprefix(ours)
+    return _moved(name, (ours, theirs), model_type, folder)
 
 
 def _transformers_name(name: str, model_type: str, folder: Path) -> str:
-    _check_name(name, model_type, folder)
     ours, theirs = _PLACES.get(model_type, ("", ""))
-    if not name.startswith(theirs):
+    return _moved(name, (theirs, ours), model_type, folder)
+
+
+def _moved(name: str, places: tuple[str, str], model_type: str, folder: Path) -> str:
+    """The name in the other library, where the language model lies at the second of the places."""
+    _check_name(name, model_type, folder)
+    if not name.startswith(places[0]):
         raise _no_counterpart(f"`{name}` lies outside of `{model_type}`'s language model", folder)
-    return ours + name.removeprefix(theirs)
+    return places[1] + name.removeprefix(places[0])
 
 
 def _check_name(name: str, model_type: str, folder: Path) -> None:
