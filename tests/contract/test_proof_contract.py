@@ -239,7 +239,7 @@ def test_a_live_layer_that_does_something_else_than_was_written_is_caught(
     if backend == "torch":
         layer.scaling["default"] *= 1.01
     else:
-        layer.scale *= 1.01
+        layer[0].scale *= 1.01
     with pytest.raises(ModelError, match=rf"1 of 14 modules .* `{FIRST}` is off by"):
         proof(session, plan, folder)
 

@@ -85,7 +85,6 @@ REFUSED_ON_MLX = [
     ("training.router_aux_loss_coef=0.01", "router-loss"),
     ("training.relora_steps=5", "relora"),
     ("training.lora.use_vera=true", "vera"),
-    ("training.lora.target_modules=auto+experts", "experts"),
 ]
 
 

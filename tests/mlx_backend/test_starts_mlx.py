@@ -37,7 +37,8 @@ def test_dropout_sees_the_factors_and_not_the_frozen_rest(strategy: str, bias: b
     linear = nn.Linear(24, 16, bias=bias)
     adapter = AdapterModule("q", 16, 24, 4, 8, 2.0)
     start = weight_start(strategy, linear.weight, adapter, MlxAlgebra())
-    layer = StartedLinear(linear, adapter, start)
+    begins = (mx.array(start.a).T, mx.array(start.b).T)
+    layer = StartedLinear(linear, (24, 16, 4), adapter.scale, begins)
     layer.dropout = KeyedDropout(0.5)
     noise = mx.random.normal((24, 4)), mx.random.normal((4, 16))
     layer.lora_a, layer.lora_b = mx.array(start.a).T + noise[0], mx.array(start.b).T + noise[1]
@@ -54,9 +55,9 @@ def test_dropout_sees_the_factors_and_not_the_frozen_rest(strategy: str, bias: b
 
 def test_a_module_without_a_start_has_mlx_lm_s_own_layer(opener: Opener) -> None:
     plain, _ = opener()
-    assert {type(layer) for layer in plain._adapters.layers.values()} == {LoRALinear}
+    assert {type(layer) for (layer,) in plain._adapters.layers.values()} == {LoRALinear}
     session, _ = opener(lora=started("pissa"))
-    assert {type(layer) for layer in session._adapters.layers.values()} == {StartedLinear}
+    assert {type(layer) for (layer,) in session._adapters.layers.values()} == {StartedLinear}
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
@@ -81,7 +82,7 @@ def test_a_base_in_mlx_s_own_format_starts_from_its_dequantized_weights(
     tokens = plan.rows[0].sequences[0].tokens[None]
     np.testing.assert_array_equal(session.logits(tokens), session.logits(tokens, adapter=False))
     adapter = plan.adapters.modules[0]
-    linear = session._adapters.layers[adapter.name].linear
+    linear = session._adapters.layers[adapter.name][0].linear
     assert isinstance(linear, nn.QuantizedLinear)
     weight = np.array(dequantized_weight(linear)).astype(np.float64)
     start = session._adapters.starts[adapter.name]

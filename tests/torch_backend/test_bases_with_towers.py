@@ -93,13 +93,19 @@ def saved(config: Any, folder: Path, tokenizer: Path) -> Path:
 
 
 def stock_logits(base: Path, adapter: Path, tokens: Any) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(base)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+    model = kind.from_pretrained(base, dtype=torch.float32)
     stock = PeftModel.from_pretrained(model, adapter).eval()
     with torch.no_grad():
         return stock(input_ids=torch.tensor(tokens)).logits.numpy()
 
 
-@pytest.mark.parametrize(("config", "told"), [(gemma3, ""), (qwen3_5, "Qwen3_5ForCausalLM is the text part")])
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [(gemma3, ""), (qwen3_5, "Qwen3_5ForCausalLM is the text part"), (qwen2_5_vl, ""), (llava, "")],
+)
 def test_text_trains_and_the_saved_adapter_fits_what_stock_peft_opens(
     attached: Attached, tiny_llama: Path, tmp_path: Path, config: Callable[[], Any], told: str
 ) -> None:
@@ -124,8 +130,6 @@ def test_text_trains_and_the_saved_adapter_fits_what_stock_peft_opens(
 @pytest.mark.parametrize(
     ("config", "code"),
     [
-        (qwen2_5_vl, "not-causal"),
-        (llava, "not-causal"),
         (gemma3_that_looks_ahead, "not-causal"),
         (mllama, "text-part-alone"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from attrs import frozen
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 from safetensors.numpy import save_file
@@ -22,7 +23,8 @@ from soup_xb.core.adapter.pieces import Piece, difference
 from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.starts import Start, random_factor
 from soup_xb.core.base.modules import AdapterModule
-from soup_xb.core.errors import CheckpointError
+from soup_xb.core.base.proven import Part
+from soup_xb.core.errors import CheckpointError, ModelError, Problem
 from soup_xb.core.run.checkpoint import check_pairs, grouped, read_tensors
 
 Factors = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
@@ -32,19 +34,26 @@ Arrays = dict[str, mx.array]
 class Adapters:
     """The adapters of one model, by PEFT's module names.
 
-    `values` are the trained arrays as `module.factor`, in mlx-lm's shapes, in the plan's order.
+    `values` are the trained arrays as `module.factor`, in mlx-lm's shapes, in the plan's order. `layers` are the LoRA
+    layers of each module: several where mlx-lm has its rows in modules of their own, which share one A.
     """
 
     def __init__(
-        self, model: nn.Module, plan: AdapterPlan, places: Mapping[str, str], starts: Mapping[str, Start]
+        self,
+        model: nn.Module,
+        plan: AdapterPlan,
+        places: Mapping[str, tuple[Part, ...]],
+        starts: Mapping[str, Start],
     ) -> None:
         """Wrap the planned modules and begin at `starts`. `places` maps PEFT's to mlx-lm's names."""
         self.plan = plan
         self.model = model
         self.places = {adapter.name: places[adapter.name] for adapter in plan.modules}
-        self.layers: dict[str, Any] = {}
+        self.layers: dict[str, tuple[Any, ...]] = {}
         self.values: Arrays = {}
-        self._linears = {name: submodule(model, place) for name, place in self.places.items()}
+        self._linears = {
+            name: tuple(submodule(model, part.place) for part in parts) for name, parts in self.places.items()
+        }
         self.begin(starts)
 
     def begin(self, starts: Mapping[str, Start]) -> None:
@@ -62,10 +71,13 @@ class Adapters:
     def place(self, values: Mapping[str, mx.array], key: mx.array | None = None) -> None:
         """Put arrays (also those of a trace) into the layers; with a key dropout is on."""
         keys = None if key is None or self.plan.dropout == 0.0 else mx.random.split(key, len(self.layers))
-        for index, (name, layer) in enumerate(self.layers.items()):
-            for factor in self._factor_names():
-                setattr(layer, ATTRIBUTES[factor], values[f"{name}.{factor}"])
-            layer.dropout.set_key(None if keys is None else keys[index])
+        for index, (name, layers) in enumerate(self.layers.items()):
+            magnitude = values.get(f"{name}.lora_magnitude_vector")
+            for layer, share in zip(layers, self.shares(name), strict=True):
+                layer.lora_a, layer.lora_b = share.of(values[f"{name}.lora_A"], values[f"{name}.lora_B"])
+                if magnitude is not None:
+                    layer.m = share.rows(magnitude)
+                layer.dropout.set_key(None if keys is None else keys[index])
 
     def factors(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
         """The adapter as a plain LoRA on the untouched base, float32, in PEFT's shapes: A (rank, in), B (out, rank)."""
@@ -91,7 +103,7 @@ class Adapters:
 
     def check(self, factors: Factors) -> None:
         """Raise ModelError when names or shapes of factors do not fit."""
-        shapes = {name: tuple(reversed(array.shape)) for name, array in self.values.items()}
+        shapes = {name: factor_to_numpy(array).shape for name, array in self.values.items()}
         check_factors(shapes, _flat(factors))
 
     def load(self, factors: Factors) -> None:
@@ -105,41 +117,84 @@ class Adapters:
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Inside, the model is the base."""
-        for name, layer in self.layers.items():
-            replace_module(self.model, self.places[name], layer.linear)
+        self.detach_layers()
         try:
             yield
         finally:
-            for name, layer in self.layers.items():
-                replace_module(self.model, self.places[name], layer)
+            for name, layers in self.layers.items():
+                for part, layer in zip(self.places[name], layers, strict=True):
+                    replace_module(self.model, part.place, layer)
+
+    def detach_layers(self) -> None:
+        """Put the base's own modules back; the layers stay known."""
+        for name, layers in self.layers.items():
+            for part, layer in zip(self.places[name], layers, strict=True):
+                replace_module(self.model, part.place, layer.linear)
 
     def detach(self) -> None:
         """Take the layers off for good."""
-        for name, layer in self.layers.items():
-            replace_module(self.model, self.places[name], layer.linear)
+        self.detach_layers()
         self.layers = {}
+
+    def shares(self, name: str) -> tuple[Share, ...]:
+        """Which rows of a module each of its layers has."""
+        return shares_of(self.places[name], self._linears[name])
+
+    def without_dropout(self, model_type: str) -> tuple[Problem, ...]:
+        """What to know of a dropout that some layers do not have, as PEFT's of 3-D weights have none."""
+        bare = [name for name, layers in self.layers.items() if not isinstance(layers[0], DROPS)]
+        if self.plan.dropout == 0 or not bare:
+            return ()
+        text = (
+            f"{model_type}: dropout {self.plan.dropout:g} is off on {len(bare)} weights of experts and of latent "
+            f"attention, first `{bare[0]}`, and stays on {len(self.layers) - len(bare)} other modules"
+        )
+        return (Problem("expert-dropout", text),)
 
     def _factor_names(self) -> tuple[str, ...]:
         return ("lora_A", "lora_B", "lora_magnitude_vector") if self.plan.use_dora else ("lora_A", "lora_B")
 
     def _wrap(self, adapter: AdapterModule) -> None:
-        linear, start = self._linears[adapter.name], self.starts.get(adapter.name)
-        layer = self._layer(adapter, linear)
-        layer.dropout = KeyedDropout(self.plan.dropout)
-        layer.lora_a = factor_from_numpy(start.a if start else random_factor(adapter, self.plan.seed))
-        layer.lora_b = factor_from_numpy(
-            start.b if start else np.zeros((adapter.out_features, adapter.rank), np.float32)
-        )
-        self.layers[adapter.name] = layer
-        for factor in self._factor_names():
-            self.values[f"{adapter.name}.{factor}"] = getattr(layer, ATTRIBUTES[factor])
-        replace_module(self.model, self.places[adapter.name], layer)
-        linear.freeze()
+        linears, start = self._linears[adapter.name], self.starts.get(adapter.name)
+        a = factor_from_numpy(start.a if start else random_factor(adapter, self.plan.seed))
+        b = factor_from_numpy(start.b if start else np.zeros(adapter.b_shape, np.float32))
+        self.values |= {f"{adapter.name}.lora_A": a, f"{adapter.name}.lora_B": b}
+        layers, magnitudes = [], []
+        for linear, share in zip(linears, self.shares(adapter.name), strict=True):
+            # A compiled step takes constants that are known, and that are no arguments of it.
+            begins = None
+            if start is not None:
+                begins = share.of(factor_from_numpy(start.a), factor_from_numpy(start.b))
+                mx.eval(begins)
+            layer = self._layer(adapter, linear, share, begins)
+            layer.dropout = KeyedDropout(self.plan.dropout)
+            layer.lora_a, layer.lora_b = share.of(a, b)
+            replace_module(self.model, share.part.place, layer)
+            linear.freeze()
+            layers.append(layer)
+            magnitudes += [layer.m] if self.plan.use_dora else []
+        if magnitudes:
+            self.values[f"{adapter.name}.lora_magnitude_vector"] = mx.concatenate(magnitudes)
+        self.layers[adapter.name] = tuple(layers)
 
-    def _layer(self, adapter: AdapterModule, linear: Any) -> Any:
-        if start := self.starts.get(adapter.name):
-            return StartedLinear(linear, adapter, start)
-        sizes = (adapter.in_features, adapter.out_features, adapter.rank)
+    def _layer(
+        self, adapter: AdapterModule, linear: Any, share: Share, start: tuple[mx.array, mx.array] | None
+    ) -> Any:
+        if share.part.heads and self.plan.use_dora:
+            raise ModelError(
+                "dora-on-heads",
+                f"`{adapter.name}` is a matrix for each head in mlx-lm, which has no DoRA",
+                where="training.lora.use_dora",
+                help="name modules that leave it out, remove `use_dora`, or run with --backend torch.",
+            )
+        if share.part.heads:
+            return HeadsLora(linear, adapter.scale, share.part.heads, start)
+        if adapter.experts:
+            return ExpertLora(linear, adapter.scale, start)
+        sizes = (adapter.in_features, share.count, adapter.rank)
+        if start is not None:
+            return StartedLinear(linear, sizes, adapter.scale, start)
+        layer: Any
         if self.plan.use_dora:
             layer = DoRALinear(*sizes, 0.0, adapter.scale)
             layer.set_linear(linear)
@@ -147,6 +202,128 @@ class Adapters:
             layer = LoRALinear(*sizes, 0.0, adapter.scale)
             layer.linear = linear
         return layer
+
+
+@frozen(eq=False)
+class Share:
+    """Which of a module's rows one of its places in mlx-lm holds: `count` from `first` on, or every `step`-th.
+
+    `scales` multiply the rows there, (count,), where mlx-lm keeps them scaled; None for 1.
+    """
+
+    part: Part
+    first: int
+    count: int
+    step: int = 1
+    scales: mx.array | None = None
+
+    def of(self, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        """A and B of the layer there, out of the module's: (…, in, rank) and (…, rank, rows)."""
+        if self.part.heads:
+            return a, self._of_heads(b)
+        if self.part.turned and a.ndim == 3:
+            # PEFT takes the outputs for the inputs.
+            return b.swapaxes(-1, -2), self._cut(a.swapaxes(-1, -2))
+        return a, self._cut(b)
+
+    def back(self, weights: mx.array) -> mx.array:
+        """The rows of the module's own weight that are at the place, (…, count, in): heads one after the other."""
+        if self.part.heads == "keys":
+            weights = weights.swapaxes(-1, -2)
+        return weights if self.scales is None else weights / self.scales[:, None]
+
+    def rows(self, values: mx.array) -> mx.array:
+        """Of values of each row (rows,) those of the place."""
+        return self._cut(values)
+
+    def _cut(self, b: mx.array) -> mx.array:
+        whole = self.count == b.shape[-1]
+        cut = b if whole else b[..., self.first : self.first + self.count * self.step : self.step]
+        return cut if self.scales is None else cut * self.scales
+
+    def _of_heads(self, b: mx.array) -> mx.array:
+        """(rank, heads * (keys + values)) -> (heads, rank, count)."""
+        heads = self.count // self.step
+        each = b.reshape(b.shape[0], heads, -1).swapaxes(0, 1)
+        return each[..., : self.step] if self.part.heads == "keys" else each[..., -self.step :]
+
+
+def shares_of(parts: tuple[Part, ...], linears: tuple[Any, ...]) -> tuple[Share, ...]:
+    """The rows that each of a module's places holds; `linears` are the modules there."""
+    shares, first = [], 0
+    for part, linear in zip(parts, linears, strict=True):
+        shape = linear.weight.shape
+        scales = getattr(linear, "_row_scales", None)
+        if part.heads:
+            # Of `count` rows in all each head has `step`.
+            width = multi_linear_sides(linear)[1 if part.heads == "keys" else 0]
+            shares.append(Share(part, 0, shape[0] * width, width))
+            continue
+        count = shape[-2]
+        step = part.of if part.interleaved else 1
+        shares.append(Share(part, part.index if part.interleaved else first, count, step, scales))
+        first += count
+    return tuple(shares)
+
+
+def multi_linear_sides(linear: Any) -> tuple[int, int]:
+    """(out, in) of each head's matrix, of a quantized one too."""
+    _, out, width = linear.weight.shape
+    return out, width * 32 // linear.bits if "scales" in linear else width
+
+
+class HeadsLora(nn.Module):
+    """LoRA on one half of a latent attention's `kv_b_proj`, which mlx-lm keeps as a matrix for each head.
+
+    `embed_q` are the rows of the keys, turned: (heads, latent, keys). `unembed_out` those of the values:
+    (heads, values, latent). A is (latent, rank), `lora_b` (heads, rank, keys or values).
+    """
+
+    def __init__(self, linear: Any, scale: float, half: str, start: tuple[mx.array, mx.array] | None) -> None:
+        """Wrap `linear`; the factors are set later."""
+        super().__init__()
+        self.linear, self.scale, self.half = linear, scale, half
+        self._start = start
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        """(…, heads or 1, length, in) -> (…, heads, length, out)."""
+        a, b = _beside(self.lora_a, self.lora_b, self._start)
+        turned = self.half == "keys" and transpose
+        added = (x @ b.swapaxes(-1, -2)) @ a.T if turned else (x @ a) @ b
+        return self.linear(x, transpose=transpose) + (self.scale * added).astype(x.dtype)
+
+
+class ExpertLora(nn.Module):
+    """LoRA on a stack of experts: A (experts, in, rank), B (experts, rank, out)."""
+
+    def __init__(self, linear: Any, scale: float, start: tuple[mx.array, mx.array] | None) -> None:
+        """Wrap `linear`; the factors are set later."""
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self._start = start
+
+    def added_weight(self) -> mx.array:
+        """What the layer adds to a weight (experts, in, out)."""
+        a, b = _beside(self.lora_a, self.lora_b, self._start)
+        return self.scale * (a @ b)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """What mlx-lm's SwitchLinear gives, and what the experts of `indices` add."""
+        a, b = _beside(self.lora_a, self.lora_b, self._start)
+        down = mx.gather_mm(x, a, rhs_indices=indices, sorted_indices=sorted_indices)
+        added = mx.gather_mm(down, b, rhs_indices=indices, sorted_indices=sorted_indices)
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        return y + (self.scale * added).astype(x.dtype)
+
+
+DROPS = (LoRALinear, DoRALinear)
+
+
+def _beside(a: mx.array, b: mx.array, start: tuple[mx.array, mx.array] | None) -> tuple[mx.array, mx.array]:
+    """A and B; beside a start [A, A - A0] and [B - B0; B0], whose product is B A - B0 A0."""
+    if start is None:
+        return a, b
+    return mx.concatenate([a, a - start[0]], axis=-1), mx.concatenate([b - start[1], start[1]], axis=-2)
 
 
 def _flat(factors: Factors) -> dict[str, np.ndarray[Any, Any]]:
@@ -187,12 +364,14 @@ class StartedLinear(LoRALinear):
     layer adds scale ((B - B0) A + B0 (A - A0)): the same function and the same gradients, exactly zero at the start.
     """
 
-    def __init__(self, linear: Any, adapter: AdapterModule, start: Start) -> None:
-        """Wrap `linear`; the factors, `lora_a` (in, rank) and `lora_b` (rank, out), are set later."""
-        super().__init__(adapter.in_features, adapter.out_features, adapter.rank, 0.0, adapter.scale)
+    def __init__(
+        self, linear: Any, sizes: tuple[int, int, int], scale: float, start: tuple[mx.array, mx.array]
+    ) -> None:
+        """Wrap `linear` of `sizes` (in, out, rank); the factors, (in, rank) and (rank, out), are set later."""
+        super().__init__(*sizes, 0.0, scale)
         self.linear = linear
         # Underscores keep them out of the parameters: they are constants, as the base's weights are.
-        self._start_a, self._start_b = factor_from_numpy(start.a), factor_from_numpy(start.b)
+        self._start_a, self._start_b = start
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in_features) -> (…, out_features).
@@ -208,18 +387,16 @@ class StartedLinear(LoRALinear):
         return self.linear(x) + (self.scale * (down @ up)).astype(x.dtype)
 
 
-ATTRIBUTES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
-
-
 def factor_to_numpy(array: mx.array) -> np.ndarray[Any, Any]:
-    """A factor (or a moment of it) as float32 in PEFT's shape: A (rank, in), B (out, rank)."""
+    """A factor (or a moment of it) as float32 in PEFT's shape: A (…, rank, in), B (…, out, rank)."""
     plain = np.array(array.astype(mx.float32), copy=True)
-    return np.ascontiguousarray(plain.T)
+    return np.ascontiguousarray(plain.swapaxes(-1, -2) if plain.ndim > 1 else plain)
 
 
 def factor_from_numpy(array: np.ndarray[Any, Any]) -> mx.array:
     """A factor in PEFT's shape as mlx-lm keeps it."""
-    return mx.array(np.ascontiguousarray(np.asarray(array, dtype=np.float32).T))
+    plain = np.asarray(array, dtype=np.float32)
+    return mx.array(np.ascontiguousarray(plain.swapaxes(-1, -2) if plain.ndim > 1 else plain))
 
 
 def walk(module: Any, name: str = "") -> Iterator[tuple[str, nn.Module]]:

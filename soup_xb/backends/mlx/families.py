@@ -1,304 +1,465 @@
-"""One config, two readings: what transformers means by a config.json, in mlx-lm's spelling.
+"""How mlx-lm is told what transformers means, for each model type: fields of config.json, weights, and patches.
 
-Every field of the config class is accounted for: read by mlx-lm, held at the value that mlx-lm's code has built
-in, or of no weight. Any other is refused by name, so that a base is never trained as another model.
+`translate` gives a config as mlx-lm spells it. Which types are equal then, and for which values of which fields, is not
+said here: `tests/families/prove.py` finds out by numbers (soup_xb.core.base.proven).
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from functools import partial
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import transformers
-from attrs import evolve, field, frozen
+from attrs import frozen
 
-from soup_xb.backends.mlx.rope import Rope, read_rope, refused, spell_rope
-from soup_xb.core.base.folder import BaseFolder, unknown_type
-from soup_xb.core.base.layers import layer_settings
-from soup_xb.core.base.rope import RopeScaling
-from soup_xb.core.config.support import feature_refusal
-from soup_xb.core.disk import foreign_errors
-from soup_xb.core.errors import ConfigError, ModelError
+from soup_xb.backends.mlx import patches
+from soup_xb.backends.mlx.patches import Patch
 
-_SIZES = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
-)  # fmt: skip
-# Training-time dropout of the base is off on both engines; the rest is about tokens, output and bookkeeping.
-_WEIGHTLESS = {
-    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
-    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "initializer_range",
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "attention_dropout",
-    "resid_pdrop", "embd_pdrop", "_name_or_path", "output_attentions", "max_window_layers", "rope_parameters",
-    "no_rope_layer_interval", "_sliding_window_pattern", "head_dim", "layer_types", "sliding_window",
-}  # fmt: skip
-
-
-@frozen
-class Family:
-    """How mlx-lm's code of a model type relates to transformers'.
-
-    `reads` are further fields of the same name and meaning; `fixed` are built-in values. `scores` says whether
-    transformers has a sequence classification with a scalar head for the type.
-    """
-
-    module: str
-    reads: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(factory=dict)
-    ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    scores: bool = True
-
-
-_SILU = {"hidden_act": "silu"}
-_FULL = {"use_sliding_window": False}
-_GELU = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "attention_bias": False}
-FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", ("attention_bias", "mlp_bias", "head_dim"), _SILU),
-    "mistral": Family("llama", ("head_dim",), _SILU),
-    "qwen2": Family("qwen2", (), {**_SILU, **_FULL}),
-    "qwen3": Family("qwen3", ("head_dim",), {**_SILU, **_FULL, "attention_bias": False}),
-    "smollm3": Family(
-        "smollm3", ("attention_bias", "mlp_bias", "no_rope_layers", "head_dim"), {**_SILU, **_FULL}
-    ),
-    "olmo2": Family("olmo2", ("attention_bias", "head_dim"), _SILU),
-    "granite": Family(
-        "granite",
-        (
-            "attention_bias", "mlp_bias", "logits_scaling", "attention_multiplier", "embedding_multiplier",
-            "residual_multiplier",
-        ),
-        _SILU,
-        scores=False,
-    ),
-    "phi3": Family(
-        "phi3",
-        ("original_max_position_embeddings",),
-        _SILU,
-        ("default", "linear", "longrope"),
-    ),
-    "gemma2": Family(
-        "gemma2",
-        ("head_dim", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-        {**_GELU, "use_bidirectional_attention": None},
-        ("default",),
-    ),
-    "gemma3_text": Family(
-        "gemma3_text",
-        ("head_dim", "query_pre_attn_scalar"),
-        {
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attention_bias": False,
-            "use_bidirectional_attention": False,
-            "final_logit_softcapping": None,
-            "attn_logit_softcapping": None,
-        },
-    ),
-}  # fmt: skip
+Config = dict[str, Any]
+Weights = dict[str, mx.array]
+# A value, or what gives it from the text model's config.
+Field = Any | Callable[[Config], Any]
 
 
 @frozen(eq=False)
-class Reading:
-    """A base in mlx-lm's terms.
+class Family:
+    """One model type's row; an empty one is told by the shared translation alone.
 
-    `arguments` are those of mlx-lm's ModelArgs, `ropes` the rotary embedding that each block must have (None:
-    none), `longest` the row length up to which mlx-lm computes what transformers does (0: any) and why.
-    `stretched` are the `rope_parameters` that a config asked for instead of the base's own. `pad_id` is the id that the
-    config pads with, and `scores` as in `Family`.
+    `module` is mlx-lm's, where it has not the type's name. `fields` are added to the text model's config, `top` to the
+    whole config. `scaled`: mlx-lm multiplies rows of some weights, so that adapters there have to be multiplied too.
+    `weights` changes what the files hold before mlx-lm's own `sanitize` sees it. `kept` are tensors, by
+    the end of their names in the files and in the model, that `sanitize` would drop.
     """
 
-    module: str
-    arguments: dict[str, Any]
-    ropes: tuple[Rope | None, ...]
-    head_dim: int
-    longest: int
-    longest_because: str
-    tied: bool
-    layer_settings: dict[str, Any]
-    pad_id: int | None = None
-    scores: bool = True
-    stretched: Mapping[str, Any] | None = None
-
-    def build(self) -> Any:
-        """The model with random weights that are not computed until asked for."""
-        code = importlib.import_module(f"mlx_lm.models.{self.module}")
-        model = code.Model(code.ModelArgs(**self.arguments))
-        if self.module == "gemma3_text" and self.tied:
-            # Its ModelArgs has no such field: it ties the head when it is shown weights without one.
-            model.sanitize({})
-        return model
+    module: str = ""
+    fields: Mapping[str, Field] = {}
+    top: Callable[[Config], Config] | None = None
+    weights: tuple[Callable[[Weights, Config], Weights], ...] = ()
+    kept: Mapping[str, str] = {}
+    patches: tuple[Patch, ...] = ()
+    scaled: bool = False
 
 
-def read_base(folder: BaseFolder, scaling: RopeScaling | None = None) -> Reading:
-    """Translate a base's config, its positions stretched where that is asked for.
-
-    Raises ModelError naming the first field that mlx-lm would read otherwise.
-    """
-    where = str(folder.path / "config.json")
-    if folder.is_encoder:
-        raise _not_opened("base=an encoder", folder, where)
-    config = _parse(folder)
-    if scaling is not None:
-        longest = config.max_position_embeddings
-        config.rope_parameters = scaling.of(config.rope_parameters, longest, where)
-    family = FAMILIES.get(folder.model_type)
-    if family is None:
-        raise _not_opened("base=a model type without proof", folder, where)
-    _check_fields(config, family, where)
-    arguments = {name: getattr(config, name) for name in (*_SIZES, *family.reads) if hasattr(config, name)}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    with foreign_errors(partial(unreadable_config, folder)):
-        ropes, longest, because = _translate_layers(config, family, arguments, head_dim, where)
-    return Reading(
-        module=family.module,
-        arguments=arguments,
-        ropes=ropes,
-        head_dim=head_dim,
-        longest=longest,
-        longest_because=because,
-        tied=bool(config.tie_word_embeddings),
-        layer_settings=layer_settings(config.to_dict()),
-        pad_id=config.pad_token_id,
-        scores=family.scores,
-        stretched=None if scaling is None else config.rope_parameters,
-    )
+def translate(config: Mapping[str, Any], family: Family) -> Config:
+    """A config of transformers 5 as mlx-lm spells it."""
+    whole: Config = {**config}
+    if isinstance(whole.get("text_config"), dict):
+        text = whole["text_config"] = {**whole["text_config"]}
+        if "tie_word_embeddings" in whole:
+            text["tie_word_embeddings"] = whole["tie_word_embeddings"]
+        whole.setdefault("vocab_size", text.get("vocab_size"))
+    for part in (whole, whole.get("text_config")):
+        if isinstance(part, dict):
+            if "num_local_experts" in part:
+                part.setdefault("num_experts", part["num_local_experts"])
+            _spell_ropes(part)
+    text = text_config(whole)
+    for name, value in family.fields.items():
+        text[name] = value(text) if callable(value) else value
+    return family.top(whole) if family.top else whole
 
 
-def _not_opened(row: str, folder: BaseFolder, where: str) -> ConfigError:
-    problem = feature_refusal(row, "mlx", where)
-    assert problem is not None
-    return ConfigError.of([evolve(problem, message=f"{problem.message}; this is `{folder.model_type}`")])
+def text_config(config: Config) -> Config:
+    """The text model's part of a config, which is all of it where there is no other."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
-def _parse(folder: BaseFolder) -> Any:
-    if folder.model_type not in transformers.CONFIG_MAPPING:
-        raise unknown_type(folder, transformers.__version__)
-    plain = {
-        key: value
-        for key, value in folder.config.items()
-        if key not in ("quantization", "quantization_config", "auto_map")
+def _spell_ropes(part: Config) -> None:
+    """`rope_parameters` in the spelling before transformers 5; of one for each kind of layer the global one."""
+    parameters = part.get("rope_parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        return
+    distant = parameters
+    if all(isinstance(each, dict) for each in parameters.values()):
+        distant = parameters.get("full_attention") or next(iter(parameters.values()))
+        if "sliding_attention" in parameters:
+            part["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
+    part["rope_theta"] = distant.get("rope_theta")
+    part["rope_scaling"] = spelled_scaling(distant)
+    if "partial_rotary_factor" in distant:
+        part["partial_rotary_factor"] = distant["partial_rotary_factor"]
+
+
+def spelled_scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`rope_scaling` of an entry of `rope_parameters`; None for the default kind."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return None
+    told = {name: value for name, value in parameters.items() if value is not None and name != "rope_theta"}
+    return {**told, "type": kind, "rope_type": kind}
+
+
+def _renamed(*pairs: tuple[str, str]) -> Callable[[Weights, Config], Weights]:
+    """Parts of names replaced by others."""
+
+    def change(weights: Weights, _config: Config) -> Weights:
+        renamed = {}
+        for name, array in weights.items():
+            for old, new in pairs:
+                name = name.replace(old, new)
+            renamed[name] = array
+        return renamed
+
+    return change
+
+
+def _without(*parts: str) -> Callable[[Weights, Config], Weights]:
+    """Without the tensors whose names hold one of the parts."""
+    return lambda weights, _config: {
+        name: array for name, array in weights.items() if not any(part in name for part in parts)
     }
-    with foreign_errors(partial(unreadable_config, folder)):
-        return transformers.CONFIG_MAPPING[folder.model_type].from_dict(plain)
 
 
-def unreadable_config(folder: BaseFolder, reason: str) -> ModelError:
-    """The error for a config that a library could not make a model of, with its words."""
-    return ModelError(
-        "unreadable-base",
-        f"transformers and mlx-lm cannot read the config: {reason}",
-        where=str(folder.path / "config.json"),
-        help="download the base again.",
-    )
+def _dense_layers(config: Config) -> int:
+    return list(config["mlp_layer_types"]).count("dense")
 
 
-def _check_fields(config: Any, family: Family, where: str) -> None:
-    for name, value in family.fixed.items():
-        if getattr(config, name, value) != value:
-            raise refused(where, f"{name}: {getattr(config, name)}")
-    known = {*_SIZES, *family.reads, *family.fixed, *_WEIGHTLESS}
-    plain = type(config)().to_dict()
-    for name, value in config.to_dict().items():
-        if name in plain and name not in known and value != plain[name]:
-            raise refused(where, f"{name}: {value}")
+def _first_global(config: Config) -> int:
+    return list(config["layer_types"]).index("full_attention") + 1
 
 
-def _translate_layers(
-    config: Any, family: Family, arguments: dict[str, Any], head_dim: int, where: str
-) -> tuple[tuple[Rope | None, ...], int, str]:
-    """Rotary embeddings, windows and layer kinds; adds mlx-lm's spelling of them to `arguments`."""
-    parameters = config.rope_parameters or {}
-    if family.module == "gemma3_text":
-        return _translate_gemma3(config, arguments, head_dim, where), 0, ""
-    kind = parameters.get("rope_type", "default")
-    if kind not in family.ropes:
-        raise refused(where, f"rope_parameters.rope_type: {kind}")
-    if kind == "longrope" and not parameters.get("factor"):
-        factor = config.max_position_embeddings / parameters["original_max_position_embeddings"]
-        parameters = {**parameters, "factor": factor}
-    partial = parameters.get("partial_rotary_factor")
-    if family.module == "phi3":
-        arguments["partial_rotary_factor"] = partial or 1.0
-    elif partial not in (None, 1.0):
-        raise refused(where, f"rope_parameters.partial_rotary_factor: {partial}")
-    rope = read_rope(parameters, head_dim, where)
-    arguments["rope_theta"] = float(parameters["rope_theta"])
-    arguments["rope_scaling"] = spell_rope(parameters)
-    if family.module == "phi3" and kind == "linear":
-        # Its ModelArgs asks for the key whatever the kind.
-        arguments["rope_scaling"]["long_factor"] = None
-    if family.module == "gemma2":
-        del arguments["rope_scaling"], arguments["tie_word_embeddings"], arguments["max_position_embeddings"]
-    used = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
-    longest, because = rope.longest, "its rope changes beyond that"
-    window = getattr(config, "sliding_window", None)
-    if window and not longest:
-        longest, because = window, "mlx-lm does not build its sliding window"
-    if window and longest > window:
-        longest, because = window, "mlx-lm does not build its sliding window"
-    return tuple(rope if one else None for one in used), longest, because
+def _falcon_multipliers(weights: Weights, config: Config) -> Weights:
+    """mlx-lm folds the multipliers into the weights, but for these two."""
+    folded = {"k_proj.weight": "key_multiplier", "v_proj.weight": "attention_in_multiplier"}
+    for name in weights:
+        for end, multiplier in folded.items():
+            if name.endswith(end):
+                weights[name] = weights[name] * config[multiplier]
+    return weights
 
 
-def _translate_gemma3(
-    config: Any, arguments: dict[str, Any], head_dim: int, where: str
-) -> tuple[Rope | None, ...]:
-    local = config.rope_parameters["sliding_attention"]
-    distant = config.rope_parameters["full_attention"]
-    if local.get("rope_type", "default") != "default":
-        raise refused(where, f"rope_parameters.sliding_attention.rope_type: {local['rope_type']}")
-    if distant.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
-        raise refused(where, f"rope_parameters.full_attention.rope_type: {distant['rope_type']}")
-    arguments["sliding_window_pattern"] = _pattern(config.layer_types, where)
-    arguments["sliding_window"] = config.sliding_window
-    arguments["rope_local_base_freq"] = float(local["rope_theta"])
-    arguments["rope_theta"] = float(distant["rope_theta"])
-    arguments["rope_scaling"] = spell_rope(distant)
-    del arguments["tie_word_embeddings"]
-    kinds = {"sliding_attention": local, "full_attention": distant}
-    read = {name: read_rope(parameters, head_dim, where) for name, parameters in kinds.items()}
-    return tuple(read[kind] for kind in config.layer_types)
+def _gpt_oss_experts(weights: Weights, _config: Config) -> Weights:
+    """Rows of gate and up take turns, and the stacks are (experts, in, out)."""
+    told: Weights = {}
+    for name, array in weights.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf in ("gate_up_proj", "gate_up_proj_bias"):
+            rows = array if leaf.endswith("bias") else array.swapaxes(-1, -2)
+            end = "bias" if leaf.endswith("bias") else "weight"
+            told[f"{stem}.gate_proj.{end}"] = mx.contiguous(rows[:, ::2])
+            told[f"{stem}.up_proj.{end}"] = mx.contiguous(rows[:, 1::2])
+        elif leaf == "down_proj" and stem.endswith("experts"):
+            told[f"{name}.weight"] = mx.contiguous(array.swapaxes(-1, -2))
+        elif leaf == "down_proj_bias":
+            told[f"{stem}.down_proj.bias"] = array
+        else:
+            told[name] = array
+    return told
 
 
-def _pattern(kinds: list[str], where: str) -> int:
-    """The distance of mlx-lm's full-attention layers: every n-th layer is one, all others slide."""
-    if "full_attention" in kinds:
-        every = kinds.index("full_attention") + 1
-        wanted = [
-            "full_attention" if index % every == every - 1 else "sliding_attention"
-            for index in range(len(kinds))
-        ]
-        if list(kinds) == wanted:
-            return every
-    raise refused(where, "layer_types")
+def _used_experts(weights: Weights, config: Config) -> Weights:
+    """LongCat's zero experts pass their input on; the weights that transformers writes for them are never used."""
+    found = {name: re.search(r"\.experts\.(\d+)\.", name) for name in weights}
+    return {
+        name: weights[name]
+        for name, number in found.items()
+        if number is None or int(number[1]) < config["n_routed_experts"]
+    }
 
 
-class RescaledEmbedding(nn.Embedding):
-    """An embedding whose rows come out multiplied by `ratio`; as a head it is plain."""
+def _packed_experts(weights: Weights, _config: Config) -> Weights:
+    """Experts that a file holds one by one, as stacks with gate and up in one."""
+    stacks: dict[str, dict[tuple[str, int], mx.array]] = {}
+    for name in list(weights):
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight", name):
+            stacks.setdefault(found[1], {})[found[3], int(found[2])] = weights.pop(name)
+    for stem, experts in stacks.items():
+        count = 1 + max(number for _, number in experts)
+        gate, up, down = (
+            mx.stack([experts[kind, number] for number in range(count)])
+            for kind in ("gate_proj", "up_proj", "down_proj")
+        )
+        weights[f"{stem}.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
+        weights[f"{stem}.down_proj"] = down
+    return weights
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Rows of the weight times the ratio."""
-        return super().__call__(x) * self.ratio
+
+def _turned_experts(weights: Weights, config: Config) -> Weights:
+    """(experts, out, in), as transformers 5 writes it, turned to the (experts, in, out) of older files."""
+    hidden = text_config(config)["hidden_size"]
+    return {
+        name: mx.contiguous(array.swapaxes(-1, -2))
+        if ".experts." in name and array.ndim == 3 and _is_turned(name, array, hidden)
+        else array
+        for name, array in weights.items()
+    }
 
 
-def scale_exactly(model: Any, reading: Reading) -> None:
-    """Give Gemma 3 the factor sqrt(hidden_size), which mlx-lm rounds to bf16 even in a float32 model.
+def _is_turned(name: str, array: mx.array, hidden: int) -> bool:
+    return array.shape[-1 if name.endswith("gate_up_proj") else -2] == hidden
 
-    transformers rounds it to the model's own dtype.
-    """
-    embedding = model.model.embed_tokens
-    if reading.module != "gemma3_text" or type(embedding) is not nn.Embedding:
-        return
-    exact = float(reading.arguments["hidden_size"]) ** 0.5
-    rounded = float(np.array(mx.array(exact, mx.bfloat16).astype(mx.float32)))
-    if rounded == exact:
-        return
-    rescaled = RescaledEmbedding.__new__(RescaledEmbedding)
-    nn.Module.__init__(rescaled)
-    rescaled.weight = embedding.weight
-    rescaled.ratio = exact / rounded
-    rescaled.freeze()
-    model.model.embed_tokens = rescaled
+
+def _kernels_of_olmo(weights: Weights, config: Config) -> Weights:
+    """A save of transformers cuts the packed kernel of queries, keys and values in three equal parts."""
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+    for name in [name for name in weights if name.endswith("q_conv1d.weight")]:
+        names = [name.replace("q_conv1d", f"{kind}_conv1d") for kind in "qkv"]
+        if weights[names[0]].shape[0] == keys and weights[names[2]].shape[0] == values:
+            continue
+        whole = mx.concatenate([weights[each] for each in names])
+        for each, part in zip(names, mx.split(whole, [keys, 2 * keys]), strict=True):
+            weights[each] = mx.contiguous(part)
+    return weights
+
+
+def _kernels_of_lfm2(weights: Weights, _config: Config) -> Weights:
+    return {
+        name: mx.contiguous(array.moveaxis(2, 1))
+        if name.endswith("conv.conv.weight") and array.shape[-1] != 1
+        else array
+        for name, array in weights.items()
+    }
+
+
+def _dense_mlp_of_kimi(weights: Weights, _config: Config) -> Weights:
+    """A save of transformers gives the MLP of a dense layer the experts' name."""
+    experts = (".experts.", ".shared_experts.", ".gate.")
+    return {
+        name if any(part in name for part in experts) else name.replace(".block_sparse_moe.", ".mlp."): array
+        for name, array in weights.items()
+    }
+
+
+def _outputs_of_bailing(weights: Weights, config: Config) -> Weights:
+    """A save of transformers names every output projection `dense`, that of the linear layers too."""
+    linear = [
+        f".layers.{index}." for index, kind in enumerate(config["layer_types"]) if kind == "linear_attention"
+    ]
+    return {
+        name.replace(".attention.dense.", ".attention.o_proj.")
+        if any(part in name for part in linear)
+        else name: array
+        for name, array in weights.items()
+    }
+
+
+def _as_llama4(config: Config) -> Config:
+    told = ("vocab_size", "tie_word_embeddings")
+    return {"model_type": "llama4", "text_config": config, **{name: config.get(name) for name in told}}
+
+
+def _kimi_attention(config: Config) -> Config:
+    kinds = config["layer_types"]
+    numbered = {
+        kind: [index + 1 for index, each in enumerate(kinds) if each == kind] for kind in dict.fromkeys(kinds)
+    }
+    return {
+        "kda_layers": numbered.get("linear_attention", []),
+        "full_attn_layers": numbered.get("full_attention", []),
+        "num_heads": config["linear_num_heads"],
+        "head_dim": config["linear_head_dim"],
+        "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+    }
+
+
+def _bailing_v3(config: Config) -> Config:
+    return {**config, "architectures": ["BailingMoeV3ForCausalLM"]}
+
+
+def _same(name: str) -> Callable[[Config], Any]:
+    """The value of another field."""
+    return lambda config: config[name]
+
+
+_WINDOWS = (patches.windows,)
+_LFM2 = {"block_dim": _same("hidden_size"), "block_ff_dim": _same("intermediate_size")}
+_SPARSE = {
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": _dense_layers,
+}
+_LATENT_NORMS = patches.norm_eps(1e-6, "q_a_layernorm", "kv_a_layernorm")
+_NAMES_OF_NANOCHAT = _renamed(
+    ("model.embed_tokens", "transformer.wte"),
+    ("model.layers.", "transformer.h."),
+    (".self_attn.q_proj", ".attn.c_q"),
+    (".self_attn.k_proj", ".attn.c_k"),
+    (".self_attn.v_proj", ".attn.c_v"),
+    (".self_attn.o_proj", ".attn.c_proj"),
+    (".mlp.fc1", ".mlp.c_fc"),
+    (".mlp.fc2", ".mlp.c_proj"),
+)
+_NAMES_OF_LFM2_VL = _renamed(("model.language_model.", "language_model.model."))
+_LETTERS = {"sliding_attention": "L", "full_attention": "G"}
+
+FAMILIES: dict[str, Family] = {
+    "apertus": Family(fields={"mlp_bias": False, "post_norm": False, "qk_norm": True}),
+    "bailing_hybrid": Family(
+        "bailing_moe_v3",
+        fields={
+            "num_experts_per_tok": _same("num_experts_per_token"),
+            "n_group": _same("num_expert_group"),
+            "moe_shared_expert_intermediate_size": _same("moe_intermediate_size"),
+            "max_position_embeddings": lambda config: config.get("model_max_length", 512),
+            "first_k_dense_replace": _dense_layers,
+            "q_lora_rank": lambda config: config.get("q_lora_rank"),
+            "head_dim": _same("linear_head_dim"),
+            "short_conv_kernel_size": _same("linear_conv_kernel_dim"),
+        },
+        top=_bailing_v3,
+        weights=(_outputs_of_bailing,),
+        patches=(patches.differentiable,),
+    ),
+    "deepseek_v32": Family(fields=_SPARSE, patches=(patches.norm_eps(1e-6, "k_norm"),)),
+    "ernie4_5_moe": Family(
+        kept={"mlp.gate.moe_statics.e_score_correction_bias": "mlp.e_score_correction_bias",
+              "mlp.moe_statics.e_score_correction_bias": "mlp.e_score_correction_bias"},
+        patches=(patches.correction_bias,),
+    ),
+    "exaone4": Family(
+        fields={
+            "sliding_window_pattern": lambda config: "".join(_LETTERS[kind] for kind in config["layer_types"])
+        }
+    ),
+    "exaone_moe": Family(
+        fields={"is_moe_layer": lambda config: [kind == "sparse" for kind in config["mlp_layer_types"]]}
+    ),
+    "falcon_h1": Family(weights=(_falcon_multipliers,), scaled=True),
+    "falcon_mamba": Family("mamba"),
+    "gemma": Family(patches=(patches.tanh_gelu,)),
+    "gemma2": Family(patches=_WINDOWS),
+    "gemma3": Family(fields={"sliding_window_pattern": _first_global}),
+    "gemma3_text": Family(fields={"sliding_window_pattern": _first_global}),
+    "gemma4_unified": Family("gemma4", fields={"hidden_size_per_layer_input": 0}),
+    "glm4_moe_lite": Family(fields={"first_k_dense_replace": _dense_layers}, patches=(_LATENT_NORMS,)),
+    "glm_moe_dsa": Family(fields=_SPARSE, patches=(patches.norm_eps(1e-6, "k_norm"),)),
+    "gpt2": Family(
+        fields={"n_ctx": _same("n_positions")},
+        weights=(_renamed(("transformer.", "")),),
+    ),
+    "gpt_bigcode": Family(patches=(patches.tanh_gelu,)),
+    "gpt_neox": Family(
+        fields={"rotary_emb_base": _same("rope_theta"), "rotary_pct": _same("partial_rotary_factor")},
+        patches=(patches.exact_gelu,),
+    ),
+    "gpt_oss": Family(weights=(_gpt_oss_experts,)),
+    "granitemoehybrid": Family(
+        fields={
+            "layer_types": lambda config: [
+                {"linear_attention": "mamba", "full_attention": "attention"}.get(kind, kind)
+                for kind in config["layer_types"]
+            ]
+        }
+    ),
+    "iquestcoder": Family("llama"),
+    "jamba": Family(patches=(patches.softmax_first,)),
+    "kimi_k25": Family(
+        weights=(
+            _renamed((".model.blocks.", ".model.layers.")),
+            _without("mm_projector", "vision_tower"),
+        )
+    ),
+    "kimi_linear": Family(
+        fields={
+            "rope_theta": lambda config: config.get("rope_theta") or 10000.0,
+            "model_max_length": lambda config: config.get("model_max_length") or 512,
+            "linear_attn_config": _kimi_attention,
+            "mla_use_nope": True,
+            "first_k_dense_replace": _dense_layers,
+        },
+        weights=(_dense_mlp_of_kimi,),
+        patches=(patches.norm_eps(1e-6, "kv_a_layernorm"), patches.differentiable),
+    ),
+    "lfm2": Family(fields=_LFM2),
+    "lfm2_vl": Family(
+        "lfm2-vl",
+        fields=_LFM2,
+        weights=(
+            _NAMES_OF_LFM2_VL,
+            _without("vision_tower", "multi_modal_projector", "lm_head"),
+            _kernels_of_lfm2,
+        ),
+    ),
+    "llama4": Family(patches=(patches.llama4_norm,)),
+    "llama4_text": Family(
+        "llama4",
+        top=_as_llama4,
+        weights=(_renamed(("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),),
+        patches=(patches.llama4_norm,),
+    ),
+    "llava": Family("mistral3"),
+    "longcat_flash": Family(
+        fields={
+            "attention_method": "MLA",
+            "zero_expert_type": "identity",
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+        },
+        weights=(_used_experts,),
+        patches=(_LATENT_NORMS,),
+    ),
+    "mamba2": Family(
+        fields={"intermediate_size": lambda config: int(config["expand"] * config["hidden_size"])},
+        patches=(patches.grouped_norm,),
+    ),
+    "mimo_v2_flash": Family(
+        fields={
+            "hybrid_layer_pattern": lambda config: [
+                int(kind == "sliding_attention") for kind in config["layer_types"]
+            ],
+            "moe_layer_freq": lambda config: [int(kind == "sparse") for kind in config["mlp_layer_types"]],
+            "add_swa_attention_sink_bias": True,
+            "add_full_attention_sink_bias": False,
+            "sliding_window_size": _same("sliding_window"),
+            "n_shared_experts": None,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "layernorm_epsilon": _same("rms_norm_eps"),
+            "swa_rope_theta": _same("rope_local_base_freq"),
+            "swa_num_attention_heads": _same("num_attention_heads"),
+            "swa_num_key_value_heads": lambda config: 2 * config["num_key_value_heads"],
+            "swa_head_dim": _same("head_dim"),
+            "swa_v_head_dim": _same("v_head_dim"),
+        }
+    ),
+    "minicpm3": Family(patches=(patches.scaled_tied_head,)),
+    "minimax_m2": Family(
+        "minimax",
+        fields={
+            "shared_intermediate_size": 0,
+            "rotary_dim": lambda config: int(config["head_dim"] * config["partial_rotary_factor"]),
+        },
+    ),
+    "mistral": Family("llama", patches=_WINDOWS),
+    "muse_glimmer": Family(weights=(_without("vision_", "vision."),)),
+    "nanochat": Family(weights=(_NAMES_OF_NANOCHAT,), patches=(patches.function_norm_eps,)),
+    "nemotron_h": Family(fields={"time_step_limit": lambda config: [config["time_step_min"], float("inf")]}),
+    "olmo_hybrid": Family(
+        weights=(
+            _renamed(
+                ("attention_layer_norm", "input_layernorm"),
+                ("feedforward_layer_norm", "post_attention_layernorm"),
+            ),
+            _kernels_of_olmo,
+        ),
+        patches=(patches.differentiable,),
+    ),
+    "phi3": Family(patches=_WINDOWS),
+    "qwen2": Family(patches=_WINDOWS),
+    "qwen2_5_vl": Family("qwen2_vl"),
+    "qwen3": Family(patches=_WINDOWS),
+    "qwen3_5": Family(patches=(patches.differentiable,)),
+    "qwen3_5_moe": Family(weights=(_packed_experts,), patches=(patches.differentiable,)),
+    "qwen3_next": Family(patches=(patches.differentiable,)),
+    "qwen3_vl_moe": Family(fields={"norm_topk_prob": True}, weights=(_turned_experts,)),
+    "recurrent_gemma": Family(patches=(patches.unfinished_module,)),
+    "solar_open": Family(
+        fields={
+            "first_k_dense_replace": 0,
+            "partial_rotary_factor": lambda config: config.get("partial_rotary_factor") or 1.0,
+            "intermediate_size": lambda config: config.get("intermediate_size") or config["moe_intermediate_size"],
+        }
+    ),
+    "smollm3": Family(patches=_WINDOWS),
+    "starcoder2": Family(patches=(patches.tanh_gelu, patches.windows)),
+}  # fmt: skip
+_PLAIN = Family()
+
+
+def family_of(model_type: str) -> Family:
+    """The type's row; one without a row needs nothing but the shared translation."""
+    return FAMILIES.get(model_type, _PLAIN)

@@ -1,4 +1,8 @@
-"""Token ids that go on, with a key-value cache: one prompt, or a batch whose tokens are chosen from outside."""
+"""Token ids that go on: one prompt, or a batch whose tokens are chosen from outside.
+
+A cache keeps keys and values, for model types that give the same with it as without (soup_xb.core.base.proven); for all
+others the whole row is read again for each token.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from soup_xb.backends.mlx.head import for_heads, head_logits
+from soup_xb.backends.mlx.head import for_heads, head_logits, hidden_states, trunk_of
 from soup_xb.core.random_numbers import step_seed
 from soup_xb.core.run.session import GenerationSettings
 
@@ -17,18 +21,21 @@ Array = np.ndarray[Any, Any]
 _PREFILL = 512
 
 
-def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings) -> Array:
+def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings, cached: bool = True) -> Array:
     """New token ids, int32, the end token not included; greedy, or sampled from the whole distribution."""
-    cache = make_prompt_cache(model)
-    tokens = mx.array(np.asarray(prompt, dtype=np.int32))[None]
-    for start in range(0, tokens.shape[1] - 1, _PREFILL):
-        model(tokens[:, start : min(start + _PREFILL, tokens.shape[1] - 1)], cache=cache)
-        mx.eval([entry.state for entry in cache])
-    last = tokens[:, -1:]
+    row = [int(token) for token in np.asarray(prompt)]
+    cache = make_prompt_cache(model) if cached else None
+    if cache is not None:
+        for start in range(0, len(row) - 1, _PREFILL):
+            model(mx.array(row[start : min(start + _PREFILL, len(row) - 1)])[None], cache=cache)
+            mx.eval([entry.state for entry in cache])
     keys = mx.random.split(mx.random.key(step_seed(settings.seed, "generate")), settings.max_new_tokens)
     new: list[int] = []
     for index in range(settings.max_new_tokens):
-        logits = model(last, cache=cache)[:, -1].astype(mx.float32)
+        if cache is not None:
+            logits = model(mx.array(row[-1:])[None], cache=cache)[:, -1].astype(mx.float32)
+        else:
+            logits = head_logits(model, hidden_states(model, mx.array(row)[None])[:, -1])
         if settings.temperature > 0:
             chosen = mx.random.categorical(logits / settings.temperature, key=keys[index])
         else:
@@ -37,13 +44,16 @@ def generate_tokens(model: Any, prompt: Any, settings: GenerationSettings) -> Ar
         if token in settings.end_ids:
             break
         new.append(token)
-        last = chosen[:, None]
+        row.append(token)
     return np.array(new, dtype=np.int32)
 
 
-def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
-    """See soup_xb.core.run.session.Sampler. Prompts are padded on the left, and padding is masked."""
-    batch = _PaddedBatch(model, prompts, settings.max_new_tokens)
+def sample(
+    model: Any, prompts: Sequence[Array], chances: Array, settings: GenerationSettings, cached: bool = True
+) -> list[Array]:
+    """See soup_xb.core.run.session.Sampler."""
+    kind = _PaddedBatch if cached else _ReadAgain
+    batch: Any = kind(model, prompts, settings.max_new_tokens)
     logits = batch.read_prompts()
     new = np.full((len(prompts), settings.max_new_tokens), settings.end_ids[0], dtype=np.int32)
     ended = np.zeros(len(prompts), dtype=bool)
@@ -68,6 +78,30 @@ def chosen_tokens(logits: Array, chances: Array, temperature: float) -> Array:
     wanted = chances * sums[:, -1]
     found = [row.searchsorted(number, side="right") for row, number in zip(sums, wanted, strict=True)]
     return np.minimum(found, logits.shape[1] - 1).astype(np.int32)
+
+
+class _ReadAgain:
+    """Rows that grow together, padded on the right, where no causal model looks; nothing is kept of them."""
+
+    def __init__(self, model: Any, prompts: Sequence[Array], new_tokens: int) -> None:
+        self._model = model
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        self._tokens = np.zeros((len(prompts), self._lengths.max() + new_tokens), dtype=np.int32)
+        for row, prompt in zip(self._tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+
+    def read_prompts(self) -> Array:
+        """The logits (rows, vocabulary) that follow the rows."""
+        longest = self._lengths.max()
+        hidden = hidden_states(self._model, mx.array(self._tokens[:, :longest]))
+        last = hidden[mx.arange(len(self._tokens)), mx.array(self._lengths - 1)]
+        return np.array(head_logits(self._model, last))
+
+    def read(self, tokens: Array) -> Array:
+        """The logits that follow the rows with tokens (rows, 1) behind them."""
+        self._tokens[np.arange(len(tokens)), self._lengths] = tokens[:, 0]
+        self._lengths = self._lengths + 1
+        return self.read_prompts()
 
 
 class _PaddedBatch:
@@ -114,7 +148,7 @@ class _PaddedBatch:
         return for_heads(self._model, seen | (places == own))
 
     def _hidden(self, tokens: Array) -> mx.array:
-        hidden: mx.array = self._model.model(mx.array(tokens), self._layers)
+        hidden: mx.array = trunk_of(self._model).decoder(mx.array(tokens), cache=self._layers)
         self.length += tokens.shape[1]
         self.offset = self.length - self._padding
         return hidden

@@ -127,12 +127,57 @@ def _documents(batch: MicroBatch, wide: int) -> Any:
     return documents
 
 
+_OUTER = ("language_model", "model", "transformer", "backbone")
+# Modules of mlx-lm whose decoder applies the head itself.
+_GIVES_LOGITS = ("gemma3n", "gpt_neox")
+_EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "embed_in", "word_embeddings", "embedding")
+
+
+@frozen(eq=False)
+class Trunk:
+    """The decoder that gives hidden states: `owner.name`, where `owner` computes logits of them.
+
+    `name` is empty for a model whose decoder gives logits itself: its hidden states are these.
+    """
+
+    owner: Any
+    name: str
+
+    @property
+    def decoder(self) -> Any:
+        """The decoder itself."""
+        return self.owner[self.name] if self.name else self.owner
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits of a token."""
+        embedding = next(self.decoder[name] for name in _EMBEDDINGS if name in self.decoder)
+        return int(self.owner.get("lm_head", embedding).weight.shape[0])
+
+
+def trunk_of(model: Any) -> Trunk:
+    """Where a model of mlx-lm keeps its decoder, text models of multimodal ones too."""
+    owner = model
+    while True:
+        name = next((name for name in _OUTER if isinstance(owner.get(name), nn.Module)), "")
+        if not name:
+            return Trunk(owner, "")
+        inner = owner[name]
+        if any(embedding in inner for embedding in _EMBEDDINGS):
+            module = type(inner).__module__.rpartition(".")[2]
+            return Trunk(inner, "") if module in _GIVES_LOGITS else Trunk(owner, name)
+        owner = inner
+
+
 class _Known(nn.Module):
     """A decoder that gives hidden states (1, n, hidden) which are known already; a tied head stays in its place."""
 
     def __init__(self, decoder: Any, hidden: mx.array) -> None:
         super().__init__()
-        self.embed_tokens = decoder.embed_tokens
+        # What the model's own code asks of its decoder beside a call: settings, and the embedding of a tied head.
+        self.__dict__.update(decoder.__dict__)
+        for name, child in decoder.items():
+            self[name] = child
         # An underscore keeps it out of the parameters.
         self._hidden = hidden
 
@@ -141,13 +186,13 @@ class _Known(nn.Module):
 
 
 @contextmanager
-def _decoder_known(model: Any, hidden: mx.array) -> Iterator[None]:
-    decoder = model.model
-    model.model = _Known(decoder, hidden[None])
+def _decoder_known(trunk: Trunk, hidden: mx.array) -> Iterator[None]:
+    decoder = trunk.decoder
+    trunk.owner[trunk.name] = _Known(decoder, hidden[None])
     try:
         yield
     finally:
-        model.model = decoder
+        trunk.owner[trunk.name] = decoder
 
 
 def hidden_states(model: Any, tokens: mx.array, documents: mx.array | None = None) -> mx.array:
@@ -157,7 +202,7 @@ def hidden_states(model: Any, tokens: mx.array, documents: mx.array | None = Non
     unless a row holds several documents.
     """
     with documents_apart(model, documents):
-        hidden: mx.array = model.model(tokens)
+        hidden: mx.array = trunk_of(model).decoder(tokens, cache=None)
     return hidden
 
 
@@ -172,8 +217,11 @@ def head_logits(model: Any, hidden: mx.array) -> mx.array:
     The model's own code does what it does after the head (soft caps, scaling), with its decoder answering at once, so
     the logits are those of the full computation.
     """
-    with _decoder_known(model, hidden):
-        logits: mx.array = model(mx.zeros((1, hidden.shape[0]), mx.int32))
+    trunk = trunk_of(model)
+    if not trunk.name:
+        return hidden.astype(mx.float32)
+    with _decoder_known(trunk, hidden):
+        logits: mx.array = trunk.owner(mx.zeros((1, hidden.shape[0]), mx.int32))
     return logits[0].astype(mx.float32)
 
 
@@ -185,7 +233,8 @@ def token_logps(model: Any, grid: Grid, temperature: float = 1.0) -> mx.array:
     """
     hidden = at_places(hidden_states(model, grid.tokens, grid.documents), grid.positions)
     count = hidden.shape[0]
-    at_once = positions_at_once(count, model.args.vocab_size)
+    trunk = trunk_of(model)
+    at_once = positions_at_once(count, trunk.vocabulary) if trunk.name else count
     if at_once >= count:
         chosen = _target_logps(model, hidden, grid.targets, temperature)
     else:
@@ -207,11 +256,12 @@ def _in_chunks(model: Any, hidden: mx.array, targets: mx.array, how: tuple[int, 
     One chunk comes after the other in both directions: none needs anything of another, and all at once are the whole.
     """
     at_once, temperature = how
+    owner = trunk_of(model).owner
     parts = [slice(start, start + at_once) for start in range(0, hidden.shape[0], at_once)]
 
     def logps(states: mx.array, values: Any, part: slice) -> mx.array:
         if values:
-            model.lm_head.update(values)
+            owner.lm_head.update(values)
         return _target_logps(model, states, targets[part], temperature)
 
     def forward(hidden: mx.array, values: Any) -> mx.array:
@@ -239,7 +289,7 @@ def _in_chunks(model: Any, hidden: mx.array, targets: mx.array, how: tuple[int, 
     chunked: Any = mx.custom_function(forward)
     chunked.vjp(backward)
     # What a gradient is wanted of has to be an argument; everything else is a constant to MLX.
-    trained = model.lm_head.trainable_parameters() if "lm_head" in model else {}
+    trained = owner.lm_head.trainable_parameters() if "lm_head" in owner else {}
     result: mx.array = chunked(hidden, trained)
     return result
 
@@ -282,7 +332,7 @@ def documents_apart(model: Any, documents: mx.array | None) -> Iterator[None]:
     if documents is None:
         yield
         return
-    module: Any = sys.modules[type(model.model).__module__]
+    module: Any = sys.modules[type(trunk_of(model).decoder).__module__]
     usual = module.create_attention_mask
     same = for_heads(model, documents[:, None, :, None] == documents[:, None, None, :])
 

@@ -5,27 +5,33 @@ With gradient checkpointing a block keeps its input and computes the rest again 
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from attrs import frozen
+from attrs import evolve, frozen
 from mlx.utils import tree_flatten
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from soup_xb.backends.mlx.adapters import walk
 from soup_xb.backends.mlx.device import Device, memory_guard
-from soup_xb.backends.mlx.families import Reading, read_base, scale_exactly, unreadable_config
+from soup_xb.backends.mlx.families import family_of, text_config
+from soup_xb.backends.mlx.patches import scale_exactly
 from soup_xb.backends.mlx.quantization import (
     check_quantization,
     quantize_as_stored,
     quantize_decoder,
     stored_quantization,
 )
-from soup_xb.backends.mlx.rope import check_rope
+from soup_xb.backends.mlx.reading import Reading, read_base, unreadable_config
 from soup_xb.core.base.folder import BaseFolder, inspect_base, weight_files
 from soup_xb.core.base.modules import Module
+from soup_xb.core.base.proven import Part, proven_with
 from soup_xb.core.disk import foreign_errors
 from soup_xb.core.errors import ModelError, Problem
 from soup_xb.core.run.session import BaseDescription, SessionSettings
@@ -33,13 +39,13 @@ from soup_xb.core.run.session import BaseDescription, SessionSettings
 
 @frozen(eq=False)
 class Opened:
-    """A model with how it was read. `places` maps the modules' names in transformers to those in mlx-lm."""
+    """A model with how it was read. `places` says where the modules of transformers are in mlx-lm."""
 
     model: Any
     folder: BaseFolder
     reading: Reading
     description: BaseDescription
-    places: dict[str, str]
+    places: dict[str, tuple[Part, ...]]
     notices: tuple[Problem, ...] = ()
 
 
@@ -55,7 +61,7 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     description, places = describe_model(model, folder, reading, bool(settings.pooling))
     notices = []
     with memory_guard("loading the base"):
-        weights = _read_weights(folder, reading, model)
+        weights = _read_weights(folder, reading, model, bool(settings.pooling))
         stored = stored_quantization(folder)
         if stored:
             quantize_as_stored(model, stored, weights)
@@ -66,13 +72,14 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
             notices.append(quantize_decoder(model, places, settings.quantization))
         mx.eval(model.parameters())
     model.freeze()
-    model.eval()
-    notices.append(_check_ropes(model, reading))
-    if reading.longest:
-        message = f"rows may have {reading.longest} tokens at most on MLX: {reading.longest_because}"
+    notices += other_versions()
+    notices.append(Problem("base-read", f"every field of the config is accounted for{_turned(reading)}"))
+    longest, because = reading.longest
+    if longest:
+        message = f"rows may have {longest} tokens at most on MLX: {because}"
         notices.append(Problem("longest-row", message))
-    if device.precision == "fp32":
-        scale_exactly(model, reading)
+    if device.precision == "fp32" and reading.module in ("gemma3", "gemma3_text"):
+        scale_exactly(model, text_config(reading.config))
     return Opened(model, folder, reading, description, places, tuple(notices))
 
 
@@ -96,36 +103,60 @@ def _build(folder: BaseFolder, reading: Reading, settings: SessionSettings) -> A
 
 def describe_model(
     model: Any, folder: BaseFolder, reading: Reading, headless: bool = False
-) -> tuple[BaseDescription, dict[str, str]]:
+) -> tuple[BaseDescription, dict[str, tuple[Part, ...]]]:
     """The structure of a plain model, and where its modules are.
 
     A `headless` one has the names of transformers' AutoModel, which is the decoder alone.
     """
-    modules, others, places, parameters = [], [], {}, 0
+    modules: dict[str, Module] = {}
+    others, parameters = [], 0
+    places: dict[str, tuple[Part, ...]] = {}
     for place, module in walk(model):
-        name = place.removeprefix("model.") if headless else place
-        if isinstance(module, nn.Linear):
-            out_features, in_features = module.weight.shape
-            modules.append(Module(name, out_features, in_features))
-            places[name] = place
         own = module.parameters() if not module.children() else {}
         arrays = [array for array in own.values() if isinstance(array, mx.array)]
         parameters += sum(array.size for array in arrays)
-        if not isinstance(module, nn.Linear) and any(array.ndim > 1 for array in arrays):
-            others.append(name)
-    arguments = reading.arguments
+        found = reading.proven.module_at(place) if _carries(module) else None
+        if found is None:
+            if any(array.ndim > 1 for array in arrays):
+                others.append(place)
+            continue
+        name, part = found
+        name = name.removeprefix("model.") if headless else name
+        by_weight = name.rpartition(".")[2] in reading.proven.by_weight
+        modules[name] = evolve(_grown(modules.get(name), name, module, part), by_weight=by_weight)
+        places[name] = (*places.get(name, ()), part)
+    text = reading.text
     description = BaseDescription(
         model_type=folder.model_type,
-        modules=tuple(modules),
+        modules=tuple(modules.values()),
         parameters=parameters,
-        layers=arguments["num_hidden_layers"],
-        hidden_size=arguments["hidden_size"],
-        intermediate_size=arguments["intermediate_size"],
-        vocabulary_size=arguments["vocab_size"],
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary_size=text.vocab_size,
         other_weights=tuple(others),
         layer_settings=reading.layer_settings,
     )
     return description, places
+
+
+def _carries(module: Any) -> bool:
+    """Whether an adapter can sit on it."""
+    return isinstance(module, nn.Linear | SwitchLinear | MultiLinear)
+
+
+def _grown(known: Module | None, name: str, layer: Any, part: Part) -> Module:
+    """A module of transformers with the rows that one of its places in mlx-lm holds."""
+    shape = layer.weight.shape
+    rows, columns = shape[-2:]
+    if part.heads:
+        rows, columns = (shape[0] * columns, rows) if part.heads == "keys" else (shape[0] * rows, columns)
+    turned = part.turned and len(shape) == 3
+    out, width = (columns, rows) if turned else (rows, columns)
+    if known is not None:
+        out, width = (out, known.in_features + width) if turned else (known.out_features + out, width)
+    experts = shape[0] if len(shape) == 3 and not part.heads else 0
+    return Module(name, out, width, experts=experts)
 
 
 def read_arrays(file: Path) -> dict[str, mx.array]:
@@ -134,20 +165,35 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     return dict(arrays)
 
 
-def _read_weights(folder: BaseFolder, reading: Reading, model: Any) -> dict[str, mx.array]:
+def _read_weights(folder: BaseFolder, reading: Reading, model: Any, headless: bool) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     with foreign_errors(partial(_unreadable, folder)):
         for file in weight_files(folder.path):
             weights.update(read_arrays(file))
-        if "lm_head" not in model:
-            weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
-            if not any(name.startswith("model.") for name in weights):
-                # transformers' AutoModel saves the decoder alone.
-                weights = {f"model.{name}": array for name, array in weights.items()}
-        # Gemma 3's does nothing but tie the head, which `build` has done.
-        if hasattr(model, "sanitize") and reading.module != "gemma3_text":
-            weights = model.sanitize(weights)
+        if headless or reading.is_tied:
+            weights = {name: array for name, array in weights.items() if "lm_head" not in name.split(".")}
+        if headless and not any(name.startswith("model.") for name in weights):
+            # transformers' AutoModel saves the decoder alone.
+            weights = {f"model.{name}": array for name, array in weights.items()}
+        stored = dict(weights)
+        weights = reading.named(model, weights)
+        if family_of(reading.model_type).scaled:
+            note_scales(model, stored, weights)
     return weights
+
+
+def note_scales(model: Any, stored: Mapping[str, mx.array], weights: Mapping[str, mx.array]) -> None:
+    """Remember, for modules whose weights mlx-lm keeps multiplied, by how much each of their rows is."""
+    for place, module in walk(model):
+        name = f"{place}.weight"
+        if not isinstance(module, nn.Linear) or name not in stored or name not in weights:
+            continue
+        before, after = (each[name].astype(mx.float32) for each in (stored, weights))
+        largest = mx.argmax(mx.abs(before), axis=1, keepdims=True)
+        own = mx.take_along_axis(before, largest, axis=1)
+        scales = mx.where(own == 0, 1.0, mx.take_along_axis(after, largest, axis=1) / own)[:, 0]
+        if not mx.allclose(scales, mx.ones_like(scales), atol=0, rtol=1e-6).item():
+            module._row_scales = scales
 
 
 def _unreadable(folder: BaseFolder, reason: str) -> ModelError:
@@ -180,15 +226,19 @@ def _flat(model: Any) -> list[tuple[str, mx.array]]:
     return list(tree_flatten(model.parameters()))
 
 
-def _check_ropes(model: Any, reading: Reading) -> Problem:
-    checked = 0
-    for index, (layer, rope) in enumerate(zip(model.layers, reading.ropes, strict=True)):
-        if rope is not None:
-            check_rope(layer.self_attn.rope, rope, reading.head_dim, f"layers.{index}")
-            checked += 1
-    return Problem(
-        "base-read", f"every field of the config is accounted for; rope checked in {checked} blocks"
-    )
+def other_versions() -> list[Problem]:
+    """One notice where a library is installed in another version than the proof was made with."""
+    odd = [
+        f"{name} {installed} (proven with {proven})"
+        for name in ("transformers", "mlx-lm")
+        if (installed := importlib.metadata.version(name)) != (proven := proven_with().get(name, "another"))
+    ]
+    text = f"what mlx-lm computes was not compared with transformers in these versions: {', '.join(odd)}"
+    return [Problem("other-versions", text)] if odd else []
+
+
+def _turned(reading: Reading) -> str:
+    return "" if reading.ropes is None else f"; {len(reading.ropes)} blocks turn positions as it says"
 
 
 class CheckpointedBlocks:

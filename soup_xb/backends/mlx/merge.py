@@ -14,6 +14,7 @@ import numpy as np
 from soup_xb.backends.mlx.adapters import Adapters
 from soup_xb.backends.mlx.load import Opened, read_arrays
 from soup_xb.backends.mlx.quantization import dequantized_weight
+from soup_xb.backends.mlx.starts import module_weight
 from soup_xb.core.adapter.pieces import beyond_format
 from soup_xb.core.adapter.probe import LayerDelta, probe_inputs
 from soup_xb.core.base.folder import weight_files, write_index
@@ -28,25 +29,43 @@ Array = np.ndarray[Any, Any]
 
 def live_addition(adapters: Adapters, adapter: AdapterModule, factors: Mapping[str, Array]) -> LayerDelta:
     """See Session.addition."""
-    layer = adapters.layers[adapter.name]
     inputs = mx.array(probe_inputs(adapter.name, adapter.in_features))
     # Metal may round the factors of a float32 product to fewer bits.
     with mx.stream(mx.cpu):
         if adapters.plan.use_dora:
-            return _dora_addition(layer, adapter, factors, inputs)
-        with _on_base(layer, _Silent(adapter.out_features)):
-            return LayerDelta(np.array(layer(inputs)), _ROUNDOFF)
+            return _dora_addition(adapters, adapter, factors, inputs)
+        return LayerDelta(np.array(_added(adapters, adapter, inputs)), _ROUNDOFF)
+
+
+def _added(adapters: Adapters, adapter: AdapterModule, inputs: mx.array) -> mx.array:
+    """What the module's layers add to zeros: (rows, out), of experts (experts, rows, out)."""
+    layers, shares = adapters.layers[adapter.name], adapters.shares(adapter.name)
+    if shares[0].part.turned and adapter.experts:
+        pieces = mx.concatenate([layer.added_weight() for layer in layers], axis=-1)
+        return inputs @ pieces.swapaxes(-1, -2)
+    added = []
+    for layer, share in zip(layers, shares, strict=True):
+        with _on_base(layer, _Silent()):
+            if adapter.experts:
+                every = mx.broadcast_to(mx.arange(adapter.experts), (len(inputs), adapter.experts))
+                outputs = layer(inputs[:, None, None], every)[:, :, 0].swapaxes(0, 1)
+            elif share.part.heads:
+                outputs = layer(inputs, transpose=share.part.heads == "values").swapaxes(0, 1)
+            else:
+                outputs = layer(inputs)
+        added.append(outputs if share.scales is None else outputs / share.scales)
+    if shares[0].part.heads:
+        return mx.concatenate(added, axis=-1).reshape(len(inputs), -1)
+    if shares[0].part.interleaved:
+        return mx.stack(added, axis=-1).reshape(*added[0].shape[:-1], -1)
+    return mx.concatenate(added, axis=-1)
 
 
 class _Silent(nn.Module):
     """A base layer that gives zeros: what is left of an adapted layer's output is the adapter's, in full precision."""
 
-    def __init__(self, out_features: int) -> None:
-        super().__init__()
-        self.out_features = out_features
-
-    def __call__(self, inputs: mx.array) -> mx.array:
-        return mx.zeros((*inputs.shape[:-1], self.out_features), mx.float32)
+    def __call__(self, *_inputs: Any, **_named: Any) -> mx.array:
+        return mx.zeros((), mx.float32)
 
 
 @contextmanager
@@ -59,20 +78,22 @@ def _on_base(layer: Any, base: nn.Module) -> Iterator[None]:
 
 
 def _dora_addition(
-    layer: Any, adapter: AdapterModule, factors: Mapping[str, Array], inputs: mx.array
+    adapters: Adapters, adapter: AdapterModule, factors: Mapping[str, Array], inputs: mx.array
 ) -> LayerDelta:
     """DoRA scales what the base gives, here a float32 copy of this one base layer, whatever its format."""
-    weight = dequantized_weight(layer.linear)
-    copy = nn.Linear(1, 1, bias="bias" in layer.linear)
-    copy.weight = weight
-    if "bias" in copy:
-        copy.bias = layer.linear.bias.astype(mx.float32)
-    with _on_base(layer, copy):
-        added = layer(inputs) - copy(inputs)
+    added = []
+    for layer in adapters.layers[adapter.name]:
+        copy = nn.Linear(1, 1, bias="bias" in layer.linear)
+        copy.weight = dequantized_weight(layer.linear)
+        if "bias" in copy:
+            copy.bias = layer.linear.bias.astype(mx.float32)
+        with _on_base(layer, copy):
+            added.append(layer(inputs) - copy(inputs))
+    weight = module_weight(adapters.model, adapters.places[adapter.name], adapters.layers[adapter.name])
     a, b = (mx.array(factors[name]) for name in ("lora_A", "lora_B"))
     norms = mx.linalg.norm(weight + adapter.scale * (b @ a), axis=1)
     return LayerDelta(
-        np.array(added),
+        np.array(mx.concatenate(added, axis=-1)),
         _ROUNDOFF,
         base=np.array(inputs @ weight.T),
         base_roundoff=_ROUNDOFF,
@@ -86,7 +107,7 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> ConfigChan
     Gives what its config changes. Raises ModelError for a quantized base, whose rounded weights the sum does not fit
     into, and for a sum that the dtype cannot hold.
     """
-    layers = adapters.layers.values()
+    layers = [layer for each in adapters.layers.values() for layer in each]
     if opened.folder.quantization or any("scales" in layer.linear for layer in layers):
         raise ModelError(
             "merge-quantized",
@@ -102,10 +123,9 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> ConfigChan
         places |= dict.fromkeys(weights, file.name)
         size += sum(array.nbytes for array in weights.values())
         for name in sorted(left):
-            # A base of vectors has the decoder's own names; its files may have those of the whole model.
-            stored = next((key for key in _stored(adapters, name) if key in weights), None)
-            if stored is not None:
-                weights[stored] = _merged(adapters, name, weights[stored])
+            merged = _merged_tensors(adapters, name, weights)
+            if merged:
+                weights |= merged
                 left.discard(name)
         mx.save_safetensors(str(folder / file.name), weights, metadata={"format": "pt"})
     if left:
@@ -120,17 +140,50 @@ def write_merged(opened: Opened, adapters: Adapters, folder: Path) -> ConfigChan
     return ConfigChanges(rope_parameters=opened.reading.stretched)
 
 
-def _stored(adapters: Adapters, name: str) -> tuple[str, str]:
-    return f"{name}.weight", f"{adapters.places[name]}.weight"
+def _merged_tensors(adapters: Adapters, name: str, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors of a file that hold a module's weight, with what its adapter adds; empty where there are none.
 
-
-def _merged(adapters: Adapters, name: str, stored: mx.array) -> mx.array:
-    layer = adapters.layers[name]
-    weight = stored.astype(mx.float32)
+    Files have transformers' layout and names, old or new; experts lie there as a stack, or one by one.
+    """
+    adapter = next(module for module in adapters.plan.modules if module.name == name)
     piece = adapters.piece(name)
-    merged = weight + (layer.scale * mx.array(piece.b)) @ mx.array(piece.a)
+    added = adapter.scale * mx.array(piece.b) @ mx.array(piece.a)
+    # A base of vectors has the decoder's own names; its files may have those of the whole model.
+    places = [
+        f"{name}.weight",
+        *(f"{part.place}.weight" for part in adapters.places[name][:1]),
+        f"model.{name}.weight",
+    ]
+    if not adapter.experts:
+        stored = next((key for key in places if key in weights), None)
+        if stored is None:
+            return {}
+        turned = adapters.places[name][0].turned
+        return {stored: _merged(adapters, name, weights[stored], added.T if turned else added)}
+    if name in weights:
+        same = weights[name].shape == added.shape and not adapters.places[name][0].interleaved
+        return {name: _merged(adapters, name, weights[name], added if same else added.swapaxes(-1, -2))}
+    stem, _, leaf = name.rpartition(".")
+    kinds = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    found = {}
+    for expert in range(adapter.experts):
+        for kind, rows in zip(kinds, mx.split(added[expert], len(kinds)), strict=True):
+            key = f"{stem}.{expert}.{kind}.weight"
+            if key in weights:
+                found[key] = _merged(adapters, name, weights[key], rows)
+    return found if len(found) == adapter.experts * len(kinds) else {}
+
+
+def _merged(adapters: Adapters, name: str, stored: mx.array, added: mx.array) -> mx.array:
+    if stored.shape != added.shape:
+        raise RuntimeError(f"`{name}` is {stored.shape} in the file and {added.shape} in the adapter")
+    merged = stored.astype(mx.float32) + added
     if adapters.plan.use_dora:
-        merged = (layer.m / mx.linalg.norm(merged, axis=1))[:, None] * merged
+        turned = adapters.places[name][0].turned
+        rows = merged.T if turned else merged
+        magnitude = adapters.values[f"{name}.lora_magnitude_vector"]
+        rows = (magnitude / mx.linalg.norm(rows, axis=1))[:, None] * rows
+        merged = rows.T if turned else rows
     merged = merged.astype(stored.dtype)
     if not mx.isfinite(merged).all().item():
         raise beyond_format(name, str(stored.dtype).removeprefix("mlx.core."))

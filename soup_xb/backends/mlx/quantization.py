@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.base.modules import is_decoder_linear
+from soup_xb.core.base.proven import Part
 from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.errors import ConfigError, ModelError, Problem
 
@@ -73,16 +74,16 @@ def quantize_as_stored(model: Any, stored: Mapping[str, Any], weights: Mapping[s
     )
 
 
-def quantize_decoder(model: Any, places: Mapping[str, str], asked: str) -> Problem:
+def quantize_decoder(model: Any, places: Mapping[str, tuple[Part, ...]], asked: str) -> Problem:
     """Quantize the linear layers of the decoder blocks in MLX's affine format; says what was done."""
     bits = _BITS[asked]
-    wanted = {place for name, place in places.items() if is_decoder_linear(name)}
+    wanted = {part.place for name, parts in places.items() if is_decoder_linear(name) for part in parts}
     odd = []
 
     def predicate(path: str, module: nn.Module) -> bool:
         if path not in wanted:
             return False
-        if module.weight.shape[1] % GROUP_SIZE:
+        if module.weight.shape[-1] % GROUP_SIZE:
             odd.append(path)
             return False
         return True
@@ -101,7 +102,7 @@ def quantize_decoder(model: Any, places: Mapping[str, str], asked: str) -> Probl
 
 
 def dequantized_weight(linear: Any) -> mx.array:
-    """The weight (out_features, in_features) of a linear layer, plain or quantized, in float32."""
+    """The weight (…, out_features, in_features) of a layer, plain or quantized, in float32."""
     if "scales" not in linear:
         return linear.weight.astype(mx.float32)
     scales, biases = linear.scales, linear.get("biases")

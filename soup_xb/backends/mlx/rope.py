@@ -1,4 +1,7 @@
-"""Rotary positions: transformers' meaning in numbers, mlx-lm's spelling of it, and the proof that both agree."""
+"""Rotary positions: transformers' meaning in numbers, and the module that turns by them in mlx-lm's models.
+
+mlx-lm's code of many types takes no notice of scaled positions, and some turns other parts of a head.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from attrs import frozen
 
@@ -15,16 +19,21 @@ from soup_xb.core.errors import ModelError
 _KEYS = {
     "default": {"partial_rotary_factor"},
     "linear": {"factor", "partial_rotary_factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "llama3": {
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "partial_rotary_factor",
+    },
     "yarn": {
         "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-        "attention_factor", "truncate",
+        "attention_factor", "truncate", "partial_rotary_factor",
     },
     "longrope": {
         "factor", "original_max_position_embeddings", "short_factor", "long_factor", "attention_factor",
         "partial_rotary_factor",
     },
 }  # fmt: skip
+# Sections of a head for pictures, which text turns alike, and what a type's attention does beside its rope.
+_BESIDE = {"mrope_section", "mrope_interleaved", "llama_4_scaling_beta", "max_position_embeddings"}
+KINDS = tuple(_KEYS)
 
 
 @frozen(eq=False)
@@ -51,7 +60,7 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int, where: str) -> Rope:
         raise refused(where, f"rope_parameters.rope_type: {kind}")
     odd = sorted(
         key
-        for key in set(parameters) - allowed - {"rope_type", "type", "rope_theta"}
+        for key in set(parameters) - allowed - _BESIDE - {"rope_type", "type", "rope_theta"}
         if parameters[key] is not None
     )
     if odd:
@@ -63,46 +72,48 @@ def read_rope(parameters: Mapping[str, Any], head_dim: int, where: str) -> Rope:
     if kind == "llama3":
         return Rope(_llama3(plain, parameters))
     if kind == "yarn":
-        return _yarn(plain, parameters, where)
+        return _yarn(plain, parameters)
     if kind == "longrope":
-        return _longrope(plain, parameters, where)
+        return _longrope(plain, parameters)
     return Rope(plain)
 
 
-def spell_rope(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """mlx-lm's `rope_scaling` for an entry of transformers' `rope_parameters`; None for the default kind."""
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return None
-    spelled = {
-        key: value
-        for key, value in parameters.items()
-        if value is not None and key not in ("rope_type", "rope_theta", "partial_rotary_factor", "truncate")
-    }
-    spelled["type"] = spelled["rope_type"] = kind
-    if kind == "linear":
-        spelled["factor"] = float(spelled["factor"])
-    if kind == "longrope":
-        # mlx-lm always turns by the long factors; up to the original length transformers turns by the short ones.
-        spelled["long_factor"] = spelled["short_factor"]
-    return spelled
+class ExactRope(nn.Module):
+    """Turns queries or keys (…, length, head) as a `Rope` says, in place of a module of mlx-lm's."""
 
+    def __init__(self, rope: Rope, traditional: bool) -> None:
+        """`traditional` rotates neighbours of a head, else its two halves: which of them is the model's own layout."""
+        super().__init__()
+        self.dims, self.gain, self.traditional = 2 * rope.frequencies.size, rope.gain, traditional
+        # An underscore keeps it out of the parameters.
+        self._periods = mx.array((1.0 / rope.frequencies).astype(np.float32))
 
-def check_rope(module: Any, rope: Rope, heads: int, layer: str) -> None:
-    """Turn a probe with an opened layer's rotary module. Raises ModelError where it is not what the config means."""
-    half = rope.frequencies.size
-    ones = np.zeros((1, 1, 3, heads), dtype=np.float32)
-    ones[..., :half] = 1.0
-    turned = np.array(module(mx.array(ones)))[0, 0]
-    angles = np.arange(3)[:, None] * rope.frequencies
-    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * rope.gain
-    error = float(np.abs(turned[:, : 2 * half] - expected).max())
-    if not error < 1e-4:
-        raise ModelError(
-            "rope-misread",
-            f"mlx-lm turns positions of `{layer}` otherwise than the config says (off by {error:.2g})",
-            help="run with --backend torch, and report this base.",
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """The turned x; `offset` is the position of its first token."""
+        if self.gain != 1.0:
+            turned, rest = mx.split(x, [self.dims], axis=-1) if self.dims < x.shape[-1] else (x, None)
+            turned = self.gain * turned
+            x = turned if rest is None else mx.concatenate([turned, rest], axis=-1)
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._periods,
         )
+
+
+def turns_neighbours(module: Any, dims: int) -> bool:
+    """Whether a rotary module of mlx-lm's turns neighbours of a head of so many dimensions, and not its two halves."""
+    told = getattr(module, "traditional", None)
+    if told is not None:
+        return bool(told)
+    first = np.zeros((1, 1, 2, dims), dtype=np.float32)
+    first[..., 0] = 1.0
+    turned = np.array(module(mx.array(first)))[0, 0, 1]
+    return dims > 2 and bool(turned[1] != 0)
 
 
 def refused(where: str, field: str) -> ModelError:
@@ -123,25 +134,23 @@ def _llama3(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any]) -> np.nd
     return result
 
 
-def _yarn(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any], where: str) -> Rope:
+def _yarn(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any]) -> Rope:
     factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
-    if parameters.get("truncate") is False:
-        raise refused(where, "rope_parameters.truncate: false")
     theta, dims = parameters["rope_theta"], 2 * plain.size
 
     def boundary(turns: float) -> float:
         return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(boundary(parameters.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(boundary(parameters.get("beta_slow") or 1)), dims - 1)
+    low, high = boundary(parameters.get("beta_fast") or 32), boundary(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
     ramp = np.clip((np.arange(plain.size) - low) / (high - low or 0.001), 0.0, 1.0)
     mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     gain = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1.0)
     told = parameters.get("attention_factor")
-    if told is not None and abs(told - gain) > 1e-6:
-        raise refused(where, f"rope_parameters.attention_factor: {told}")
-    if (mscale or all_dim) and not (mscale and all_dim):
-        raise refused(where, "rope_parameters.mscale")
+    if told is not None:
+        gain = float(told)
     return Rope(plain * (1.0 - ramp) + plain / factor * ramp, gain)
 
 
@@ -149,10 +158,10 @@ def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _longrope(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any], where: str) -> Rope:
+def _longrope(plain: np.ndarray[Any, Any], parameters: Mapping[str, Any]) -> Rope:
     original, factor = parameters["original_max_position_embeddings"], parameters["factor"]
     gain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     told = parameters.get("attention_factor")
-    if told is not None and abs(told - gain) > 1e-6:
-        raise refused(where, f"rope_parameters.attention_factor: {told}")
+    if told is not None:
+        gain = float(told)
     return Rope(plain / np.asarray(parameters["short_factor"], dtype=np.float64), gain, longest=original)

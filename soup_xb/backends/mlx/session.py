@@ -68,7 +68,9 @@ class MlxSession:
         self._opened, self._device, self._processes = opened, device, processes
         self._adapters: Adapters | None = None
         self._optimizer: Optimizer | None = None
-        base = OpenBase(lambda: self.model, processes, self._with_adapter, self._check_length)
+        self._told: tuple[Problem, ...] = ()
+        proven = opened.reading.proven
+        base = OpenBase(lambda: self.model, processes, self._with_adapter, self._check_length, proven)
         self._outputs = outputs = Outputs.of(base, settings, opened)
         self.scorer, self.sampler = outputs.scorer, outputs.sampler
         self.embedder, self.judge = outputs.embedder, outputs.judge
@@ -80,7 +82,8 @@ class MlxSession:
 
     def notices(self) -> tuple[Problem, ...]:
         """The device and the precision with their reason, how the base was read, and how texts become vectors."""
-        return (Problem("device", self._device.reason), *self._opened.notices, *self._outputs.notices)
+        told = (Problem("device", self._device.reason), *self._opened.notices, *self._outputs.notices)
+        return (*told, *self._told)
 
     def describe(self) -> BaseDescription:
         """The base's structure."""
@@ -94,6 +97,7 @@ class MlxSession:
             places = self._opened.places
             starts = weight_starts(self.model, plan, places, self._processes)
             self._adapters = Adapters(self.model, plan, places, starts)
+            self._told = self._adapters.without_dropout(self._opened.description.model_type)
             trained = {**self._adapters.values, **self._outputs.values()}
             self._optimizer = Optimizer(trained, self.settings.optimizer)
         self._step = Step(self._state, self._outputs, self._adapters, self.settings.seed)
@@ -157,7 +161,7 @@ class MlxSession:
         """Continue a prompt."""
         self._check_length(np.asarray(prompt).size + settings.max_new_tokens)
         with self._with_adapter(adapter), memory_guard("generating"):
-            return generate_tokens(self.model, prompt, settings)
+            return generate_tokens(self.model, prompt, settings, self._opened.reading.proven.cached)
 
     def save_merged(self, folder: Path) -> None:
         """Write the base with the adapter folded in."""
@@ -186,12 +190,11 @@ class MlxSession:
         return self._adapters.switched_off()
 
     def _check_length(self, length: int) -> None:
-        longest = self._opened.reading.longest
+        longest, because = self._opened.reading.longest
         if longest and length > longest:
             raise ModelError(
                 "longer-than-mlx-reads",
-                f"a row of {length} tokens; on MLX this base is exact up to {longest}: "
-                f"{self._opened.reading.longest_because}",
+                f"a row of {length} tokens; on MLX this base is exact up to {longest}: {because}",
                 where="data.max_length",
                 help=f"set `data.max_length: {longest}` or lower, or run with --backend torch.",
             )

@@ -9,12 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from soup_xb.backends.mlx.adapters import submodule
+from soup_xb.backends.mlx.adapters import shares_of, submodule
 from soup_xb.backends.mlx.processes import Processes
 from soup_xb.backends.mlx.quantization import dequantized_weight
 from soup_xb.core.adapter.plan import AdapterPlan
-from soup_xb.core.adapter.starts import Start, weight_start
+from soup_xb.core.adapter.starts import Start, stacked_start, weight_start
 from soup_xb.core.base.modules import AdapterModule
+from soup_xb.core.base.proven import Part
 from soup_xb.core.errors import ModelError
 
 
@@ -44,7 +45,7 @@ class MlxAlgebra:
 
 
 def weight_starts(
-    model: Any, plan: AdapterPlan, places: Mapping[str, str], processes: Processes
+    model: Any, plan: AdapterPlan, places: Mapping[str, tuple[Part, ...]], processes: Processes
 ) -> dict[str, Start]:
     """The start of each planned module by name, empty for the random strategy; equal on every process.
 
@@ -59,17 +60,40 @@ def weight_starts(
     with mx.stream(mx.cpu):
         for index in range(processes.process, len(plan.modules), processes.processes):
             adapter = plan.modules[index]
-            weight = dequantized_weight(submodule(model, places[adapter.name]))
+            weight = module_weight(model, places[adapter.name])
             # A sum is finite where every value is.
             if not math.isfinite(float(np.array(mx.sum(weight)))):
                 broken = index + 1
                 break
-            starts[adapter.name] = weight_start(plan.init_strategy, weight, adapter, MlxAlgebra())
+            start = stacked_start if adapter.experts else weight_start
+            starts[adapter.name] = start(plan.init_strategy, weight, adapter, MlxAlgebra())
     # A process that stopped alone would leave the others waiting for its share.
     broken = processes.largest(broken)
     if broken:
         raise _not_finite(plan.modules[broken - 1])
     return _shared(starts, plan, processes) if processes.many else starts
+
+
+def module_weight(model: Any, parts: tuple[Part, ...], layers: tuple[Any, ...] | None = None) -> mx.array:
+    """The float32 weight (out, in) of a module of transformers, of experts (experts, out, in), as PEFT takes it.
+
+    `layers` are the LoRA layers on it, where there are some.
+    """
+    linears = tuple(layer.linear for layer in layers or ()) or tuple(
+        submodule(model, part.place) for part in parts
+    )
+    shares = shares_of(parts, linears)
+    weights = [share.back(dequantized_weight(linear)) for share, linear in zip(shares, linears, strict=True)]
+    if parts[0].heads:
+        # Of each head the rows of its keys, then those of its values.
+        heads = mx.concatenate(weights, axis=1)
+        return heads.reshape(-1, heads.shape[-1])
+    if parts[0].turned and weights[0].ndim == 3:
+        return mx.concatenate([weight.swapaxes(-1, -2) for weight in weights], axis=-1)
+    if parts[0].interleaved:
+        rows = mx.stack(weights, axis=-2)
+        return rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
+    return weights[0] if len(weights) == 1 else mx.concatenate(weights, axis=-2)
 
 
 def _not_finite(adapter: AdapterModule) -> ModelError:
@@ -85,8 +109,8 @@ def _shared(starts: dict[str, Start], plan: AdapterPlan, processes: Processes) -
     arrays: dict[str, mx.array] = {}
     for adapter in plan.modules:
         zeros = Start(
-            np.zeros((adapter.rank, adapter.in_features), np.float32),
-            np.zeros((adapter.out_features, adapter.rank), np.float32),
+            np.zeros(adapter.a_shape, np.float32),
+            np.zeros(adapter.b_shape, np.float32),
         )
         start = starts.get(adapter.name, zeros)
         arrays |= {f"{adapter.name}.a": mx.array(start.a), f"{adapter.name}.b": mx.array(start.b)}

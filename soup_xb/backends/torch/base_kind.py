@@ -32,12 +32,20 @@ _INSTEAD = (
 def auto_class(config: Any, media: str) -> Any:
     """The transformers class that opens a base for rows with this kind of files; empty for text alone."""
     if not media:
-        return transformers.AutoModelForCausalLM
+        return transformers.AutoModelForCausalLM if type(config) in _CAUSAL else _for_pictures(config)
     # By name: an older transformers has not all of them, and trains on text all the same.
     found = (
         auto for mapping, auto in _WITH_FILES[media] if type(config) in getattr(transformers, mapping, ())
     )
     return getattr(transformers, next(found, ""), None)
+
+
+def _for_pictures(config: Any) -> Any:
+    """The class that opens a decoder with a vision tower, which reads text without a picture too; None for others."""
+    known = getattr(transformers, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", ())
+    if type(config) not in known or config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        return None
+    return transformers.AutoModelForImageTextToText
 
 
 def check_kind(folder: BaseFolder, config: Any, media: str) -> None:
@@ -60,12 +68,13 @@ def check_kind(folder: BaseFolder, config: Any, media: str) -> None:
 def check_causal(folder: BaseFolder, config: Any) -> None:
     """Raise ModelError for a base that is not opened, whose text part cannot be saved, or that looks ahead."""
     where = str(folder.path / "config.json")
+    if type(config) not in _CAUSAL and _for_pictures(config) is not None:
+        _check_order(folder, config)
+        return
     if type(config) not in _CAUSAL:
         written = folder.config.get("architectures")
         name = f" ({written[0]})" if isinstance(written, list) and written else ""
-        message = (
-            f"`{folder.model_type}`{name} is no causal language model: AutoModelForCausalLM does not open it"
-        )
+        message = f"`{folder.model_type}`{name} is no causal language model: no class of transformers opens it for text"
         raise ModelError("not-causal", message, where=where, help=_INSTEAD)
     opened = _CAUSAL[type(config)].config_class
     if opened is not type(config) and opened not in _CAUSAL:

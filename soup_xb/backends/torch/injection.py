@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
@@ -89,6 +90,18 @@ def names_of_experts(model: Any, names: Iterable[str]) -> set[str]:
         if name not in config.target_modules:
             taken.add(name)
     return taken
+
+
+def refused_names(model: Any, names: Iterable[str]) -> set[str]:
+    """The module names that PEFT refuses to adapt on this model type: Mamba's fused kernels read their weights."""
+    check: Any = getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
+    refused = set()
+    for name in names:
+        try:
+            check(LoraConfig(), model, name)
+        except ValueError:
+            refused.add(name)
+    return refused
 
 
 @contextmanager

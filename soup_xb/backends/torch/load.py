@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from soup_xb.backends.torch.base_kind import auto_class, check_embedding, check_kind
 from soup_xb.backends.torch.device import Device, give_freed_memory_back, memory_guard
 from soup_xb.backends.torch.experts import expert_weights
-from soup_xb.backends.torch.injection import names_of_experts
+from soup_xb.backends.torch.injection import names_of_experts, refused_names
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import mesh_of, shard_blocks, shard_vocabulary
 from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type, weight_files
@@ -121,9 +121,10 @@ def describe_model(model: Any, wrappers: Mapping[str, str]) -> BaseDescription:
     """The structure of a model without adapters; `wrappers` names what stands around some of its linears."""
     modules: list[Module] = []
     linears = [name for name, module in model.named_modules() if is_linear(module)]
-    taken = names_of_experts(model, {name.rpartition(".")[2] for name in linears})
+    lasts = {name.rpartition(".")[2] for name in linears}
+    taken, refused = names_of_experts(model, lasts), refused_names(model, lasts)
     for name, module in model.named_modules():
-        if is_linear(module):
+        if is_linear(module) and name.rpartition(".")[2] not in refused:
             sides, last = _sides(module), name.rpartition(".")[2]
             modules.append(Module(name, *sides, reached_as=wrappers.get(name, ""), by_weight=last in taken))
         modules += expert_weights(name, module)

@@ -16,41 +16,12 @@ from soup_xb.core.adapter.plan import AdapterPlan
 from soup_xb.core.adapter.readers import universal_form
 from soup_xb.core.adapter.tensors import read_tensors
 from soup_xb.core.base.modules import AdapterModule
+from soup_xb.core.base.proven import Part, proven_type
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.errors import ModelError, Problem
 
 WEIGHTS = MLX_LM_WEIGHTS
 SETTINGS = "adapter_config.json"
-# Model types whose linear layers have the same names in both libraries, found by comparing their weights.
-_SAME_NAMES = frozenset({
-    "afmoe", "apertus", "cohere", "cohere2", "deepseek_v2", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
-    "exaone_moe", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe",
-    "gpt_bigcode", "gpt_oss", "granite", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jamba",
-    "lfm2", "llama", "llama4", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "ministral3",
-    "mistral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-    "qwen3_next", "recurrent_gemma", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
-})  # fmt: skip
-# Types with the same names but for these (by their last part): split, renamed or another kind of layer in mlx-lm.
-_OTHER_LAYERS = {
-    **dict.fromkeys(
-        ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "mistral4"),
-        ("kv_b_proj",),
-    ),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid"), ("router", "layer")),
-    **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), ("gate", "router")),
-    "lfm2_moe": ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"),
-}
-# Types whose language model lies elsewhere: its place in transformers, and in mlx-lm.
-_MULTIMODAL = (
-    "gemma3", "gemma4", "gemma4_unified", "lfm2_vl", "llava", "mistral3", "pixtral", "qwen2_vl", "qwen2_5_vl",
-    "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
-)  # fmt: skip
-_PLACES = {
-    **dict.fromkeys(_MULTIMODAL, ("model.language_model.", "language_model.model.")),
-    "gemma3n": ("model.", "model.language_model."),
-    "llama4_text": ("model.", "language_model.model."),
-    "muse_glimmer": ("model.language_model.", "model."),
-}
 _EMBEDDINGS = (
     "embed_tokens",
     "wte",
@@ -83,30 +54,18 @@ def to_mlx_lm(saved: SavedAdapter, folder: Path, base: str, model_type: str) -> 
     """A saved adapter (read from `folder`) in mlx-lm's form.
 
     Ranks are padded with zeros to the largest; B takes what its own scale has over the common one. The keys
-    are whole module names, so that mlx-lm adapts these modules and no other. `base` is the base's name,
-    `model_type` its type, empty where it is not known. Raises ModelError for factors of experts, and for modules
-    that mlx-lm has no counterpart of.
+    are whole module names, so that mlx-lm adapts these modules and no other. A module whose rows are in several of
+    mlx-lm's gives each of them its A. `base` is the base's name, `model_type` its type, empty where it is not known.
+    Raises ModelError for modules that mlx-lm has no counterpart of.
     """
     modules = adapter_modules(saved, folder)
-    experts = [module.name for module in modules if module.experts]
-    if experts:
-        raise ModelError(
-            "experts-not-exported",
-            f"`{experts[0]}` and {len(experts) - 1} more adapted weights are 3-D stacks of experts, which mlx-lm keeps "
-            "in other modules",
-            where=str(folder),
-            help="write the whole model with `soupx merge`, and convert that with `mlx_lm.convert`.",
-        )
-    names = {module.name: _mlx_lm_name(module.name, model_type, folder) for module in modules}
     saved_plan = AdapterPlan(modules, 0.0, "random", use_rslora=False, seed=0)
     form = universal_form(saved_plan, saved.factors)
     rank, scale = form.plan.modules[0].rank, form.plan.modules[0].scale
     tensors: dict[str, Array] = {}
     for module in modules:
-        arrays, name = form.factors[module.name], names[module.name]
-        tensors |= {f"{name}.lora_a": arrays["lora_A"].T, f"{name}.lora_b": arrays["lora_B"].T}
-        if "lora_magnitude_vector" in arrays:
-            tensors[f"{name}.m"] = arrays["lora_magnitude_vector"]
+        for part in _places(module, model_type, folder):
+            tensors |= _for_part(part, form.factors[module.name], bool(module.experts))
     settings = {
         "fine_tune_type": "dora" if saved.settings.get("use_dora") else "lora",
         "model": base,
@@ -116,10 +75,45 @@ def to_mlx_lm(saved: SavedAdapter, folder: Path, base: str, model_type: str) -> 
             "rank": rank,
             "scale": scale,
             "dropout": 0.0,
-            "keys": list(names.values()),
+            "keys": list(dict.fromkeys(name.rpartition(".")[0] for name in tensors)),
         },
     }
     return MlxLmAdapter(tensors, settings)
+
+
+def _for_part(part: Part, arrays: Mapping[str, Array], experts: bool) -> dict[str, Array]:
+    """The factors of one of mlx-lm's modules; its LoRA layers keep those of experts as PEFT does, others turned."""
+    a, b = arrays["lora_A"], arrays["lora_B"]
+    if experts and part.turned:
+        # PEFT takes the outputs for the inputs.
+        a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    b = b[..., _rows(part, b.shape[-2]), :]
+    told = {"lora_a": a, "lora_b": b} if experts else {"lora_a": a.T, "lora_b": b.T}
+    if "lora_magnitude_vector" in arrays:
+        told["m"] = arrays["lora_magnitude_vector"][_rows(part, len(arrays["lora_magnitude_vector"]))]
+    return {f"{part.place}.{leaf}": array for leaf, array in told.items()}
+
+
+def _rows(part: Part, rows: int) -> slice:
+    """Which of a module's rows are at one of its places."""
+    if part.interleaved:
+        return slice(part.index, None, part.of)
+    count = rows // part.of
+    return slice(part.index * count, (part.index + 1) * count)
+
+
+def _places(module: AdapterModule, model_type: str, folder: Path) -> tuple[Part, ...]:
+    """Where mlx-lm has a module. Raises ModelError where it has no layer that takes an adapter for it."""
+    _check_name(module.name, model_type, folder)
+    proven = proven_type(model_type)
+    if proven is None:
+        return (Part(module.name),)
+    parts = proven.parts_of(module.name)
+    if not parts or any(part.heads for part in parts) or proven.scaled:
+        raise _no_counterpart(
+            f"`{module.name}` of `{model_type}` is another layer in mlx-lm than in transformers", folder
+        )
+    return parts
 
 
 def write_mlx_lm(folder: Path, adapter: MlxLmAdapter) -> None:
@@ -151,55 +145,86 @@ def read_mlx_lm(folder: Path, model_type: str) -> tuple[AdapterPlan, Factors]:
     scale = check_number(scale, "`lora_parameters.scale`", folder / SETTINGS)
     if not tensors:
         raise damaged(folder / WEIGHTS, "holds no factors")
-    factors: dict[str, dict[str, Array]] = {}
+    layers: dict[str, dict[str, Array]] = {}
     for key, array in tensors.items():
         name, _, leaf = key.rpartition(".")
         ours = dict(_FACTORS).get(leaf)
         if ours is None:
             raise damaged(folder / WEIGHTS, f"`{key}` is not a factor of a linear layer")
-        if array.ndim == 3:
-            raise _no_counterpart(
-                f"`{name}` is a stack of experts, which transformers keeps in other modules", folder
-            )
-        name = _transformers_name(name, model_type, folder)
-        factors.setdefault(name, {})[ours] = array if leaf == "m" else array.T
+        layers.setdefault(name, {})[ours] = array if array.ndim != 2 else array.T
+    factors = _modules_of(layers, model_type, folder)
     dora = settings.get("fine_tune_type") == "dora"
     modules = (_module(name, arrays, float(scale), folder) for name, arrays in factors.items())
     modules = (evolve(module, dora=dora) for module in modules)
     return AdapterPlan(tuple(modules), 0.0, "random", use_rslora=False, seed=0), factors
 
 
-def _mlx_lm_name(name: str, model_type: str, folder: Path) -> str:
-    ours, theirs = _PLACES.get(model_type, ("", ""))
-    return _moved(name, (ours, theirs), model_type, folder)
+def _modules_of(
+    layers: Mapping[str, Mapping[str, Array]], model_type: str, folder: Path
+) -> dict[str, dict[str, Array]]:
+    """Factors by transformers' names, of layers by mlx-lm's."""
+    proven = proven_type(model_type)
+    found: dict[str, dict[str, tuple[Part, Mapping[str, Array]]]] = {}
+    for place, arrays in layers.items():
+        _check_name(place, model_type, folder)
+        at = proven.module_at(place) if proven is not None else (place, Part(place))
+        stacked = arrays.get("lora_A", np.zeros(0)).ndim == 3
+        if (
+            at is None
+            or at[1].heads
+            or (proven is not None and proven.scaled)
+            or (stacked and proven is None)
+        ):
+            raise _no_counterpart(
+                f"`{place}` of `{model_type}` is another layer in transformers than in mlx-lm", folder
+            )
+        found.setdefault(at[0], {})[place] = (at[1], arrays)
+    return {name: _joined(list(parts.values()), folder) for name, parts in found.items()}
 
 
-def _transformers_name(name: str, model_type: str, folder: Path) -> str:
-    ours, theirs = _PLACES.get(model_type, ("", ""))
-    return _moved(name, (theirs, ours), model_type, folder)
+def _joined(parts: Sequence[tuple[Part, Mapping[str, Array]]], folder: Path) -> dict[str, Array]:
+    """One module's factors of those of its parts, which share an A where these are equal.
 
-
-def _moved(name: str, places: tuple[str, str], model_type: str, folder: Path) -> str:
-    """The name in the other library, where the language model lies at the second of the places."""
-    _check_name(name, model_type, folder)
-    if not name.startswith(places[0]):
-        raise _no_counterpart(f"`{name}` lies outside of `{model_type}`'s language model", folder)
-    return places[1] + name.removeprefix(places[0])
+    Otherwise A and B are blocks, and the rank is the sum of theirs: [A1; A2], and B with the rows of each part in
+    columns of its own.
+    """
+    part, arrays = parts[0]
+    if any("lora_A" not in own or "lora_B" not in own for _, own in parts):
+        raise damaged(folder / WEIGHTS, f"`{part.place}` has only one of its factors")
+    if part.of == 1 and not (part.turned and arrays["lora_A"].ndim == 3):
+        return dict(arrays)
+    turned = part.turned and arrays["lora_A"].ndim == 3
+    first = arrays["lora_A"]
+    alike = all(
+        own["lora_A"].shape == first.shape and np.array_equal(own["lora_A"], first) for _, own in parts
+    )
+    ranks = [own["lora_A"].shape[-2] for _, own in parts]
+    rows = arrays["lora_B"].shape[-2] * part.of
+    a = first if alike else np.concatenate([own["lora_A"] for _, own in parts], axis=-2)
+    b = np.zeros((*first.shape[:-2], rows, a.shape[-2]), np.float32)
+    start = 0
+    for (each, own), rank in zip(parts, ranks, strict=True):
+        columns = slice(0, rank) if alike else slice(start, start + rank)
+        b[..., _rows(each, rows), columns] = own["lora_B"]
+        start += rank
+    if turned:
+        a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    joined = {"lora_A": a, "lora_B": b}
+    if "lora_magnitude_vector" in arrays:
+        magnitudes = np.zeros(rows, np.float32)
+        for each, own in parts:
+            magnitudes[_rows(each, rows)] = own["lora_magnitude_vector"]
+        joined["lora_magnitude_vector"] = magnitudes
+    return joined
 
 
 def _check_name(name: str, model_type: str, folder: Path) -> None:
-    """Raise ModelError for a module that the other library knows under another name, or not as a linear layer."""
-    last = name.rpartition(".")[2]
-    if last in _EMBEDDINGS:
+    """Raise ModelError for an embedding, and for a type of which nobody knows where its modules are in the other."""
+    if name.rpartition(".")[2] in _EMBEDDINGS:
         raise _no_counterpart(f"`{name}` is an embedding", folder)
-    known = {*_SAME_NAMES, *_OTHER_LAYERS, *_PLACES}
-    if model_type and model_type not in known:
+    if model_type and proven_type(model_type) is None:
         raise _no_counterpart(
             f"the modules of `{model_type}` have other names in mlx-lm than in transformers", folder
-        )
-    if last in _OTHER_LAYERS.get(model_type, ()):
-        raise _no_counterpart(
-            f"`{name}` of `{model_type}` is another layer in mlx-lm than in transformers", folder
         )
 
 
@@ -218,14 +243,15 @@ def _module(name: str, arrays: Mapping[str, Array], scale: float, folder: Path) 
     if (
         a is None
         or b is None
-        or a.ndim != 2
-        or b.ndim != 2
-        or a.shape[0] != b.shape[1]
+        or a.ndim not in (2, 3)
+        or b.ndim != a.ndim
+        or a.shape[-2] != b.shape[-1]
         or not a.size * b.size
     ):
         raise damaged(folder / WEIGHTS, f"the factors of `{name}` do not belong together")
-    rank = int(a.shape[0])
-    return AdapterModule(name, int(b.shape[0]), int(a.shape[1]), rank, scale * rank, scale)
+    rank = int(a.shape[-2])
+    experts = len(a) if a.ndim == 3 else 0
+    return AdapterModule(name, int(b.shape[-2]), int(a.shape[-1]), rank, scale * rank, scale, experts=experts)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

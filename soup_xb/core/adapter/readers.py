@@ -106,10 +106,10 @@ def _common_alpha(plan: AdapterPlan, rank: int) -> int:
 
 def _padded(arrays: Mapping[str, Array], rank: int, factor: float) -> dict[str, Array]:
     a, b = arrays["lora_A"], arrays["lora_B"]
-    more = rank - len(a)
+    more, experts = rank - a.shape[-2], [(0, 0)] * (a.ndim - 2)
     return {
-        "lora_A": np.pad(a, ((0, more), (0, 0))),
-        "lora_B": np.pad(_times(b, factor), ((0, 0), (0, more))),
+        "lora_A": np.pad(a, [*experts, (0, more), (0, 0)]),
+        "lora_B": np.pad(_times(b, factor), [*experts, (0, 0), (0, more)]),
     }
 
 

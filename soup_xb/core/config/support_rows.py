@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from soup_xb.core.base.proven import proven_types
 from soup_xb.core.config.schema import KEYS
 from soup_xb.core.tasks import FORMATS, TASKS, readers, tasks_with
 from soup_xb.core.tasks.task import No
@@ -159,7 +160,7 @@ _TRAINING = (
         "training.router_aux_loss_coef",
         "router-loss",
         mlx=No(
-            "none of the model types that are proven on MLX is a mixture of experts: there is no router to balance",
+            "mlx-lm's models do not give the logits of their routers, which the balancing loss is made of",
             "remove the key.",
         ),
     ),
@@ -170,15 +171,7 @@ _TRAINING = (
 
 _LORA = (
     *_works("training.lora", "training.lora.r", "training.lora.alpha", "training.lora.dropout"),
-    *_choices("training.lora.target_modules", "auto", "all-linear"),
-    Row(
-        "training.lora.target_modules=auto+experts",
-        "experts",
-        mlx=No(
-            "3-D expert weights are adapted by a wrapper of PEFT's that mlx-lm does not have",
-            "use `target_modules: auto`, which leaves the experts out.",
-        ),
-    ),
+    *_choices("training.lora.target_modules", "auto", "all-linear", "auto+experts"),
     *_choices("training.lora.init_strategy", "random", "pissa", "olora"),
     *_works("training.lora.use_olora"),
     *_works("training.lora.rank_pattern", "training.lora.alpha_pattern"),
@@ -211,8 +204,8 @@ _OPENED_BASES = (
         "base=a model type without proof",
         "model-type",
         mlx=No(
-            "its logits are not proven equal to transformers' (proven: Llama, Mistral, Qwen 2 and 3, Phi-3, Gemma 2 "
-            "and 3 text, SmolLM3, OLMo 2, Granite)",
+            f"its logits are not proven equal to transformers' (those of {len(proven_types())} types are, which "
+            "docs/mlx.md lists)",
             "take a base of one of these types.",
         ),
     ),
