@@ -24,7 +24,7 @@ from soup_xb.core.base.modules import AdapterModule, Module
 from soup_xb.core.base.rope import noted_scaling
 from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.objectives import losses
-from soup_xb.core.objectives.objective import EmbeddingObjective, TokenObjective
+from soup_xb.core.objectives.objective import EmbeddingObjective, Objective, TokenObjective
 from soup_xb.core.rows.examples import Message
 from soup_xb.core.rows.formats.detect import Formats
 from soup_xb.core.rows.formats.every import formats_named
@@ -87,14 +87,19 @@ class LoadedAdapter:
 
 
 @contextmanager
-def open_trained(options: TrainedOptions, quantization: str = "none") -> Iterator[LoadedAdapter]:
+def open_trained(
+    options: TrainedOptions, quantization: str = "none", objective: Objective | None = None
+) -> Iterator[LoadedAdapter]:
     """Open a base with a saved adapter; closed on every exit.
 
-    Raises ModelError for an adapter that is damaged or belongs to another base.
+    It is evaluated by `objective`, by default the loss over tokens or, for an adapter that embeds, over texts. Raises
+    ModelError for an adapter that is damaged or belongs to another base, and for a reward model unless the objective
+    asks for scores.
     """
     folder = adapter_folder(options.adapter) if options.adapter else None
     saved = read_adapter(folder) if folder else None
-    if saved is not None and saved.head is not None and folder is not None:
+    scores = objective is not None and objective.outputs == "scores"
+    if saved is not None and saved.head is not None and folder is not None and not scores:
         raise is_reward_model(folder)
     base = inspect_base(resolve_base(options.base or base_of(saved, folder)))
     task = media_task(base.path, folder)
@@ -107,10 +112,14 @@ def open_trained(options: TrainedOptions, quantization: str = "none") -> Iterato
         media=TASKS[task].media if task else "",
         quantization=quantization,
     )
+    if objective is not None:
+        settings = evolve(settings, objective=objective)
     session = open_session(options.backend, settings)
     try:
         if saved is not None and folder is not None:
             attach_saved(session, saved, folder)
+            if session.judge is not None and saved.head is not None:
+                session.judge.load_head(saved.head)
         yield LoadedAdapter(session, tokenizer, base, saved is not None, facts, task, settings)
     finally:
         session.close()

@@ -18,6 +18,7 @@ from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.schema import Config
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.run.plan import Plan, make_plan, objective_of, optimizer_settings
+from soup_xb.core.run.reference import Reference, base_log_probabilities
 from soup_xb.core.run.session import Session, SessionSettings
 from soup_xb.core.tasks import TASKS
 from soup_xb.data.dataset import check_files, check_same_rows, load_dataset
@@ -40,6 +41,14 @@ class OpenRun:
     plan: Plan
     coverage: Coverage
     notices: tuple[Problem, ...]
+
+    def reference(self) -> Reference:
+        """Log-probabilities of all answers under the base, the same on every process."""
+        plan = self.plan
+        asked = (len(plan.rows[0].sequences), plan.config.training.batch_size, plan.pad_id)
+        return Reference(
+            *(base_log_probabilities(self.session, rows, *asked) for rows in (plan.rows, plan.evaluation))
+        )
 
 
 @contextmanager

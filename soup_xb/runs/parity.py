@@ -22,7 +22,6 @@ from soup_xb.core.run.events import Event, StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.core.tasks import TASKS
 from soup_xb.runs.open import OpenRun, open_run
-from soup_xb.runs.reference import computed_reference
 from soup_xb.runs.rewards import open_rewards, session_for
 
 ENGINES = ("torch", "mlx")
@@ -92,7 +91,7 @@ def measure(loaded: LoadedConfig, steps: int, folder: Path) -> None:
                 told.append((event.loss, dict(event.means)))
 
         task = TASKS[loaded.config.task]
-        plan = evolve(run.plan, reference=computed_reference(run)) if task.needs_reference else run.plan
+        plan = evolve(run.plan, reference=run.reference()) if task.needs_reference else run.plan
         shortened = evolve(plan, total_steps=min(steps, plan.total_steps), eval_steps=(), save_steps=())
         run_loop(shortened, session, Hooks(emit=keep, save=lambda _: None, stop=lambda: 0))
     np.save(folder / _PROBE, probe, allow_pickle=False)

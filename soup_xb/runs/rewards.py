@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -24,7 +24,7 @@ from soup_xb.core.adapter.peft_file import WEIGHTS, adapter_folder, read_adapter
 from soup_xb.core.base.rope import noted_scaling
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.config.run_rules import file_function
-from soup_xb.core.config.schema import Config
+from soup_xb.core.config.schema import Config, TrainingConfig
 from soup_xb.core.disk import local_path
 from soup_xb.core.errors import ConfigError, DataError, ModelError
 from soup_xb.core.objectives import losses
@@ -44,9 +44,6 @@ from soup_xb.data.tokenize import with_call_ids
 from soup_xb.data.tokenizer import ChatTokenizer, open_tokenizer
 from soup_xb.runs.adapters import attach_saved, base_of, session_on
 from soup_xb.runs.open import OpenRun
-
-if TYPE_CHECKING:
-    from soup_xb.core.config.schema import Config
 
 
 @contextmanager
@@ -81,19 +78,24 @@ def session_for(run: OpenRun, rewards: Sequence[Reward]) -> TrainingSession:
     if not TASKS[config.task].samples:
         return run.session
     rows = (*run.plan.rows, *run.plan.evaluation)
+    return RolloutSession(run.session, rollout_rules(config.training, run.tokenizer, rewards, rows))
+
+
+def rollout_rules(
+    training: TrainingConfig, tokenizer: ChatTokenizer, rewards: Sequence[Reward], rows: Sequence[Row]
+) -> Rules:
+    """How the answers to `rows` are sampled and judged. Raises DataError for a row that a reward cannot judge."""
     for reward in rewards:
         reward.check(rows)
-    training = config.training
-    rules = Rules(
+    return Rules(
         rewards=rewards,
-        decode=run.tokenizer.decode,
+        decode=tokenizer.decode,
         group_size=training.group_size,
         generation=GenerationSettings(
-            training.max_new_tokens, training.temperature, run.tokenizer.end_ids, training.seed
+            training.max_new_tokens, training.temperature, tokenizer.end_ids, training.seed
         ),
-        pad_id=run.plan.pad_id,
+        pad_id=tokenizer.pad_id,
     )
-    return RolloutSession(run.session, rules)
 
 
 # Answers that are scored together.

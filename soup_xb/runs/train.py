@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from attrs import evolve
+
 from soup_xb.backends import choose_backend
 from soup_xb.core.adapter.extras import is_reward_model
 from soup_xb.core.adapter.peft_file import adapter_folder, fit_factors, read_adapter
@@ -14,14 +16,15 @@ from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
 from soup_xb.core.run.document_check import check_apart
 from soup_xb.core.run.events import Listener, Notice, StartEvent
-from soup_xb.core.run.folder import RunFolder
+from soup_xb.core.run.folder import REFERENCE, RunFolder
 from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
+from soup_xb.core.run.plan import Plan
+from soup_xb.core.run.reference import read_reference, reference_key, write_reference
 from soup_xb.core.run.session import Session
 from soup_xb.core.run.stop import heard_early, launched_processes, stop_on_signals
 from soup_xb.core.tasks import TASKS
 from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
 from soup_xb.runs.open import OpenRun, check_processes, open_run
-from soup_xb.runs.reference import plan_with_reference
 from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.rewards import open_rewards, session_for
 from soup_xb.runs.writer import RunWriter, failure_noted, first_day, output_folder
@@ -54,7 +57,7 @@ def train(loaded: LoadedConfig, options: TrainOptions, listeners: Sequence[Liste
         with failure_noted(writer), stop_on_signals(stop):
             _announce(run, writer, done)
             hooks = Hooks(writer.emit, writer.save, stop)
-            plan = plan_with_reference(run, writer)
+            plan = _with_reference(run, writer)
             result = run_loop(plan, session, hooks, done, writer.losses_until(done))
             _stop_if_asked(run, writer, result)
             return _finish(run, writer, result, options.prompts)
@@ -100,6 +103,40 @@ def _attach(run: OpenRun) -> None:
                 raise is_reward_model(folder)
             run.session.judge.load_head(saved.head)
         run.session.load_factors(fit_factors(saved, run.plan.adapters, folder))
+
+
+def _with_reference(run: OpenRun, writer: RunWriter) -> Plan:
+    """The plan with the base's log-probabilities, where the task measures against them; else the plan itself.
+
+    A resumed run reads what its first start wrote, in its own folder or in that of the checkpoint, so that it goes on
+    with the same bytes. The values are computed anew on every process where one of them finds no file, or one that
+    is torn or belongs to other data or another base.
+    """
+    plan, config = run.plan, run.loaded.config
+    if not TASKS[config.task].needs_reference:
+        return plan
+    path = Path(config.output) / REFERENCE
+    facts = {
+        "data": writer.facts.data,
+        "base": config.base,
+        "precision": run.session.precision,
+        "quantization": config.training.quantization,
+    }
+    key = reference_key(facts, run.base.path)
+    sequences = len(plan.rows[0].sequences)
+    shapes = {"train": (len(plan.rows), sequences), "evaluation": (len(plan.evaluation), sequences)}
+    places = [path] if writer.resumed_from is None else [path, writer.resumed_from.parents[1] / REFERENCE]
+    kept = (read_reference(place, key, shapes) for place in places)
+    found = next((reference for reference in kept if reference is not None), None)
+    if run.session.agree(int(found is None)) or found is None:
+        found = run.reference()
+        if writer.folder is not None:
+            answers = sum(rows * sequences for rows, sequences in shapes.values())
+            text = f"the base's log-probabilities of {answers:,} answers are in `{REFERENCE}`"
+            writer.emit(Notice(Problem("reference", text)))
+    if writer.folder is not None:
+        write_reference(path, key, found)
+    return evolve(plan, reference=found)
 
 
 def _stop_if_asked(run: OpenRun, writer: RunWriter, result: LoopResult) -> None:

@@ -343,7 +343,9 @@ class Model:
     def vectors(self, batch: MicroBatch) -> Array:
         return np.stack([np.sin((place + 1) * self.scores(batch)) for place in range(5)], axis=1)
 
-    def sample(self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
+    def sample(
+        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings, adapter: bool = True
+    ) -> list[Array]:
         """Answers of one token to six, by the numbers alone."""
         lengths = 1 + (chances[:, 0] * 6).astype(int)
         return [
@@ -414,7 +416,7 @@ class Step:
         _, means = self.state.finish(training=True)
         return StepResult(total, 0.0, True, means)
 
-    def evaluate(self, batches: Sequence[MicroBatch]) -> LossSum:
+    def evaluate(self, batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
         raise AssertionError("a rollout asks nothing else of its session")
 
 

@@ -148,10 +148,12 @@ class MlxSampler:
         """Sample from the model as it is."""
         self._base = base
 
-    def sample(self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
+    def sample(
+        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings, adapter: bool = True
+    ) -> list[Array]:
         """Continue each prompt, with the tokens that `chances` choose."""
         self._base.check_length(max(map(len, prompts)) + settings.max_new_tokens)
-        with memory_guard("sampling answers"):
+        with self._base.with_adapter(adapter), memory_guard("sampling answers"):
             return sample(self._base.model(), prompts, chances, settings, self._base.proven.cached)
 
 

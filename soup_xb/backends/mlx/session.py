@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class MlxSession:
         self.process, self.processes = processes.process, processes.processes
         self._opened, self._device, self._processes = opened, device, processes
         self._adapters: Adapters | None = None
+        self._is_base = False
         self._optimizer: Optimizer | None = None
         self._told: tuple[Problem, ...] = ()
         proven = opened.reading.proven
@@ -185,9 +186,19 @@ class MlxSession:
         mx.clear_cache()
 
     def _with_adapter(self, adapter: bool) -> Any:
-        if adapter or self._adapters is None:
+        if adapter or self._adapters is None or self._is_base:
             return nullcontext()
-        return self._adapters.switched_off()
+        return self._switched_off(self._adapters)
+
+    @contextmanager
+    def _switched_off(self, adapters: Any) -> Iterator[None]:
+        # An evaluation of the base asks it for its log-probabilities too: only the outer one gives the adapter back.
+        self._is_base = True
+        try:
+            with adapters.switched_off():
+                yield
+        finally:
+            self._is_base = False
 
     def _check_length(self, length: int) -> None:
         longest, because = self._opened.reading.longest

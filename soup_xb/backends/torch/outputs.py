@@ -111,9 +111,11 @@ class TorchSampler:
         """Sample from the model as it is."""
         self._base = base
 
-    def sample(self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings) -> list[Array]:
+    def sample(
+        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings, adapter: bool = True
+    ) -> list[Array]:
         """Continue each prompt, with the tokens that `chances` choose."""
-        with memory_guard("sampling answers"):
+        with self._base.with_adapter(adapter), memory_guard("sampling answers"):
             return sample(self._base.model(), prompts, chances, settings)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class TorchSession:
         self._patch_notices: list[Problem] = [*text_alone(model, settings.base), *clippable.notices]
         self._description = describe_model(model, clippable.wrappers)
         self._adapters: Adapters | VeraAdapters | None = None
+        self._is_base = False
         self._optimizer: Optimizer | None = None
         base = OpenBase(lambda: self.model, processes, device.torch_device, self._with_adapter)
         self._outputs = outputs = Outputs.of(base, settings, self._description.hidden_size)
@@ -248,9 +249,19 @@ class TorchSession:
             self._merged_outputs = base_outputs(self._trained(self._adapters))
 
     def _with_adapter(self, adapter: bool) -> Any:
-        if adapter or self._adapters is None:
+        if adapter or self._adapters is None or self._is_base:
             return nullcontext()
-        return self._adapters.switched_off()
+        return self._switched_off(self._adapters)
+
+    @contextmanager
+    def _switched_off(self, adapters: Any) -> Iterator[None]:
+        # An evaluation of the base asks it for its log-probabilities too: only the outer one gives the adapter back.
+        self._is_base = True
+        try:
+            with adapters.switched_off():
+                yield
+        finally:
+            self._is_base = False
 
     def _checkpoint_activations(self) -> None:
         # The second name is that of transformers before 5.20.

@@ -72,6 +72,17 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Loade
     return _with_one_strategy(evolve(loaded, warnings=tuple(warnings(loaded))))
 
 
+def recorded_config(tree: Mapping[str, Any], source: str) -> LoadedConfig:
+    """The config that a run recorded in `source`; the rules that a person's file is checked by are not asked again.
+
+    Raises ConfigError with every key that is unknown or has a value that it does not take.
+    """
+    reading = read_config(tree)
+    if reading.faults:
+        raise ConfigError.of(list(_fault_problems(reading.faults, source, {})))
+    return LoadedConfig(reading.config, source, MappingProxyType({}))
+
+
 def config_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, for JSON or YAML; every default is in it.
 

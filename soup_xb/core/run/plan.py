@@ -108,10 +108,12 @@ class Plan:
         return self._epochs[epoch]
 
 
-def held_out_batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Sequence[MicroBatch]:
-    """Padded micro-batches of rows to evaluate outside a run."""
+def held_out_batches(
+    rows: Sequence[Row], batch_size: int, pad_id: int, references: np.ndarray[Any, Any] | None = None
+) -> Sequence[MicroBatch]:
+    """Padded micro-batches of rows to evaluate outside a run; `references` is as in `collate_rows`."""
     known = as_rows(rows)
-    return micro_batches(known, None, eval_batches(known.facts.lengths, batch_size), (0, 1), pad_id)
+    return micro_batches(known, references, eval_batches(known.facts.lengths, batch_size), (0, 1), pad_id)
 
 
 def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ import numpy as np
 from attrs import frozen
 
 from soup_xb.core.disk import disk_errors, write_bytes
+from soup_xb.core.objectives.objective import row_log_probabilities
+from soup_xb.core.rows.batches import sequence_batches
+from soup_xb.core.rows.row import Row
+from soup_xb.core.run.session import Session
 
 _PARTS = ("train", "evaluation")
 
@@ -24,6 +28,23 @@ class Reference:
 
     train: Array
     evaluation: Array
+
+
+def base_log_probabilities(
+    session: Session, rows: Sequence[Row], sequences: int, batch_size: int, pad_id: int
+) -> Array:
+    """Log-probabilities of every answer of rows with so many sequences under the true base, the same on every process.
+
+    Float64 (rows, sequences).
+    """
+    if session.scorer is None:
+        raise RuntimeError(f"the {session.backend} session computes no log-probabilities")
+    known = np.zeros(len(rows) * sequences)
+    for places, batch in sequence_batches(rows, batch_size, pad_id, session.process, session.processes):
+        # A process without an answer of a batch runs the model all the same.
+        found = row_log_probabilities(session.scorer, batch)
+        known[places] = found[: len(places)]
+    return session.scorer.sum(known).reshape(len(rows), sequences)
 
 
 def reference_key(facts: Mapping[str, Any], base: Path) -> str:

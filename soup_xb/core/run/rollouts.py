@@ -62,9 +62,10 @@ class RolloutSession:
         own = sum(float((batch.observed["completion_tokens"] * batch.counted).sum()) for batch in answered)
         return evolve(result, sampled_tokens=round(float(self._scorer.sum(np.array([own]))[0])))
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSum:
-        """Answer the prompts, and tell how the answers fare."""
-        return self._session.evaluate([self._answered(batch, "evaluation") for batch in micro_batches])
+    def evaluate(self, micro_batches: Sequence[MicroBatch], adapter: bool = True) -> LossSum:
+        """Answer the prompts, and tell how the answers fare; `adapter=False` asks the true base."""
+        answered = [self._answered(batch, "evaluation", adapter) for batch in micro_batches]
+        return self._session.evaluate(answered, adapter)
 
     def restart(self, settings: RestartSettings) -> RestartResult:
         """Restart the adapters."""
@@ -74,7 +75,7 @@ class RolloutSession:
         """The largest value over all processes."""
         return self._session.agree(value)
 
-    def _answered(self, batch: MicroBatch, occasion: str) -> MicroBatch:
+    def _answered(self, batch: MicroBatch, occasion: str, adapter: bool = True) -> MicroBatch:
         """The batch with every prompt `group_size` times, each with an answer, and what the answers earned."""
         rules = self._rules
         if not batch.counted.any():
@@ -83,7 +84,10 @@ class RolloutSession:
             return evolve(batch, constants={"rewards": nothing["reward"]}, observed=nothing)
         rows = [row for row in batch.prompts for _ in range(rules.group_size)]
         answers = self._sampler.sample(
-            [row.sequences[0].tokens for row in rows], self._chances(rows, occasion), rules.generation
+            [row.sequences[0].tokens for row in rows],
+            self._chances(rows, occasion),
+            rules.generation,
+            adapter,
         )
         judged = self._judged(rows, answers)
         sequences = [_joined(row.sequences[0], answer) for row, answer in zip(rows, answers, strict=True)]

@@ -176,11 +176,12 @@ class Sampler(Protocol):
     """The model sampled from."""
 
     def sample(
-        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings
+        self, prompts: Sequence[Array], chances: Array, settings: GenerationSettings, adapter: bool = True
     ) -> Sequence[Array]:
         """Continue each int32 (length,) prompt, all in one batch, without dropout: int32 ids, an end id included.
 
         chances, float64 (prompts, max_new_tokens) in [0, 1), choose the tokens: by them alone, no generator has a part.
+        `adapter=False` asks the true base.
         """
 
 
