@@ -33,6 +33,28 @@ def docstring_rows(count: int) -> list[Row]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
+def pair_rows(base: Path, count: int, longest: int) -> list[Row]:
+    """Prompts, each with its own docstring (chosen) and another row's (rejected); `longest` tokens of text at most."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    rows = [row for path in source_files() for row in file_rows(path)]
+    short = [row for row in rows if len(tokenizer.encode("\n".join(row.values())).ids) <= longest]
+    if len(short) < count:
+        raise ValueError(f"this Python's library has {len(short)} rows so short, {count} are asked for")
+    chosen = [short[index * len(short) // count] for index in range(count)]
+    # Those of half the list away: neighbours are of one module, and often alike.
+    rejected = [*chosen[count // 2 :], *chosen[: count // 2]]
+    return [
+        {
+            "prompt": f"{row['instruction']}\n{row['input']}\n",
+            "chosen": row["output"],
+            "rejected": other["output"],
+        }
+        for row, other in zip(chosen, rejected, strict=True)
+    ]
+
+
 def source_files() -> list[Path]:
     """The public modules of the standard library, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
