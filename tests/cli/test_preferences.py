@@ -101,11 +101,21 @@ def test_a_resumed_run_reads_the_reference_and_ends_with_the_same_bytes(
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
-@pytest.mark.parametrize("task", ["dpo", "kto", "bco", "orpo", "cpo"])
-def test_two_processes_train_what_one_trains(soupx: Soupx, config: Config, tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "task"),
+    [
+        *(("torch", task) for task in ("dpo", "kto", "bco", "orpo", "cpo")),
+        *(("mlx", task) for task in ("dpo", "kto")),
+        *(pytest.param("mlx", task, marks=pytest.mark.slow) for task in ("bco", "orpo", "cpo")),
+    ],
+)
+def test_two_processes_train_what_one_trains(
+    soupx: Soupx, config: Config, tmp_path: Path, backend: str, task: str
+) -> None:
     file = config(task, eval_steps=3)
-    assert soupx("train", file, "--output", tmp_path / "one").code == 0
-    done = in_two_processes("torch", "-m", "soup_xb", "train", file, "--output", tmp_path / "two")
+    words = ("train", file, "--backend", backend, "--output")
+    assert soupx(*words, tmp_path / "one").code == 0
+    done = in_two_processes(backend, "-m", "soup_xb", *words, tmp_path / "two")
     assert done.codes == (0, 0), done.err[-3000:]
     for kind in ("step", "eval"):
         for one, two in zip(events(tmp_path / "one", kind), events(tmp_path / "two", kind), strict=True):
