@@ -1,4 +1,4 @@
-"""One DPO run of `mlx_lm_lora.train`, as a user of it would write it. Prints one line of JSON: seconds and tokens.
+"""One DPO run of `mlx_lm_lora.train`, as a user of it would write it. Prints one line of JSON.
 
 It runs in an environment with mlx-lm-lora, this package and scipy-openblas32: it multiplies with the same OpenBLAS as
 soupx does. Without Metal mlx tells no recommended working set, which mlx-lm-lora asks for: there it is told 0, and the
@@ -30,7 +30,7 @@ def main() -> None:
     if "max_recommended_working_set_size" not in mx.device_info():
         told = {**mx.device_info(), "max_recommended_working_set_size": 0}
         mx.device_info, mx.set_wired_limit = lambda *_: told, lambda _: 0
-    found = {"tokens": 0, "steps": 0}
+    found: dict[str, float] = {"tokens": 0, "steps": 0}
     batches, train_dpo = dpo_trainer.iterate_dpo_batches, train.train_dpo
 
     def counted(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -42,9 +42,10 @@ def main() -> None:
             yield batch
 
     def timed(*args: Any, **kwargs: Any) -> None:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         train_dpo(*args, **kwargs)
         found["seconds"] = time.perf_counter() - started
+        found["cpu_seconds"] = time.process_time() - worked
 
     dpo_trainer.iterate_dpo_batches, train.train_dpo = counted, timed
     try:
