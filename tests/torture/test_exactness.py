@@ -28,6 +28,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "lora": {"r": 4, "init_strategy": "pissa"},
     },
     "dpo": {"task": "dpo", "eval_steps": 2, "lora": {"r": 4, "dropout": 0.2}},
+    "dpo pissa accumulation": {
+        "task": "dpo",
+        "gradient_accumulation_steps": 2,
+        "lora": {"r": 4, "init_strategy": "pissa"},
+    },
     "dpo relora merge": {
         "task": "dpo",
         "relora_steps": 4,
