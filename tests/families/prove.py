@@ -218,6 +218,7 @@ def find_parts(theirs: Any, ours: Any, rows: Rows) -> tuple[dict[str, Any], list
 
     known = {module.name: module for module in describe_model(theirs, {}).modules}
     found: dict[str, dict[str, dict[str, Any]]] = {}
+    closed = set()
     for place, module in walk(ours):
         if not _carries(module):
             continue
@@ -226,21 +227,29 @@ def find_parts(theirs: Any, ours: Any, rows: Rows) -> tuple[dict[str, Any], list
             source = latent_source(place, np.array(module.weight), half, rows)
             if source is not None:
                 found.setdefault(pattern(source), {})[pattern(place)] = {"heads": half}
+            else:
+                closed.add(pattern(place))
             continue
         weight = np.array(module.weight.astype(mx.float32))
         told = part_of(weight, rows, known) or scaled_part(place, weight, known)
         if told is not None:
             source, part = told
             found.setdefault(pattern(source), {})[pattern(place)] = part
+        else:
+            closed.add(pattern(place))
     parts = {}
-    for source, places in found.items():
+    order = list(dict.fromkeys(pattern(name) for name in known))
+    for source, places in sorted(found.items(), key=lambda each: order.index(each[0])):
         listed = [{"place": place, **part} for place, part in places.items()]
         listed.sort(key=lambda part: part.get("index", 0))
         if listed != [{"place": source}]:
             parts[source] = [part["place"] if len(part) == 1 else part for part in listed]
     text = {pattern(name) for name in known if not re.search("vision|visual|audio|multi_modal|mm_proj", name)}
+    if theirs.config.get_text_config().tie_word_embeddings:
+        # A tied head is no module of its own in mlx-lm; an untied one of this type is.
+        text.discard("lm_head")
     taken = sorted({name.rpartition(".")[2] for name, module in known.items() if module.by_weight})
-    return parts, sorted(text - set(found)), taken
+    return parts, sorted(closed | text - set(found)), taken
 
 
 def part_of(weight: np.ndarray, rows: Rows, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -429,7 +438,8 @@ def rope_proof(name: str, work: Path) -> list[str]:
             continue
         told = {**kept, "rope_type": kind, **more}
         if kind == "longrope":
-            head = getattr(text, "qk_rope_head_dim", None) or getattr(text, "head_dim", None)
+            sizes = text.to_dict()
+            head = sizes.get("qk_rope_head_dim") or sizes.get("head_dim")
             head = head or text.hidden_size // text.num_attention_heads
             half = int(head * kept.get("partial_rotary_factor", 1.0)) // 2
             told |= {

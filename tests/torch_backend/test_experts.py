@@ -24,7 +24,6 @@ from soup_xb.core.errors import ConfigError, ModelError
 from soup_xb.core.run.events import StepEvent
 from soup_xb.core.run.loop import Hooks, run_loop
 from soup_xb.runs.adapters import TrainedOptions, open_trained
-from soup_xb.runs.export import ExportOptions, export_adapter
 
 Attached = Callable[..., Any]
 Bases = Callable[..., Path]

@@ -122,13 +122,14 @@ def describe_model(
             continue
         name, part = found
         name = name.removeprefix("model.") if headless else name
-        by_weight = name.rpartition(".")[2] in reading.proven.by_weight
-        modules[name] = evolve(_grown(modules.get(name), name, module, part), by_weight=by_weight)
+        grown = _grown(modules.get(name), name, module, part)
+        by_weight = not grown.experts and name.rpartition(".")[2] in reading.proven.by_weight
+        modules[name] = evolve(grown, by_weight=by_weight)
         places[name] = (*places.get(name, ()), part)
     text = reading.text
     description = BaseDescription(
         model_type=folder.model_type,
-        modules=tuple(modules.values()),
+        modules=tuple(modules[name] for name in reading.proven.ordered(modules)),
         parameters=parameters,
         layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,

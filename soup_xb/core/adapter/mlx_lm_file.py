@@ -179,7 +179,8 @@ def _modules_of(
                 f"`{place}` of `{model_type}` is another layer in transformers than in mlx-lm", folder
             )
         found.setdefault(at[0], {})[place] = (at[1], arrays)
-    return {name: _joined(list(parts.values()), folder) for name, parts in found.items()}
+    names = list(found) if proven is None else proven.ordered(found)
+    return {name: _joined(list(found[name].values()), folder) for name in names}
 
 
 def _joined(parts: Sequence[tuple[Part, Mapping[str, Array]]], folder: Path) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,21 @@ class ProvenType:
             return ()
         found = self.parts.get(pattern, (Part(pattern),))
         return tuple(_numbered(part, numbers) for part in found)
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Modules with those of one parent in transformers' order, in which PEFT's wrappers of experts are nested."""
+        ordered, ranks = list(names), {pattern: rank for rank, pattern in enumerate(self.parts)}
+        siblings: dict[str, list[int]] = {}
+        for index, name in enumerate(ordered):
+            if _pattern(name)[0] in ranks:
+                siblings.setdefault(name.rpartition(".")[0], []).append(index)
+        for places in siblings.values():
+            sorted_names = sorted(
+                (ordered[index] for index in places), key=lambda name: ranks[_pattern(name)[0]]
+            )
+            for index, name in zip(places, sorted_names, strict=True):
+                ordered[index] = name
+        return ordered
 
     def module_at(self, place: str) -> tuple[str, Part] | None:
         """The module of transformers that is, or has a share, at a place in mlx-lm; None where it takes no adapter."""
