@@ -15,6 +15,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from soup_xb.core.base.folder import BaseFolder
+from soup_xb.core.base.model_config import POSITIONS_BEHIND_PADDING
 from soup_xb.core.config.schema import Config, DataConfig
 from soup_xb.core.errors import DataError, ModelError, Problem
 from soup_xb.core.rows.examples import (
@@ -178,13 +179,6 @@ def _paired(chosen: Tokenized, rejected: Tokenized) -> Tokenized:
     return evolve(told, reason=EQUAL_ANSWERS) if same_answers(row) else evolve(told, row=row)
 
 
-# Types whose first position is the one behind the padding token's id.
-_POSITIONS_BEHIND_PADDING = (
-    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
-    "data2vec-text", "ibert", "xmod",
-)  # fmt: skip
-
-
 def longest_text(
     asked: int, config: Mapping[str, Any], tokenizer: ChatTokenizer
 ) -> tuple[int, tuple[Problem, ...]]:
@@ -192,7 +186,7 @@ def longest_text(
     known = [asked, int(min(tokenizer.hf.model_max_length, asked))]
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and positions > 0:
-        behind = tokenizer.pad_id + 1 if config.get("model_type") in _POSITIONS_BEHIND_PADDING else 0
+        behind = tokenizer.pad_id + 1 if config.get("model_type") in POSITIONS_BEHIND_PADDING else 0
         known.append(positions - behind)
     longest = min(known)
     if longest == asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,28 @@ def test_both_backends_take_the_same_steps(opener: Opener, training: dict[str, A
         losses[backend].append(StepResult(held_out.mean, held_out.target_tokens, True))
     assert losses["torch"][-2].loss < losses["torch"][0].loss - 0.3
     assert_same_losses(losses["torch"], losses["mlx"], atol=2e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("pad", [320, 100_000, -1, -400])
+def test_a_padding_id_that_the_base_has_no_row_for_reaches_no_model(
+    opener: Opener, tiny_llama: Path, tmp_path: Path, pad: int, backend: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    (session, plan), (usual, _) = opener(backend, base=base), opener(backend)
+    assert {len(row.sequences[0].tokens) for row in plan.rows} != {plan.rows[0].length}
+    assert [one.loss for one in train(session, plan)] == [one.loss for one in train(usual, plan)]
+    prompts = [np.arange(3, 12, dtype=np.int32), np.arange(5, 8, dtype=np.int32)]
+    settings = GenerationSettings(6, 1.0, (pad if pad > 0 else 400, 2))
+    chances = np.random.default_rng(0).random((2, 6))
+    answers = [one.sampler.sample(prompts, chances, settings) for one in (session, usual)]
+    assert [row.tolist() for row in answers[0]] == [row.tolist() for row in answers[1]]
+    session.save_merged(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.pad_token_id is None
 
 
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)

@@ -278,6 +278,14 @@ ROWS_OF_DATA = {
         "words": ("`<|new|>` (320)", "0 to 319"),
         "help": "resize_token_embeddings",
     },
+    "a token that the base has no embedding for, on MLX": {
+        "arrange": lambda place: (_grown(place), _rows(place, [CHAT, _SAYS_NEW])),
+        "argv": "train --backend mlx",
+        "code": "token-without-row",
+        "where": "train.jsonl:2: ",
+        "words": ("`<|new|>` (320)", "0 to 319"),
+        "help": "resize_token_embeddings",
+    },
     "a picture": {
         **turn(role="user", content=[{"type": "image"}]),
         "code": "unsupported-content",

@@ -55,11 +55,12 @@ def sample(
     kind = _PaddedBatch if cached else _ReadAgain
     batch: Any = kind(model, prompts, settings.max_new_tokens)
     logits = batch.read_prompts()
-    new = np.full((len(prompts), settings.max_new_tokens), settings.end_ids[0], dtype=np.int32)
+    filler = settings.filler(logits.shape[1])
+    new = np.full((len(prompts), settings.max_new_tokens), filler, dtype=np.int32)
     ended = np.zeros(len(prompts), dtype=bool)
     for index in range(settings.max_new_tokens):
         tokens = chosen_tokens(logits, chances[:, index], settings.temperature)
-        new[:, index] = np.where(ended, settings.end_ids[0], tokens)
+        new[:, index] = np.where(ended, filler, tokens)
         ended |= np.isin(tokens, settings.end_ids)
         if ended.all() or index + 1 == settings.max_new_tokens:
             break

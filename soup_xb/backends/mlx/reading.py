@@ -20,6 +20,7 @@ from soup_xb.backends.mlx.families import Weights, family_of, text_config, trans
 from soup_xb.backends.mlx.rope import KINDS, ExactRope, Rope, read_rope, refused, turns_neighbours
 from soup_xb.core.base.folder import BaseFolder, unknown_type
 from soup_xb.core.base.layers import layer_settings
+from soup_xb.core.base.model_config import padding_without_row
 from soup_xb.core.base.proven import ProvenType, left_out, proven_type
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.config.support import feature_refusal
@@ -84,9 +85,9 @@ class Reading:
 
     @property
     def pad_id(self) -> int | None:
-        """The id that the config pads with."""
+        """The id that the config pads with, None where the embedding has no row for it."""
         pad: int | None = self.text.pad_token_id
-        return pad
+        return None if padding_without_row(pad, getattr(self.text, "vocab_size", None)) else pad
 
     @property
     def is_tied(self) -> bool:

@@ -55,9 +55,7 @@ def sample(model: Any, prompts: Sequence[Array], chances: Array, settings: Gener
 
 
 def _filler(model: Any, settings: GenerationSettings) -> int:
-    """The id that fills short prompts: an end id that the base has an embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    return next((token for token in settings.end_ids if token < rows), 0)
+    return settings.filler(model.get_input_embeddings().weight.shape[0])
 
 
 def continue_prompt(model: Any, prompt: Array, settings: GenerationSettings) -> Array:

@@ -26,6 +26,7 @@ from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import mesh_of, shard_blocks, shard_vocabulary
 from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type, weight_files
 from soup_xb.core.base.layers import layer_settings
+from soup_xb.core.base.model_config import POSITIONS_BEHIND_PADDING, padding_without_row
 from soup_xb.core.base.modules import Module
 from soup_xb.core.base.rope import RopeScaling
 from soup_xb.core.disk import foreign_errors
@@ -90,6 +91,10 @@ def read_config(folder: BaseFolder, media: str = "", embeds: bool = False) -> tu
         config = transformers.AutoConfig.from_pretrained(
             folder.path, trust_remote_code=False, local_files_only=True
         )
+    for part in (config, config.get_text_config()):
+        named = getattr(part, "pad_token_id", None)
+        if padding_without_row(named, getattr(part, "vocab_size", None)):
+            part.pad_token_id = named if folder.model_type in POSITIONS_BEHIND_PADDING else None
     if embeds:
         check_embedding(folder, config)
         return config, transformers.AutoModel

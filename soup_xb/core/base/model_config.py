@@ -42,6 +42,11 @@ _STRICT = {
 _BESIDE = ("original_max_position_embeddings",)
 # Types for which mlx-lm asks for the distance of full-attention layers, which `layer_types` says as well.
 _PATTERNED = ("gemma3_text", "cohere2")
+# Encoders whose first position is the one behind the padding token's id.
+POSITIONS_BEHIND_PADDING = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
+    "data2vec-text", "ibert", "xmod",
+)  # fmt: skip
 # Types whose `num_local_experts` was `num_experts`.
 _RECOUNTED = ("qwen3_moe", "qwen3_vl_moe_text")
 
@@ -94,7 +99,21 @@ def changed_config(own: Mapping[str, Any], changes: ConfigChanges) -> dict[str, 
             config["dtype"] = changes.dtype
     for part in _parts(config):
         _spell_as_before(part)
+        if padding_without_row(part.get("pad_token_id"), text.get("vocab_size")):
+            part["pad_token_id"] = None
     return config
+
+
+def padding_without_row(pad: Any, rows: Any) -> bool:
+    """Whether a config's `pad_token_id` has no row in an embedding of `rows` rows.
+
+    Old configs name -1, others an id of a tokenizer that was extended. torch makes no such embedding and MLX does
+    not look; no row is padded with it here, and the model is opened and written without it.
+
+    >>> padding_without_row(32000, 32000), padding_without_row(0, 32000), padding_without_row(None, 32000)
+    (True, False, False)
+    """
+    return isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -171,6 +171,10 @@ class GenerationSettings:
     end_ids: tuple[int, ...]
     seed: int = 0
 
+    def filler(self, rows: int) -> int:
+        """The id that fills what is short in a batch: an end id among the `rows` that the base's embedding has."""
+        return next((token for token in self.end_ids if token < rows), 0)
+
 
 class Sampler(Protocol):
     """The model sampled from."""
