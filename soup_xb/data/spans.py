@@ -387,8 +387,7 @@ class _Turn:
                 turn = CallTurn(
                     self.messages, self.index, self.template, self.tools, self.turn_end, mark=_MARK
                 )
-                span = turn.span(text, prompt)
-                return None if span is None else _Found(span)
+                return turn.found(text, prompt)
             return self._added(text, prompt, ends) or self._marked(text, prompt, ends)
         except (RenderError, _UnmarkedError):
             return None
@@ -490,17 +489,18 @@ class CallTurn:
     turn_end: str
     mark: str
 
-    def span(self, text: str, prompt: str) -> tuple[int, int] | None:
+    def found(self, text: str, prompt: str) -> _Found | None:
         """From the generation prompt to the end of the turn; None where the rendering does not show it whole.
 
         Raises RenderError where the template refuses the marked conversation.
         """
         if not prompt or not text.startswith(prompt):
             return None
-        after = self._after(len(self.messages))
-        last = after if self.index + 1 == len(self.messages) else self._after(self.index + 1)
-        if after is None or last is None:
+        around = self._around(len(self.messages))
+        tail = around if self.index + 1 == len(self.messages) else self._around(self.index + 1)
+        if around is None or tail is None:
             return None
+        (before, after), (last_before, last) = around, tail
         length = self._closing(last, after)
         closing, rest = after[:length], after[length:]
         end = len(text) - len(rest)
@@ -508,17 +508,17 @@ class CallTurn:
         ends = self.turn_end if self.turn_end and closing.endswith(self.turn_end) else closing[-1:]
         if not closing or not text.endswith(ends + rest) or not self._is_whole(text[len(prompt) : end]):
             return None
-        return len(prompt), end
+        return _Found((len(prompt), end), reshaped=last_before.startswith(prompt) and last_before != before)
 
-    def _after(self, count: int) -> str | None:
-        """What stands after the mark in the rendering of the first `count` turns."""
+    def _around(self, count: int) -> tuple[str, str] | None:
+        """What stands before and after the mark in the rendering of the first `count` turns."""
         turn = self.messages[self.index]
         *others, call = turn.calls
         marked = evolve(call, arguments=json.dumps({self.mark: self.mark}, ensure_ascii=False))
         turns = [*self.messages[:count]]
         turns[self.index] = evolve(turn, calls=(*others, marked))
-        _, found, after = self.template.render(turns, tools=self.tools).rpartition(self.mark)
-        return after if found else None
+        before, found, after = self.template.render(turns, tools=self.tools).rpartition(self.mark)
+        return (before, after) if found else None
 
     def _closing(self, last: str, after: str) -> int:
         """How much of what stands `after` belongs to the turn; `last` is the same where the turn is the last one."""

@@ -345,6 +345,41 @@ def test_answers_in_another_form_than_a_last_one_are_counted(
     assert "earlier-form" not in notices
 
 
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "x"}}}
+CALLED, FOUND = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "42"}
+SPOKEN = {"role": "assistant", "content": "It is 42."}
+
+
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        ([CALLED, FOUND, SPOKEN], True),
+        ([CALLED, FOUND, CALLED, FOUND, SPOKEN], True),
+        ([{**CALLED, "content": "Let me look."}, FOUND, SPOKEN], True),
+        ([SPOKEN, {"role": "user", "content": "Again?"}, CALLED, FOUND], True),
+        ([CALLED], False),
+        ([SPOKEN], False),
+        ([{**CALLED, "reasoning_content": "Look."}, FOUND, SPOKEN], False),
+    ],
+)
+def test_calls_in_another_form_than_a_last_turn_s_are_counted(
+    bases: dict[str, Path], tmp_path: Path, turns: list[dict[str, Any]], told: bool
+) -> None:
+    tokenizer = open_tokenizer(bases["byte-level"], str(FAMILIES / "qwen3_tools.jinja"))
+    file = written(tmp_path, [{"messages": [{"role": "user", "content": "What?"}, *turns]}] * 2)
+    rows, notices = load_file(file, "auto", tokenizer, 4096)
+    counted = [notice.message for notice in notices if notice.code == "earlier-form"]
+    assert [message.split(" with ")[0] for message in counted] == ["2 rows"] * told
+    (row,) = rows[0].sequences
+    trained = tokenizer.decode(row.tokens[row.trained], special=True)
+    if turns[-1] is not FOUND:
+        assert trained.count("<think>\n\n</think>\n\n") == 1
+    assert trained.count("<tool_call>") == sum("tool_calls" in turn for turn in turns)
+    last = evolve(tokenizer, train_on="last")
+    notices = tokenize_file(file, "auto", last, 4096).notices
+    assert ("earlier-form" in [notice.code for notice in notices]) is (turns[-1] is FOUND)
+
+
 def test_a_template_without_a_generation_prompt_says_that_heads_are_trained(bases: dict[str, Path]) -> None:
     headless = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     assert [one.code for one in open_tokenizer(bases["byte-level"], headless).notices()] == [
