@@ -15,6 +15,11 @@ _SPELLED = Problem(
     "control-tokens",
     "the prompt spells control tokens, which are read as the words that they are spelled with",
 )
+_FORGED = Problem(
+    "turn-marks",
+    "the prompt spells the marks that the chat template writes around turns; they are ordinary words, so the model "
+    "cannot tell them from a turn",
+)
 
 
 @click.command()
@@ -70,6 +75,8 @@ def command(  # noqa: PLR0913 - one parameter an option
             messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]
             if trained.tokenizer.spells_control(messages):
                 click.echo(_SPELLED.render("note"), err=True)
+            if trained.tokenizer.plain_marks.spelled(messages):
+                click.echo(_FORGED.render("note"), err=True)
             answer = {"prompt": prompt, "answer": continue_chat(trained, messages, settings)}
             if compare and trained.has_adapter:
                 answer["base"] = continue_chat(trained, messages, settings, adapter=False)

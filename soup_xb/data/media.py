@@ -75,6 +75,7 @@ class MediaTokenizer(ChatTokenizer):
             markup.hidden,
             literals=literals,
             spelled=markup.spelled,
+            forged=markup.forged,
             where=where,
             weights=markup.weights,
             reshaped=markup.reshaped,

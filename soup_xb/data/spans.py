@@ -25,6 +25,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -52,7 +53,8 @@ class Markup:
     `literals` are control tokens that content spells: each is read as the text that it is. `spelled` says whether
     content held any. `where` names the row in errors. `weights` are what the spans count for, empty for 1 each.
     `reshaped` counts answers that the template writes otherwise than it would as the last turn. `cut_by` names the
-    template where it cuts the thoughts out of answers, which are `rewritten` then.
+    template where it cuts the thoughts out of answers, which are `rewritten` then. `forged` says whether content holds
+    a mark of a turn that the template writes in ordinary words.
     """
 
     text: str
@@ -66,6 +68,7 @@ class Markup:
     weights: tuple[float, ...] = ()
     reshaped: int = 0
     cut_by: str = ""
+    forged: bool = False
 
 
 class EndTokens:
@@ -91,6 +94,10 @@ class EndTokens:
         """The token that a text ends with, white space aside; empty for none."""
         found = [match for match in self._pattern.finditer(text) if not text[match.end() :].strip()]
         return found[0].group() if found else ""
+
+    def split(self, text: str) -> list[str]:
+        """What stands between such tokens, and before and behind them."""
+        return self._pattern.split(text)
 
     def divided(self, text: str, mark: str) -> str:
         """The text with a mark behind the first character of every such token."""
@@ -142,6 +149,40 @@ class ControlTokens:
 
     def _of(self, message: Message) -> EndTokens:
         return self.in_answers if message.role == "assistant" else self.in_prompts
+
+
+@frozen
+class PlainMarks:
+    """Marks of turns that a template writes in ordinary words: `[INST]`, `USER:`, a `<|user|>` that is no token.
+
+    No tokens tell them from content that spells them, so such rows are counted. Those `on_lines` begin a line.
+    """
+
+    anywhere: frozenset[str] = frozenset()
+    on_lines: frozenset[str] = frozenset()
+
+    def first(self, text: str) -> str:
+        """The first of them in a text, empty for none."""
+        found = None if self._pattern is None else self._pattern.search(text)
+        return found[0].strip() if found else ""
+
+    def spelled(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> bool:
+        """Whether content spells one."""
+        if self._pattern is None:
+            return False
+        return any(map(self.first, (*(text for message in messages for text in _contents(message)), *tools)))
+
+    @property
+    def _pattern(self) -> re.Pattern[str] | None:
+        return _pattern_of(self)
+
+
+@lru_cache(maxsize=8)
+def _pattern_of(marks: PlainMarks) -> re.Pattern[str] | None:
+    # A word does not begin inside another: `Superuser:` is not `user:`.
+    free = [(r"(?<!\w)" if mark[0].isalnum() else "") + re.escape(mark) for mark in sorted(marks.anywhere)]
+    bound = [r"(?:\A|\n)[ \t]*" + re.escape(mark) for mark in sorted(marks.on_lines)]
+    return re.compile("|".join((*free, *bound))) if free or bound else None
 
 
 def _contents(message: Message) -> Iterator[str]:
@@ -210,7 +251,7 @@ def mark_assistant_turns(
     Raises RenderError where it is refused, ModelError where the template leaves out its tools or thoughts.
     """
     rules = rules or MarkRules()
-    controls = rules.controls
+    controls, forged = rules.controls, rules.plain.spelled(example.messages, example.tools)
     divided = Divided.of(example.messages, example.tools, controls, bool(turn_end))
     if divided.mark:
         example = evolve(example, messages=divided.messages, tools=divided.tools)
@@ -219,15 +260,17 @@ def mark_assistant_turns(
     if example.uses_tools:
         template = with_tools(template, example)
     marked = _marked_whole if rules.train_on == "all" else _marked_turns
-    return divided.joined(marked(example, template, (ends, turn_end), rules.train_on), controls)
+    found = divided.joined(marked(example, template, (ends, turn_end), rules.train_on), controls)
+    return evolve(found, forged=forged)
 
 
 @frozen
 class MarkRules:
-    """Which tokens content must not become, and which turns are trained on (`data.train_on`)."""
+    """Which tokens content must not become, which marks are counted, and what is trained on (`data.train_on`)."""
 
     controls: ControlTokens = field(factory=ControlTokens)
     train_on: str = "answers"
+    plain: PlainMarks = field(factory=PlainMarks)
 
 
 # The tokens that can end a turn, and what the template writes there.
@@ -328,26 +371,60 @@ def turn_end(template: ChatTemplate, ends: EndTokens) -> str | None:
 
 # Conversations that show what the template writes around turns; some templates refuse one or the other.
 _SHOWN = (
-    (Message("user", "a"),),
-    (Message("user", "a"), Message("assistant", "a"), Message("user", "a")),
-    (Message("system", "a"), Message("user", "a"), Message("assistant", "a"), Message("user", "a")),
+    (Message("user", _MARK),),
+    (Message("user", _MARK), Message("assistant", _MARK), Message("user", _MARK)),
+    (
+        Message("system", _MARK),
+        Message("user", _MARK),
+        Message("assistant", _MARK),
+        Message("user", _MARK),
+    ),
 )
 
 
-def turn_marks(template: ChatTemplate, ends: EndTokens) -> set[str]:
-    """Every added token that the template writes around turns, the head of an answer among them."""
+def turn_marks(template: ChatTemplate, ends: EndTokens) -> tuple[set[str], PlainMarks]:
+    """What the template writes around turns and as the head of an answer: added tokens, and marks that are words."""
     found: set[str] = set()
+    anywhere, on_lines = set[str](), set[str]()
     for messages in _SHOWN:
         with suppress(RenderError):
-            found |= ends.all(template.render(messages, generation_prompt=True))
-    return found
+            text = template.render(messages, generation_prompt=True)
+            found |= ends.all(text)
+            for between in text.split(_MARK):
+                pieces = ends.split(between)
+                anywhere |= {mark for piece in pieces for mark in _BRACKETED.findall(piece)}
+                for mark, begins in _headings(pieces):
+                    (on_lines if begins else anywhere).add(mark)
+    return found, PlainMarks(frozenset(anywhere), frozenset(on_lines - anywhere))
+
+
+# `<|user|>`, `<<SYS>>`, `[INST]`, `[/INST]`: names in brackets.
+_BRACKETED = re.compile(r"<{1,2}[^<>\s]{1,40}>{1,2}|\[/?[A-Z_]{2,40}\]")
+# `### Instruction:`, `USER:`: what a line ends with, or a heading.
+_HEADING = re.compile(r"#+ ?\w[^\n]*|[^\s.!?:,;][^\n.!?:]{0,40}:\Z")
+
+
+def _headings(pieces: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Headings in the lines next to a turn's content, and whether they begin a line.
+
+    `pieces` are what stands between two contents, cut at tokens. What follows a token closely is no mark without it.
+    """
+    for piece in (pieces[0], pieces[-1]):
+        lines = [line for line in piece.splitlines() if line.strip()]
+        for line in (*lines[:1], *lines[-1:]):
+            found = _HEADING.search(line.rstrip())
+            if found is None or _BRACKETED.search(line):
+                continue
+            if piece is pieces[0] or not piece.startswith(found[0]):
+                yield found[0], not line[: found.start()].strip() and not line[:1].isspace()
 
 
 def writes_head_itself(template: ChatTemplate) -> bool:
     """Whether the head of an answer is no generation prompt: the model has to write it, and learns it."""
     try:
-        asked, prompt = (template.render(_SHOWN[0], generation_prompt=wanted) for wanted in (False, True))
-        before, _ = _around_mark(template.render([*_SHOWN[0], Message("assistant", _MARK)]))
+        user = Message("user", "a")
+        asked, prompt = (template.render([user], generation_prompt=wanted) for wanted in (False, True))
+        before, _ = _around_mark(template.render([user, Message("assistant", _MARK)]))
     except (RenderError, _UnmarkedError):
         return False
     return asked == prompt and before.startswith(prompt) and bool(before[len(prompt) :].strip())

@@ -29,7 +29,7 @@ from soup_xb.core.run.folder import UNSUPPORTED
 Array = np.ndarray[Any, Any]
 
 # Raise it when the columns or their meaning change.
-LAYOUT = 2
+LAYOUT = 3
 LARGEST_BYTES = 20 * 2**30
 _ABOUT = "about.json"
 _LARGEST_ABOUT = 2**20

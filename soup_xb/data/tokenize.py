@@ -146,7 +146,8 @@ def _prompt(example: PromptExample, tokenizer: ChatTokenizer, max_length: int) -
     row = None if reason else Row("prompt", (prompt,), Prompt(example.columns))
     plain = "" if example.messages else tokenizer.plain_kind(example.text)
     spelled = tokenizer.spells_control(example.messages)
-    return Tokenized(example.source, row, reason, spelled=spelled, plain=plain)
+    forged = tokenizer.plain_marks.spelled(example.messages)
+    return Tokenized(example.source, row, reason, spelled=spelled, forged=forged, plain=plain)
 
 
 def _together(example: AnyExample, results: Iterator[Tokenized]) -> Tokenized:
@@ -167,6 +168,7 @@ def _paired(chosen: Tokenized, rejected: Tokenized) -> Tokenized:
         rewritten=chosen.rewritten + rejected.rewritten,
         hidden=max(chosen.hidden, rejected.hidden),
         spelled=chosen.spelled or rejected.spelled,
+        forged=chosen.forged or rejected.forged,
         reshaped=chosen.reshaped or rejected.reshaped,
         cut_by=chosen.cut_by or rejected.cut_by,
     )
@@ -302,6 +304,7 @@ class RowTally:
         self._unlearnable, self._rewritten, self._hidden = _Places(), _Places(), _Places()
         self._equal, self._other_prompts, self._spelled = _Places(), _Places(), _Places()
         self._reshaped, self._cut, self._rendered, self._prompted = _Places(), _Places(), _Places(), _Places()
+        self._forged = _Places()
 
     def state(self) -> dict[str, Any]:
         """The counts as JSON holds them, for `merge`."""
@@ -336,6 +339,7 @@ class RowTally:
                 (result.rewritten and result.row is not None, self._rewritten),
                 (result.hidden, self._hidden),
                 (result.spelled, self._spelled),
+                (result.forged, self._forged),
                 (result.reshaped and result.row is not None, self._reshaped),
                 (result.cut_by and result.row is None, self._cut),
                 (result.plain == "rendered", self._rendered),
@@ -377,6 +381,12 @@ class RowTally:
                 "with an earlier answer that the chat template writes otherwise than a last one (an empty thought "
                 "before it, say): `data.train_on: last`, or a row for each answer, trains the form that is asked for",
                 self._reshaped,
+            ),
+            (
+                "turn-marks",
+                "whose content spells the marks that the chat template writes around turns; they are ordinary words, "
+                "so the model cannot tell them from a turn: write them otherwise, or remove the rows",
+                self._forged,
             ),
             (
                 "rendered-text",

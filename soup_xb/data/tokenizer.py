@@ -44,6 +44,7 @@ from soup_xb.data.spans import (
     EndTokens,
     MarkRules,
     Markup,
+    PlainMarks,
     mark_assistant_turns,
     turn_end,
     turn_marks,
@@ -61,8 +62,9 @@ class Tokenized:
 
     `rewritten` counts assistant turns left untrained because the chat template does not show them word for
     word, `hidden` the other turns that it does not show. `spelled` says whether its content spells control tokens,
-    `reshaped` whether an answer has another form than a last one, `cut_by` names the template where it cuts thoughts
-    out. `plain` is what `ChatTokenizer.plain_kind` says of a plain text.
+    `forged` whether it holds marks of turns that are ordinary words, `reshaped` whether an answer has another form
+    than a last one, `cut_by` names the template where it cuts thoughts out. `plain` is what
+    `ChatTokenizer.plain_kind` says of a plain text.
     """
 
     source: Source
@@ -75,6 +77,7 @@ class Tokenized:
     reshaped: bool = False
     cut_by: str = ""
     plain: str = ""
+    forged: bool = False
 
 
 @frozen(eq=False)
@@ -87,7 +90,8 @@ class ChatTokenizer:
     template writes after an assistant's words: empty for nothing, None where there is no template or it cannot be told.
     `new_template` is the template's text where the tokenizer's files hold another one or none.
 
-    `controls` are the tokens that the content of a turn must not become, `openers` those that open a turn.
+    `controls` are the tokens that the content of a turn must not become, `openers` those that open a turn,
+    `plain_marks` what the chat template writes around turns in ordinary words.
     `embedding_rows` is how many ids the base has an embedding for, None where its config does not tell. `train_on` is
     `data.train_on`: the answers, the last one of a row, or all.
     """
@@ -107,6 +111,7 @@ class ChatTokenizer:
     openers: EndTokens = field(factory=lambda: EndTokens(()))
     embedding_rows: int | None = None
     train_on: str = "answers"
+    plain_marks: PlainMarks = field(factory=PlainMarks)
 
     @property
     def fingerprint(self) -> str:
@@ -180,6 +185,7 @@ class ChatTokenizer:
                 rewritten=markup.rewritten,
                 hidden=markup.hidden,
                 spelled=markup.spelled,
+                forged=markup.forged,
                 cut_by=markup.cut_by,
             )
             for example, markup in zip(examples, markups, strict=True)
@@ -273,7 +279,7 @@ class ChatTokenizer:
                     template,
                     self.ends,
                     self.turn_end or "",
-                    MarkRules(self.controls, self.train_on),
+                    MarkRules(self.controls, self.train_on, self.plain_marks),
                 )
             except RenderError as error:
                 raise DataError(
@@ -316,6 +322,7 @@ class ChatTokenizer:
             rewritten=markup.rewritten,
             hidden=markup.hidden,
             spelled=markup.spelled,
+            forged=markup.forged,
             reshaped=markup.reshaped > 0,
             plain=plain,
         )
@@ -327,7 +334,7 @@ class ChatTokenizer:
         """
         if self.template is None:
             return ""
-        if any(self.openers.first(one) for one in (prompt, text)):
+        if any(self.openers.first(one) or self.plain_marks.first(one) for one in (prompt, text)):
             return "rendered"
         return "prompt" if prompt.strip() else ""
 
@@ -397,7 +404,7 @@ def open_tokenizer(
     base_ends = _unique([hf.eos_token_id, *base_end_ids(generation, config)])
     token = ends.first(end or "")
     end_ids = _unique([*base_ends, hf.convert_tokens_to_ids(token.group()) if token else None])
-    marks = _turn_marks(template, ends) if template else frozenset()
+    marks, plain = _turn_marks(template, ends) if template else (frozenset(), PlainMarks())
     controls = _control_tokens(hf, marks, end_ids, processor) if template else ControlTokens()
     return ChatTokenizer(
         base=base,
@@ -413,6 +420,7 @@ def open_tokenizer(
         new_template=template.text if template and template.text != own else "",
         controls=controls,
         openers=EndTokens(_openers(hf, marks, end_ids)),
+        plain_marks=plain,
         embedding_rows=_embedding_rows(model or base),
     )
 
@@ -509,8 +517,13 @@ def _prefix(hf: Any, encoder: Encoder) -> tuple[int, ...]:
 _INSIDE_ANSWERS = re.compile(r"think|thought|reason|tool|call|func", re.IGNORECASE)
 
 
-def _turn_marks(template: ChatTemplate, ends: EndTokens) -> frozenset[str]:
-    return frozenset(token for token in turn_marks(template, ends) if not _INSIDE_ANSWERS.search(token))
+def _turn_marks(template: ChatTemplate, ends: EndTokens) -> tuple[frozenset[str], PlainMarks]:
+    tokens, plain = turn_marks(template, ends)
+    outside = (
+        frozenset(mark for mark in marks if not _INSIDE_ANSWERS.search(mark))
+        for marks in (tokens, plain.anywhere)
+    )
+    return next(outside), evolve(plain, anywhere=next(outside))
 
 
 def _openers(hf: Any, marks: frozenset[str], end_ids: tuple[int, ...]) -> frozenset[str]:
