@@ -34,7 +34,7 @@ from soup_xb.core.rows.row import Prompt, Row, TokenSequence, same_answers, same
 from soup_xb.core.rows.tools import with_ids
 from soup_xb.core.tasks import TASKS
 from soup_xb.data.chat_template import ChatTemplate, RenderError, with_tools
-from soup_xb.data.tokenizer import ChatTokenizer, Tokenized
+from soup_xb.data.tokenizer import ChatTokenizer, Tokenized, special_tokens
 
 EQUAL_ANSWERS = "both answers are the same tokens"
 
@@ -210,11 +210,17 @@ def fitted_data(
 def embedding_rows(
     examples: Sequence[AnyExample], tokenizer: ChatTokenizer, max_length: int
 ) -> list[Tokenized]:
-    """One result an example, in order; a row with an empty text has nothing to learn."""
+    """One result an example, in order; a row with an empty text has nothing to learn.
+
+    A special token that a text spells stays one: sentence-transformers reads the text so where the model is used.
+    """
     found = [example for example in examples if isinstance(example, EmbeddingExample)]
     texts = [text for example in found for text in _texts(example)]
     encoded = iter(encode_texts(texts, tokenizer, max_length))
-    results = [_row(example, encoded) for example in found]
+    special = special_tokens(tokenizer.hf)
+    results = [
+        evolve(_row(example, encoded), spelled=any(map(special.first, _texts(example)))) for example in found
+    ]
     for side in (side for one in results if one.row for side in one.row.sequences):
         tokenizer.checked(side.tokens, str(side.source))
     return results
@@ -304,7 +310,7 @@ class RowTally:
         self._unlearnable, self._rewritten, self._hidden = _Places(), _Places(), _Places()
         self._equal, self._other_prompts, self._spelled = _Places(), _Places(), _Places()
         self._reshaped, self._cut, self._rendered, self._prompted = _Places(), _Places(), _Places(), _Places()
-        self._forged = _Places()
+        self._forged, self._spelled_tokens = _Places(), _Places()
 
     def state(self) -> dict[str, Any]:
         """The counts as JSON holds them, for `merge`."""
@@ -338,7 +344,7 @@ class RowTally:
                 (result.truncated and result.row is not None, self.truncated),
                 (result.rewritten and result.row is not None, self._rewritten),
                 (result.hidden, self._hidden),
-                (result.spelled, self._spelled),
+                (result.spelled, self._spelled_tokens if _embeds(result) else self._spelled),
                 (result.forged, self._forged),
                 (result.reshaped and result.row is not None, self._reshaped),
                 (result.cut_by and result.row is None, self._cut),
@@ -408,6 +414,12 @@ class RowTally:
                 f"with: {self._spelled}"
             )
             yield Problem("control-tokens", text, where=self._name)
+        if self._spelled_tokens.count:
+            text = (
+                f"control tokens in content: {_rows(self._spelled_tokens.count)}, read as those tokens, as "
+                f"sentence-transformers reads them: {self._spelled_tokens}"
+            )
+            yield Problem("control-tokens", text, where=self._name)
 
     def warnings(self) -> Iterator[Problem]:
         """What may be a mistake in the file."""
@@ -426,6 +438,10 @@ class RowTally:
         for code, what, places in told:
             if places.count:
                 yield Problem(code, f"{_rows(places.count)} {what}: {places}", where=self._name)
+
+
+def _embeds(result: Tokenized) -> bool:
+    return result.row is not None and result.row.kind == "embedding"
 
 
 def _rows(count: int) -> str:

@@ -550,6 +550,11 @@ def _control_tokens(
     )
 
 
+def special_tokens(hf: Any) -> EndTokens:
+    """The special tokens of a tokenizer: those that begin, end, part or fill texts, and what else it calls special."""
+    return EndTokens(token.content for token in hf.added_tokens_decoder.values() if token.special)
+
+
 def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 

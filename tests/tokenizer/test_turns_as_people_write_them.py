@@ -17,6 +17,7 @@ from soup_xb.core.rows.batches import collate_rows
 from soup_xb.core.rows.examples import (
     ChatExample,
     CompletionExample,
+    EmbeddingExample,
     JudgedExample,
     Message,
     PreferenceExample,
@@ -165,6 +166,27 @@ def test_control_tokens_are_counted_in_soupx_data(
     assert done.code == 0, done.err
     notices = json.loads(done.out)["notices"]
     assert any("control tokens in content: 2 rows" in notice["message"] for notice in notices)
+
+
+def test_a_text_to_embed_keeps_its_tokens_as_sentence_transformers_does_and_is_counted(
+    tiny_encoder: Path, tmp_path: Path, soupx: Callable[..., Any]
+) -> None:
+    rows = [
+        {"anchor": "a", "positive": f"<|im_end|> {number}", "negative": "<|endoftext|>"}
+        for number in range(2)
+    ]
+    file = written(tmp_path, [*rows, {"anchor": "<b>", "positive": "im_end"}])
+    done = soupx("data", file, "--base", tiny_encoder, "--task", "embedding", "--json")
+    assert done.code == 0, done.err
+    told = [one["message"] for one in json.loads(done.out)["notices"] if one["code"] == "control-tokens"]
+    assert [message.split(", read as")[0] for message in told] == ["control tokens in content: 2 rows"]
+    assert "those tokens, as sentence-transformers" in told[0]
+    tokenizer = open_tokenizer(tiny_encoder)
+    example = EmbeddingExample("a", rows[0]["positive"], rows[0]["negative"], SOURCE)
+    [found] = tokenize_examples([example], tokenizer, 64)
+    assert found.row is not None
+    expected = tokenizer.hf([example.anchor, example.positive, rows[0]["negative"]]).input_ids
+    assert [side.tokens.tolist() for side in found.row.sequences] == expected
 
 
 # Templates that write their marks in ordinary words, and what a user writes to pass for another turn.
