@@ -276,6 +276,46 @@ def test_two_mlx_processes_have_the_losses_of_one(soupx: Soupx, config: Config, 
     assert [step["grad_norm"] for step in two] == pytest.approx([step["grad_norm"] for step in one], rel=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_two_processes_divide_by_the_weights_of_all_turns(
+    soupx: Soupx, config: Config, chat_file: Path, tmp_path: Path, backend: str, packing: str
+) -> None:
+    plain, weighted = tmp_path / "plain.jsonl", tmp_path / "weighted.jsonl"
+    with plain.open("w", encoding="utf-8") as bare, weighted.open("w", encoding="utf-8") as weighing:
+        for number, line in enumerate(chat_file.read_text("utf-8").splitlines()):
+            turns = json.loads(line)["messages"]
+            turns += [
+                {"role": "user", "content": "Again?"},
+                {"role": "assistant", "content": "a" * (number % 7 + 1)},
+            ]
+            bare.write(json.dumps({"messages": turns}) + "\n")
+            said = [turn for turn in turns if turn["role"] == "assistant"]
+            said[0]["weight"], said[-1]["weight"] = (0, 0.25, 1, 3)[number % 4], (2, None, 0.5)[number % 3]
+            weighing.write(json.dumps({"messages": turns}) + "\n")
+    file = config(gradient_accumulation_steps=2, max_steps=4, eval_steps=2)
+
+    def words(name: str, data: Path) -> tuple[object, ...]:
+        settings = (f"data.train={data}", f"data.packing={packing}", f"output={tmp_path / name}")
+        return ("train", file, "--backend", backend, *(word for one in settings for word in ("--set", one)))
+
+    for name, data in (("none", plain), ("one", weighted)):
+        done = soupx(*words(name, data))
+        assert done.code == 0, done.err
+    ended = in_two_processes(backend, "-m", "soup_xb", *words("two", weighted))
+    assert ended.codes == (0, 0), ended.err
+    none, one, two = (steps(tmp_path / name) for name in ("none", "one", "two"))
+    for key, margin in (("loss", 1e-5), ("grad_norm", 1e-3), ("target_tokens", 0)):
+        assert [step[key] for step in two] == pytest.approx([step[key] for step in one], abs=margin)
+    assert [step["loss"] for step in none] != pytest.approx([step["loss"] for step in one], abs=1e-3)
+    held_out = [
+        [event["loss"] for event in map(json.loads, file) if event["event"] == "eval"]
+        for file in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    ]
+    assert held_out[1] == pytest.approx(held_out[0], abs=1e-5)
+    assert held_out[0]
+
+
 def test_a_batch_that_does_not_split_over_the_processes_is_refused(
     soupx: Soupx, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
