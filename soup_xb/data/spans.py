@@ -25,8 +25,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -160,6 +159,14 @@ class PlainMarks:
 
     anywhere: frozenset[str] = frozenset()
     on_lines: frozenset[str] = frozenset()
+    _pattern: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
+
+    @_pattern.default
+    def _words(self) -> re.Pattern[str] | None:
+        # A word does not begin inside another: `Superuser:` is not `user:`.
+        free = [(r"(?<!\w)" if mark[0].isalnum() else "") + re.escape(mark) for mark in sorted(self.anywhere)]
+        bound = [r"(?:\A|\n)[ \t]*" + re.escape(mark) for mark in sorted(self.on_lines)]
+        return re.compile("|".join((*free, *bound))) if free or bound else None
 
     def first(self, text: str) -> str:
         """The first of them in a text, empty for none."""
@@ -171,18 +178,6 @@ class PlainMarks:
         if self._pattern is None:
             return False
         return any(map(self.first, (*(text for message in messages for text in _contents(message)), *tools)))
-
-    @property
-    def _pattern(self) -> re.Pattern[str] | None:
-        return _pattern_of(self)
-
-
-@lru_cache(maxsize=8)
-def _pattern_of(marks: PlainMarks) -> re.Pattern[str] | None:
-    # A word does not begin inside another: `Superuser:` is not `user:`.
-    free = [(r"(?<!\w)" if mark[0].isalnum() else "") + re.escape(mark) for mark in sorted(marks.anywhere)]
-    bound = [r"(?:\A|\n)[ \t]*" + re.escape(mark) for mark in sorted(marks.on_lines)]
-    return re.compile("|".join((*free, *bound))) if free or bound else None
 
 
 def _contents(message: Message) -> Iterator[str]:
@@ -236,7 +231,7 @@ class Divided:
         spans = tuple(
             (start - bisect_left(marks, start), end - bisect_left(marks, end)) for start, end in markup.spans
         )
-        return evolve(markup, text=text, spans=spans, literals=tuple(literals), spelled=True)
+        return evolve(markup, text=text, spans=spans, literals=tuple(literals), spelled=bool(marks))
 
 
 def mark_assistant_turns(
@@ -681,7 +676,7 @@ class Encoder:
         """
         rows = []
         for markup, encoding in zip(markups, self._encode([markup.text for markup in markups]), strict=True):
-            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            offsets = _offsets(encoding)
             if markup.literals or _crossed(offsets, markup.spans):
                 rows.append(self._in_pieces(markup))
             else:
@@ -731,7 +726,7 @@ class Encoder:
 
     def _beginning(self, text: str) -> tuple[list[int], Array]:
         encoding = self._encode([text])[0]
-        return encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return encoding.ids, _offsets(encoding)
 
     def _continuation(self, text: str) -> tuple[list[int], Array]:
         """The tokens of a text that goes on: encoded after a character, which is taken off again.
@@ -748,14 +743,19 @@ class Encoder:
         return self._beginning(text)
 
 
+def _offsets(encoding: Any) -> Array:
+    """Where each token begins and ends in the text, int64 (tokens, 2)."""
+    pairs = encoding.offsets
+    return np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(pairs)).reshape(-1, 2)
+
+
 def _crossed(offsets: Array, spans: Sequence[Span]) -> bool:
     """Whether a token begins before a span and ends inside it."""
     return any(bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any()) for start, _ in spans)
 
 
 def _inside(offsets: Array, markup: Markup) -> Array:
-    trained = np.zeros(len(offsets), dtype=np.bool_)
-    weights = np.zeros(len(offsets), dtype=np.float32)
+    counts: Array = np.zeros(len(offsets), dtype=np.float32 if markup.weights else np.bool_)
     text = markup.text
     for at, (start, end) in enumerate(markup.spans):
         # A token may take white space from beyond the end: `<|end|>` of Phi-3 takes the line break.
@@ -763,7 +763,5 @@ def _inside(offsets: Array, markup: Markup) -> Array:
         while reach < len(text) and text[reach].isspace():
             reach += 1
         inside = (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] <= reach)
-        trained |= inside
-        if markup.weights:
-            weights[inside] = markup.weights[at]
-    return weights if markup.weights else trained
+        counts[inside] = markup.weights[at] if markup.weights else True
+    return counts

@@ -51,7 +51,7 @@ from soup_xb.data.spans import (
     writes_head_itself,
 )
 
-# Among so many last tokens of a text its end is looked for: line breaks may follow it.
+# Among so many first and last tokens of a text its begin and end are looked for: white space may stand around it.
 _LAST = 4
 _CUT_AWAY = "everything to learn lies beyond max_length"
 
@@ -148,7 +148,7 @@ class ChatTokenizer:
         known = (*(() if pad is None else (int(pad),)), *self.end_ids)
         return next((one for one in known if self.embedding_rows is None or one < self.embedding_rows), 0)
 
-    def checked(self, ids: Array, where: str) -> Array:
+    def checked(self, ids: Array, where: object) -> Array:
         """Ids (length,) that go into the model. Raises DataError where the base has no embedding for one."""
         if self.embedding_rows is None or not ids.size or ids.max() < self.embedding_rows:
             return ids
@@ -157,7 +157,7 @@ class ChatTokenizer:
             "token-without-row",
             f"holds the token `{self.hf.convert_ids_to_tokens(token)}` ({token}), and the base's embedding has rows "
             f"for 0 to {self.embedding_rows - 1} alone",
-            where=where,
+            where=str(where),
             help="take the tokenizer that belongs to the base, or give the base the rows: transformers' "
             "`resize_token_embeddings`, then train them.",
         )
@@ -212,7 +212,8 @@ class ChatTokenizer:
     def text_ids(self, text: str, where: str = "") -> Array:
         """A plain text, int32 (length,), begun as the tokenizer begins texts; `where` is for the error."""
         ids = np.array(self.encoder.ids(text), dtype=np.int32)
-        return self.checked(np.concatenate([_missing(self.prefix, ids), ids]), where or str(self.base))
+        start, white = self._missing_start(self.prefix, ids)
+        return self.checked(np.array([*start, *ids[white:]], dtype=np.int32), where or self.base)
 
     def decode(self, ids: Sequence[int] | Array, special: bool = False) -> str:
         """Ids as text, without special tokens unless `special` is set."""
@@ -300,15 +301,12 @@ class ChatTokenizer:
     ) -> Tokenized:
         ids, trained = encoded
         if not isinstance(example, ChatExample):
-            start = _missing(self._start_of(example), ids)
-            end = self._missing_end(ids)
-            ids = np.concatenate([start, ids, end])
-            trained = np.concatenate([[False] * len(start), trained, [True] * len(end)])
+            ids, trained = self._dressed(example, ids, trained)
         truncated = len(ids) > max_length
-        ids, counts = self.checked(ids[:max_length], str(example.source)).copy(), trained[:max_length].copy()
+        ids, counts = self.checked(ids[:max_length], example.source).copy(), trained[:max_length].copy()
         # Nothing comes before the first token, so nothing can predict it.
-        counts[:1] = False
-        trained = counts != 0
+        counts[:1] = 0
+        trained = counts != 0 if markup.weights else counts
         weights = np.where(trained, counts, 1) if markup.weights else None
         row = text_row(ids, trained, example.source, weights) if trained.any() else None
         plain = (
@@ -327,6 +325,18 @@ class ChatTokenizer:
             plain=plain,
         )
 
+    def _dressed(self, example: Example, ids: Array, trained: Array) -> tuple[Array, Array]:
+        """A plain text with what it lacks at its beginning, which is not trained on, and at its end, which is."""
+        start, white = self._missing_start(self._start_of(example), ids)
+        ids, trained = ids[white:], trained[white:]
+        end = self._missing_end(ids)
+        begin, behind = len(start), len(start) + len(ids)
+        whole = np.empty(behind + len(end), dtype=np.int32)
+        whole[:begin], whole[begin:behind], whole[behind:] = start, ids, end
+        marks = np.zeros(len(whole), dtype=trained.dtype)
+        marks[begin:behind], marks[behind:] = trained, 1
+        return whole, marks
+
     def plain_kind(self, prompt: str, text: str = "") -> str:
         """What a plain text is on a base that knows chats: `rendered` where it holds the marks of turns, else `prompt`.
 
@@ -334,17 +344,29 @@ class ChatTokenizer:
         """
         if self.template is None:
             return ""
-        if any(self.openers.first(one) or self.plain_marks.first(one) for one in (prompt, text)):
-            return "rendered"
+        for one in (prompt, text):
+            if self.openers.first(one) or self.plain_marks.first(one):
+                return "rendered"
         return "prompt" if prompt.strip() else ""
 
-    def _missing_end(self, ids: Array) -> Array:
+    def _missing_start(self, start: tuple[int, ...], ids: Array) -> tuple[tuple[int, ...], int]:
+        """What has to stand before the ids of a text, and how many of them are white space before what it spells."""
+        head = ids[: _LAST + len(start)].tolist()
+        for place in range(len(head) if start and start[0] in head else 0):
+            if tuple(head[place : place + len(start)]) == start:
+                white = not self.decode(head[:place], special=True).strip()
+                return ((), place) if white else (start, 0)
+        return start, 0
+
+    def _missing_end(self, ids: Array) -> tuple[int, ...]:
         """The end token of a plain text; nothing for one that ends with a token of that kind, white space aside."""
-        if self.end_ids and np.isin(ids[-_LAST:], self.end_ids).any():
-            ends = np.flatnonzero(np.isin(ids, self.end_ids))
-            if not self.decode(ids[ends[-1] + 1 :], special=True).strip():
-                return ids[:0]
-        return np.array(self.end_ids[:1], dtype=np.int32)
+        last = ids[-_LAST:].tolist()
+        for count, token in enumerate(reversed(last)):
+            if token in self.end_ids:
+                return (
+                    self.end_ids[:1] if self.decode(last[len(last) - count :], special=True).strip() else ()
+                )
+        return self.end_ids[:1]
 
     def _start_of(self, example: Example) -> tuple[int, ...]:
         """The ids before a plain text."""
@@ -423,12 +445,6 @@ def open_tokenizer(
         plain_marks=plain,
         embedding_rows=_embedding_rows(model or base),
     )
-
-
-def _missing(start: Sequence[int], ids: Array) -> Array:
-    """What has to stand before the ids of a text; nothing where the text spells it already."""
-    begun = len(start) and ids[: len(start)].tolist() == list(start)
-    return np.array([] if begun else start, dtype=np.int32)
 
 
 def _embedding_rows(base: Path) -> int | None:
@@ -532,6 +548,10 @@ def _openers(hf: Any, marks: frozenset[str], end_ids: tuple[int, ...]) -> frozen
     return opening - {hf.bos_token} or opening
 
 
+# The tokens that a tokenizer has a use for by itself; a base may end texts with the one that it calls unknown.
+_NAMED = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
 def _control_tokens(
     hf: Any, marks: frozenset[str], end_ids: tuple[int, ...], processor: Any
 ) -> ControlTokens:
@@ -540,7 +560,7 @@ def _control_tokens(
     The marks of files that a processor puts into texts are left to it.
     """
     added = {token.content: int(id) for id, token in hf.added_tokens_decoder.items()}
-    names = {hf.bos_token, hf.eos_token, hf.pad_token, *hf.convert_ids_to_tokens(list(end_ids))}
+    names = {*(getattr(hf, f"{name}_token") for name in _NAMED), *hf.convert_ids_to_tokens(list(end_ids))}
     files = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")}
     in_answers = ((names | marks) & added.keys()) - files
     special = {token.content for token in hf.added_tokens_decoder.values() if token.special}

@@ -369,16 +369,20 @@ def test_a_text_that_spells_its_beginning_and_its_end_gets_neither_twice(
     tokenizer = opened(kind, None)
     end = tokenizer.hf.eos_token
     start = tokenizer.hf.convert_ids_to_tokens(tokenizer.prefix)
-    for tail in ("", "\n"):
-        begun = CompletionExample("".join(start) + prompt, f" 4{end}{tail}", SOURCE)
+    for white, tail in (("", ""), ("", "\n"), ("\n", ""), ("  ", " \n")):
+        begun = CompletionExample(white + "".join(start) + prompt, f" 4{end}{tail}", SOURCE)
         (row,) = tokenizer.tokenize(begun, 100).row.sequences
         ids = row.tokens.tolist()
         assert ids.count(tokenizer.hf.eos_token_id) == 1
         assert ids[: len(tokenizer.prefix)] == list(tokenizer.prefix)
         assert all(ids.count(one) == 1 for one in tokenizer.prefix)
         assert not row.trained[: len(tokenizer.prefix)].any()
-    begun_text = tokenizer.text_ids("".join(start) + "a").tolist()
-    assert [begun_text.count(one) for one in tokenizer.prefix] == [1] * len(tokenizer.prefix)
+    for white in ("", " ", "\n"):
+        begun_text = tokenizer.text_ids(white + "".join(start) + "a").tolist()
+        assert [begun_text.count(one) for one in tokenizer.prefix] == [1] * len(tokenizer.prefix)
+    if start:
+        inside = tokenizer.text_ids("a" + "".join(start)).tolist()
+        assert [inside.count(one) for one in tokenizer.prefix] == [2] * len(tokenizer.prefix)
 
 
 @pytest.mark.parametrize(
@@ -426,6 +430,49 @@ def test_a_thought_beside_the_words_is_shown_and_trained(
     assert tokenizer.decode(row.tokens[row.trained], special=True) == (
         "<think>\nFrance, so Paris.\n</think>\n\nParis.<|im_end|>"
     )
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": "<think>\nSo it is.\n</think>\n\nParis.", "reasoning_content": "So it is."},
+        {"content": "<think>\n\n</think>\n\nParis.", "reasoning_content": "So it is."},
+        {"content": [{"type": "thinking", "thinking": "So it is."}, {"type": "text", "text": "Paris."}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "So it is."}]},
+                {"type": "text", "text": "Paris."},
+                {"type": "thinking", "thinking": None},
+            ]
+        },
+        {"content": [{"type": "reasoning", "text": "So it is."}, {"type": "text", "text": "Paris."}]},
+    ],
+)
+def test_a_thought_is_read_once_wherever_it_stands(turn: dict[str, Any]) -> None:
+    row = {"messages": [{"role": "user", "content": "Capital?"}, {"role": "assistant", **turn}]}
+    [_, said] = read_turns(row, "messages", SOURCE)
+    assert (said.content, said.thought) == ("Paris.", "So it is.")
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": "<think>Rome?</think>Paris.", "reasoning": "So it is."},
+        {"content": [{"type": "thinking", "thinking": "Rome?"}], "reasoning": "So it is."},
+        {"content": "Paris.", "thinking": "Rome?", "reasoning": "So it is."},
+    ],
+)
+def test_two_thoughts_that_differ_are_refused(turn: dict[str, Any]) -> None:
+    with pytest.raises(DataError) as caught:
+        read_turns({"messages": [{"role": "assistant", **turn}]}, "messages", SOURCE)
+    assert caught.value.problems[0].code == "contradicting-keys"
+
+
+def test_an_end_token_behind_an_answer_is_no_control_token_in_its_content(opened: Any) -> None:
+    tokenizer = opened("byte-level", "chatml")
+    for content, spelled in (("Paris.<|im_end|>", False), ("Paris.</s>\n", False), ("Paris</s>.", True)):
+        answer = Message("assistant", content)
+        assert tokenizer.tokenize(ChatExample((ASKED, answer), SOURCE), 4096).spelled is spelled
 
 
 def test_a_template_that_cuts_thoughts_is_named_with_the_way_out(

@@ -148,8 +148,11 @@ def read_turn(turn: Any, where: str) -> Message:
         _thought(turn, role, where),
         _weight(turn, role, where),
     )
+    if role == "assistant" and isinstance(turn.get(text_key), list):
+        turn, thought = _without_thoughts(turn, text_key, where, thought)
     content = _content(turn, text_key, where, calls=bool(calls), free=role == "tool")
     if role != "tool":
+        content = _said_once(content, thought, f"{where}.{text_key}") if thought else content
         return Message(role, content, calls, thought=thought, weight=weight)
     name, call_id = (_optional(turn, key, where) for key in ("name", "tool_call_id"))
     return Message(role, content, name=name, call_id=call_id)
@@ -195,6 +198,44 @@ def _thought(turn: Mapping[str, Any], role: str, where: str) -> str:
     if len(set(found.values())) > 1:
         raise _two_values(found, where)
     return thought
+
+
+def _without_thoughts(
+    turn: Mapping[str, Any], key: str, where: str, thought: str
+) -> tuple[Mapping[str, Any], str]:
+    """The turn without the parts of its content that are thoughts, and what it thinks."""
+    thoughts, said = list[str](), list[Any]()
+    for index, part in enumerate(turn[key]):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _THOUGHTS:
+            said.append(part)
+            continue
+        inner = next((name for name in (kind, "text", "content") if part.get(name) is not None), "")
+        if inner:
+            thoughts.append(_content(part, inner, f"{where}.{key}[{index}]", calls=False, free=False))
+    if not thoughts:
+        return {**turn, key: said}, thought
+    inside = "".join(thoughts)
+    if thought.strip() and thought.strip() != inside.strip():
+        raise _two_values(dict.fromkeys((key, "thinking")), where)
+    return {**turn, key: said}, inside
+
+
+def _said_once(content: str, thought: str, where: str) -> str:
+    """The content without a thought that stands in front of it too. Raises DataError where that is another one."""
+    if not content.lstrip().startswith("<think>"):
+        return content
+    inside, end, said = content.lstrip().removeprefix("<think>").partition("</think>")
+    if not end:
+        return content
+    if inside.strip() not in ("", thought.strip()):
+        raise DataError(
+            "contradicting-keys",
+            "begins with another thought than the one beside it",
+            where=where,
+            help="keep one of them.",
+        )
+    return said.lstrip("\n")
 
 
 def _weight(turn: Mapping[str, Any], role: str, where: str) -> float:
