@@ -117,10 +117,12 @@ class ControlTokens:
 
     def spelled(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> bool:
         """Whether content spells one."""
-        texts = [(self._of(message), text) for message in messages for text in _contents(message)]
-        return any(
-            tokens.first(text) for tokens, text in [*texts, *((self.in_prompts, tool) for tool in tools)]
-        )
+        for message in messages:
+            first = self._of(message).first
+            for text in _contents(message):
+                if text and first(text):
+                    return True
+        return any(map(self.in_prompts.first, tools))
 
     def divided(self, message: Message, mark: str, ended: bool) -> Message:
         """The turn with a mark in every token that it spells.
@@ -256,7 +258,7 @@ def mark_assistant_turns(
         template = with_tools(template, example)
     marked = _marked_whole if rules.train_on == "all" else _marked_turns
     found = divided.joined(marked(example, template, (ends, turn_end), rules.train_on), controls)
-    return evolve(found, forged=forged)
+    return evolve(found, forged=forged, where=str(example.source))
 
 
 @frozen

@@ -62,7 +62,7 @@ def tokenize_examples(
 
 def with_call_ids(messages: tuple[Message, ...], tokenizer: ChatTokenizer) -> tuple[Message, ...]:
     """The turns with ids of calls as the chat template takes them; as they are where it takes theirs."""
-    if tokenizer.template is None or not any(message.calls for message in messages):
+    if tokenizer.template is None or not any(message.calls or message.role == "tool" for message in messages):
         return messages
     wanted = _wanted_ids(tokenizer.template)
     return with_ids(messages, nine=wanted == "nine") if wanted else messages

@@ -275,7 +275,7 @@ class ChatTokenizer:
         if isinstance(example, ChatExample):
             template = self._chat_template()
             try:
-                found = mark_assistant_turns(
+                return mark_assistant_turns(
                     example,
                     template,
                     self.ends,
@@ -289,7 +289,6 @@ class ChatTokenizer:
                     where=str(example.source),
                     help="change the row, or give another template as `data.chat_template`.",
                 ) from error
-            return evolve(found, where=str(example.source))
         if not example.completion.strip():
             return Markup("", (), reason="the completion is empty" if example.prompt else "the text is empty")
         text = example.prompt + example.completion

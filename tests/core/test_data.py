@@ -257,3 +257,28 @@ def test_json_rows_come_back_as_they_were_written(tmp_path, written):
     lines = "\n".join(json.dumps(row) for row in written)
     for name, content in (("a.jsonl", lines), ("b.json", json.dumps(written, indent=1)), ("c.json", lines)):
         assert [row for _, row in rows(write(tmp_path, name, content))] == written
+
+
+def test_nan_in_a_table_counts_as_null_at_every_depth(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    nan = float("nan")
+    call = {"function": {"name": "f", "arguments": {"x": nan, "y": 1.5}}}
+    columns = {
+        "input": [nan, 2.0],
+        "turns": [[{"weight": nan, "calls": [call]}], [{"weight": 0.5, "calls": [call]}]],
+        "text": ["nan", "NaN"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    first, second = (row for _, row in read_rows(tmp_path / "rows.parquet"))
+    read = {"function": {"name": "f", "arguments": {"x": None, "y": 1.5}}}
+    assert first == {"input": None, "turns": [{"weight": None, "calls": [read]}], "text": "nan"}
+    assert second == {"input": 2.0, "turns": [{"weight": 0.5, "calls": [read]}], "text": "NaN"}
+
+
+def test_lines_that_end_as_on_an_old_mac_are_told_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"instruction,output\ra,b\rc,d\r")
+    with pytest.raises(DataError, match="ends with a carriage return alone"):
+        list(read_rows(file))

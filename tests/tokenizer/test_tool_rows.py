@@ -240,6 +240,13 @@ def test_a_template_that_wants_nine_letters_gets_ids_of_nine_for_call_and_answer
     assert ids == shown_ids(opened, "tools_with_ids", with_ids(first, answer))
 
 
+def test_an_answer_to_no_call_gets_an_id_that_the_template_takes(opened):
+    turns = [{"role": "user", "content": "Now?"}, {"role": "tool", "content": "noon"}, ROW["messages"][3]]
+    tokenizer = opened("byte-level", "tools_with_ids")
+    (done,) = tokenize_examples([to_example({"messages": turns}, SOURCE, "messages")], tokenizer, 4096)
+    assert re.search(r'"id": "[A-Za-z0-9]{9}"', tokenizer.decode(done.row.sequences[0].tokens, special=True))
+
+
 def test_ids_that_the_template_takes_stay_as_they_are(opened):
     assert shown_ids(opened, "tools_with_ids", with_ids(NINE, NINE)) == [NINE, NINE]
     assert shown_ids(opened, "tools_any_ids", with_ids(OPENAI, OPENAI)) == [OPENAI, OPENAI]

@@ -376,7 +376,9 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[Source, list[str]]]:
             try:
                 cells = next(lines, None)
             except csv.Error as error:
-                raise DataError("bad-csv", f"is not CSV: {error}", where=f"{path}:{first_line}") from error
+                raise DataError(
+                    "bad-csv", f"is not CSV: {_in_words(error)}", where=f"{path}:{first_line}"
+                ) from error
             finally:
                 csv.field_size_limit(before)
             if cells is None:
@@ -384,6 +386,13 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[Source, list[str]]]:
             if cells:
                 yield Source(str(path), first_line), cells
             first_line = lines.line_num + 1
+
+
+def _in_words(error: csv.Error) -> str:
+    """What the csv module found, without its advice to a programmer."""
+    if "new-line character seen in unquoted field" in str(error):
+        return "a line ends with a carriage return alone; write the file with line feeds"
+    return str(error)
 
 
 def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
@@ -431,10 +440,11 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(str(path)) as table:
             _check_columns([name.strip() for name in table.schema_arrow.names], Source(str(path), 1))
+            holds_numbers = _NUMBERS.search(str(table.schema_arrow)) is not None
             for batch in table.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Source(str(path), number), row
+                    yield Source(str(path), number), _without_nan(row) if holds_numbers else row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         what = "is not a whole Parquet file" if number == 0 else f"is damaged after row {number}"
         raise DataError(
@@ -443,6 +453,19 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             where=str(path),
             help="download or write the file again.",
         ) from error
+
+
+# What pandas writes for a value that is missing where a column or a field holds numbers.
+_NUMBERS = re.compile(r"\b(float|double|halffloat)\b")
+
+
+def _without_nan(value: Any) -> Any:
+    """A value of a table with null in place of every NaN."""
+    if type(value) is float:
+        return None if value != value else value
+    if type(value) is dict:
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if type(value) is list else value
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = MappingProxyType(
