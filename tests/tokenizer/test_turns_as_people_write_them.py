@@ -475,6 +475,20 @@ def test_an_end_token_behind_an_answer_is_no_control_token_in_its_content(opened
         assert tokenizer.tokenize(ChatExample((ASKED, answer), SOURCE), 4096).spelled is spelled
 
 
+def test_the_token_that_a_base_calls_unknown_is_text_in_an_answer(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    base = AutoTokenizer.from_pretrained(bases["byte-level"])
+    base.add_special_tokens({"unk_token": "<|endoftext|>"})
+    base.save_pretrained(tmp_path)
+    tokenizer = open_tokenizer(tmp_path, str(TEMPLATES / "chatml.jinja"))
+    done = tokenizer.tokenize(ChatExample((ASKED, Message("assistant", "a <|endoftext|> b")), SOURCE), 4096)
+    assert done.spelled
+    assert tokenizer.hf.unk_token_id not in done.row.sequences[0].tokens
+
+
 def test_a_template_that_cuts_thoughts_is_named_with_the_way_out(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -106,16 +106,17 @@ def without_nulls(value: Any, depth: int = _DEEPEST) -> Any:
     return value
 
 
-def count_nulls(value: Any, depth: int = _DEEPEST) -> int:
+def count_nulls(value: Any) -> int:
     """How many keys of objects hold null, at every depth."""
-    if type(value) is dict:
-        values: Any = value.values()
-        found = sum(one is None for one in values) if None in values else 0
-    else:
-        values, found = value, 0
-    for one in values:
-        if (type(one) is dict or type(one) is list) and depth:
-            found += count_nulls(one, depth - 1)
+    found, pending = 0, [value]
+    while pending:
+        one = pending.pop()
+        is_object = type(one) is dict
+        for inner in one.values() if is_object else one:
+            if inner is None:
+                found += is_object
+            elif type(inner) is dict or type(inner) is list:
+                pending.append(inner)
     return found
 
 
