@@ -15,7 +15,7 @@ CLIENTS := $(abspath $(CLIENTS_DIR))
 LLAMA_CPP_PYTHON := 0.3.36
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all torture clients audit docs lint format clean
+.PHONY: demo test test-all torture clients prove-families audit docs lint format clean
 
 # Fine-tune a small real model for a minute or two, and show what it learned; on MLX as well, where it is installed.
 demo: $(VENV)/installed-demo
@@ -40,6 +40,12 @@ torture: $(VENV)/installed-test
 clients: $(VENV)/installed-test $(addprefix $(CLIENTS)/, transformers-4.57/installed vllm-0.31/installed \
   vllm-0.32/installed llama-cpp/installed)
 	CLIENTS_DIR="$(CLIENTS)" $(VENV)/bin/python bench/clients.py $(CLIENTS_ARGS)
+
+# Which model types MLX computes as transformers does: writes soup_xb/core/base/proven.json, and trains each of them on
+# both backends. Half an hour; a dozen types are proven again by `make test`.
+prove-families: $(VENV)/installed-test
+	$(VENV)/bin/python tests/families/prove.py
+	$(VENV)/bin/python tests/families/train.py
 
 # Known vulnerabilities of the installed packages; it asks the package registry, so no test does it.
 audit: $(VENV)/installed-test

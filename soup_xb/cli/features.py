@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from textwrap import wrap
+from typing import Any
 
 import click
 from attrs import asdict
 
 from soup_xb.cli.options import json_option
+from soup_xb.core.base.proven import left_out, proven_types, proven_with
 from soup_xb.core.config.support import Feature, features_table
 from soup_xb.core.config.support_rows import BACKENDS
 
@@ -21,9 +23,12 @@ def command(backend: str | None, as_json: bool) -> None:
     shown = (backend,) if backend else BACKENDS
     table = features_table()
     if as_json:
-        left_out = set(BACKENDS) - set(shown)
-        rows = [{name: value for name, value in asdict(row).items() if name not in left_out} for row in table]
-        click.echo(json.dumps({"features": rows}, indent=2))
+        others = set(BACKENDS) - set(shown)
+        rows = [{name: value for name, value in asdict(row).items() if name not in others} for row in table]
+        told: dict[str, Any] = {"features": rows}
+        if "mlx" in shown:
+            told |= {"mlx_model_types": list(proven_types()), "mlx_left_out": dict(left_out())}
+        click.echo(json.dumps(told, indent=2))
         return
     width = max(len(row.name) for row in table)
     click.echo(f"{'feature':{width}}  " + "  ".join(f"{name:5}" for name in shown))
@@ -41,6 +46,15 @@ def command(backend: str | None, as_json: bool) -> None:
                     )
                 )
             )
+    if "mlx" in shown:
+        versions = proven_with()
+        click.echo(
+            f"\n{len(proven_types())} model types on mlx, compared with transformers {versions['transformers']} and "
+            f"mlx-lm {versions['mlx-lm']}:"
+        )
+        click.echo(
+            "\n".join(wrap(", ".join(proven_types()), 100, initial_indent="  ", subsequent_indent="  "))
+        )
 
 
 def _answer(row: Feature, backend: str) -> str:

@@ -25,8 +25,7 @@ from attrs import evolve, frozen
 from soup_xb.core import errors
 from soup_xb.core.errors import ResourceError, SoupError
 from soup_xb.core.process import python_command
-from soup_xb.core.rows.example_lines import example_of, plain, travels
-from soup_xb.core.rows.examples import AnyExample
+from soup_xb.core.rows.examples import AnyExample, example_of, plain, travels
 from soup_xb.core.rows.row import Row
 from soup_xb.core.rows.table import COLUMNS, columns_of, stored_kind
 from soup_xb.data.spans import BATCH
@@ -233,7 +232,7 @@ def serve() -> None:
     """Answer requests until stdin ends.
 
     The first line tells `base`, `template` (None for the base's own), `name`, `max_length`, `train_on`, `day` and the
-    `fingerprint` that the tokenizer has to have; each other one is a list of examples as `core.rows.example_lines`
+    `fingerprint` that the tokenizer has to have; each other one is a list of examples as `core.rows.examples`
     writes them. An answer
     is a line, `kind`, `tally` and the `sizes` in bytes of the columns by name, and then those bytes; or `error`, the
     name of its class, with its `problems`; or `unkept` where rows have no columns, or the tokenizer is another one.

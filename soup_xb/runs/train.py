@@ -14,7 +14,6 @@ from soup_xb.core.adapter.peft_file import adapter_folder, fit_factors, read_ada
 from soup_xb.core.base.coverage_text import coverage_notices
 from soup_xb.core.config.load import LoadedConfig
 from soup_xb.core.errors import ConfigError, ModelError, Problem, StoppedError
-from soup_xb.core.run.document_check import check_apart
 from soup_xb.core.run.events import Listener, Notice, StartEvent
 from soup_xb.core.run.folder import REFERENCE, RunFolder
 from soup_xb.core.run.loop import Hooks, LoopResult, run_loop
@@ -24,7 +23,7 @@ from soup_xb.core.run.session import Session
 from soup_xb.core.run.stop import heard_early, launched_processes, stop_on_signals
 from soup_xb.core.tasks import TASKS
 from soup_xb.runs.finish import Outcome, answer_prompts, save_adapter, save_report
-from soup_xb.runs.open import OpenRun, check_processes, open_run
+from soup_xb.runs.open import OpenRun, check_apart, check_processes, open_run
 from soup_xb.runs.resume import TrainOptions
 from soup_xb.runs.rewards import open_rewards, session_for
 from soup_xb.runs.writer import RunWriter, failure_noted, first_day, output_folder

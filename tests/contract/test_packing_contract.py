@@ -16,9 +16,9 @@ from soup_xb.core.rows.batches import collate_rows
 from soup_xb.core.rows.examples import Source
 from soup_xb.core.rows.packing import pack
 from soup_xb.core.rows.row import Row, text_row
-from soup_xb.core.run.document_check import check_apart
 from soup_xb.core.run.plan import Plan
 from soup_xb.core.run.session import Session, StepSettings
+from soup_xb.runs.open import check_apart
 
 Opener = Callable[..., tuple[Session, Plan]]
 LENGTHS = (5, 9, 12, 3, 20, 7)

@@ -9,8 +9,7 @@ from attrs import evolve
 
 from soup_xb.core.config import support
 from soup_xb.core.config.load import parse_config
-from soup_xb.core.config.loaded import LoadedConfig
-from soup_xb.core.config.schema import KEYS
+from soup_xb.core.config.schema import KEYS, LoadedConfig
 from soup_xb.core.config.support import (
     available_backend,
     check_supported,

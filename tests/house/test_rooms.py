@@ -19,6 +19,8 @@ ONE_OF_A_KIND = {"tasks", "cli", "patches", "formats"}
 MLX_ALONE = {
     "blas": "MLX on Linux is given a fast BLAS before it is imported; torch brings its own",
     "families": "mlx-lm's model classes differ from transformers', which torch uses itself",
+    "patches": "where mlx-lm's model code computes something else than transformers'",
+    "reading": "torch has its config read by transformers itself",
     "quantization": "mlx reads the packed formats itself; for torch, transformers and bitsandbytes do",
     "rope": "mlx-lm's rotary embeddings are rebuilt for stretched positions; transformers has them",
 }

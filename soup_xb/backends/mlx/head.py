@@ -327,12 +327,13 @@ def documents_apart(model: Any, documents: mx.array | None) -> Iterator[None]:
     """Inside, the model's masks keep tokens of different documents apart.
 
     `documents` is int32 (rows, length), the number of the document that each token belongs to; None changes nothing.
-    mlx-lm's models make their mask with a function of their module, which is replaced for the while.
+    mlx-lm's models make their mask with a function of their module, which is replaced for the while. One without such a
+    mask is left as it is: a run finds out that it lets documents see each other.
     """
-    if documents is None:
+    module: Any = sys.modules[type(trunk_of(model).decoder).__module__]
+    if documents is None or not hasattr(module, "create_attention_mask"):
         yield
         return
-    module: Any = sys.modules[type(trunk_of(model).decoder).__module__]
     usual = module.create_attention_mask
     same = for_heads(model, documents[:, None, :, None] == documents[:, None, None, :])
 

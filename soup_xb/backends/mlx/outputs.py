@@ -31,7 +31,6 @@ from soup_xb.backends.mlx.processes import Processes
 from soup_xb.core.adapter.extras import head_start, pooling_for
 from soup_xb.core.adapter.peft_file import HEAD, check_factors
 from soup_xb.core.adapter.plan import AdapterPlan
-from soup_xb.core.base.proven import ProvenType
 from soup_xb.core.errors import CheckpointError, ModelError, Problem
 from soup_xb.core.rows.batches import MicroBatch, score_places
 from soup_xb.core.run.checkpoint import read_tensors
@@ -47,27 +46,15 @@ _LEAST_NORM = 1e-12
 class OpenBase:
     """An opened base: `model()` gives it, and inside `with_adapter(False)` it is without its adapter.
 
-    `check_length` raises ModelError for rows that are longer than it reads exactly. `proven` says what else it does.
+    `check_length` raises ModelError for rows that are longer than it reads exactly. `cached`: it may answer with a
+    cache.
     """
 
     model: Callable[[], Any]
     processes: Processes
     with_adapter: Callable[[bool], AbstractContextManager[Any]]
     check_length: Callable[[int], None]
-    proven: ProvenType
-
-    def check(self, batch: MicroBatch) -> None:
-        """Raise ModelError for rows that are too long, or that hold several documents which it cannot keep apart."""
-        self.check_length(batch.tokens.shape[1])
-        if batch.position_ids is None or self.proven.documents:
-            return
-        if (np.count_nonzero(batch.position_ids == 0, axis=1) > 1).any():
-            raise ModelError(
-                "documents-not-apart",
-                f"a row holds several documents, which mlx-lm's `{self.proven.name}` cannot keep apart",
-                where="data.packing",
-                help="set `data.packing: false`, or run with --backend torch.",
-            )
+    cached: bool = True
 
 
 @frozen(eq=False)
@@ -96,7 +83,7 @@ class Outputs:
 
     def arrays(self, batch: MicroBatch, padded: bool) -> tuple[mx.array, ...]:
         """What `compute` takes of a batch; `padded` to a grid of few sizes, so that it is compiled few times."""
-        self.base.check(batch)
+        self.base.check_length(batch.tokens.shape[1])
         if self.embedder is not None:
             return self.embedder.arrays(batch, padded)
         if self.judge is not None:
@@ -130,7 +117,7 @@ class MlxScorer:
 
     def token_logps(self, batch: MicroBatch, temperature: float = 1.0, adapter: bool = True) -> Array:
         """Log-probability of each target."""
-        self._base.check(batch)
+        self._base.check_length(batch.tokens.shape[1])
         with self._base.with_adapter(adapter), memory_guard("scoring answers"):
             return taken_back(batch, token_logps(self._base.model(), exact_grid(batch), temperature))
 
@@ -154,7 +141,7 @@ class MlxSampler:
         """Continue each prompt, with the tokens that `chances` choose."""
         self._base.check_length(max(map(len, prompts)) + settings.max_new_tokens)
         with self._base.with_adapter(adapter), memory_guard("sampling answers"):
-            return sample(self._base.model(), prompts, chances, settings, self._base.proven.cached)
+            return sample(self._base.model(), prompts, chances, settings, self._base.cached)
 
 
 class MlxEmbedder:

@@ -70,8 +70,8 @@ class MlxSession:
         self._is_base = False
         self._optimizer: Optimizer | None = None
         self._told: tuple[Problem, ...] = ()
-        proven = opened.reading.proven
-        base = OpenBase(lambda: self.model, processes, self._with_adapter, self._check_length, proven)
+        cached = opened.reading.proven.cached
+        base = OpenBase(lambda: self.model, processes, self._with_adapter, self._check_length, cached)
         self._outputs = outputs = Outputs.of(base, settings, opened)
         self.scorer, self.sampler = outputs.scorer, outputs.sampler
         self.embedder, self.judge = outputs.embedder, outputs.judge

@@ -45,7 +45,7 @@ class ProvenType:
     `ropes` are kinds of rotary embeddings, and `partial` where a share of a head may be turned. `parts` maps modules in
     transformers to those in mlx-lm where the names differ; `closed` are modules that take no adapter on MLX.
     `by_weight` are last names that PEFT takes for those of experts. `cached`: decoding with a cache is equal to
-    decoding without. `documents`: several documents in a row can be kept apart. `scores`: transformers has a sequence
+    decoding without. `scores`: transformers has a sequence
     classifier with a scalar head for it. `windows`: equal beyond a sliding window. `scaled`: mlx-lm keeps weights
     multiplied, and an adapter there has to be multiplied too.
     """
@@ -58,7 +58,6 @@ class ProvenType:
     closed: tuple[str, ...] = ()
     by_weight: frozenset[str] = frozenset()
     cached: bool = False
-    documents: bool = False
     scores: bool = False
     windows: bool = False
     scaled: bool = False
@@ -153,7 +152,6 @@ def proven_type(model_type: str) -> ProvenType | None:
         tuple(row.get("closed", ())),
         frozenset(row.get("by_weight", ())),
         cached=row["cached"],
-        documents=row["documents"],
         scores=row["scores"],
         windows=row["windows"],
         scaled=row.get("scaled", False),

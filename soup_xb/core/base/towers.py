@@ -8,8 +8,7 @@ from typing import Any
 
 from soup_xb.core.base.folder import BaseFolder
 from soup_xb.core.base.patterns import matching_names
-from soup_xb.core.config.loaded import LoadedConfig
-from soup_xb.core.config.schema import AUTOMATIC
+from soup_xb.core.config.schema import AUTOMATIC, LoadedConfig
 from soup_xb.core.config.support import feature_refusal
 from soup_xb.core.errors import ConfigError, Problem
 

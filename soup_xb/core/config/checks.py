@@ -7,10 +7,9 @@ from typing import Any
 
 from attrs import frozen
 
-from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import LORA_RULES, SHARDING_RULES
 from soup_xb.core.config.run_rules import REWARD_RULES, RUN_RULES, STREAMING_RULES, reads_pattern
-from soup_xb.core.config.schema import KEYS, Config, value_of
+from soup_xb.core.config.schema import KEYS, Config, LoadedConfig, value_of
 from soup_xb.core.errors import Problem
 from soup_xb.core.tasks import tasks_with
 

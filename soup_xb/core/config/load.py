@@ -17,8 +17,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from soup_xb.core.config.checks import contradictions, counts, warnings
 from soup_xb.core.config.keys import KeyRefused, key_of, read_value, safe_text, shown
-from soup_xb.core.config.loaded import COMMAND_LINE, LoadedConfig, place
-from soup_xb.core.config.schema import KEYS, Config, suggestion, value_of
+from soup_xb.core.config.schema import COMMAND_LINE, KEYS, Config, LoadedConfig, place, suggestion, value_of
 from soup_xb.core.config.support import refusals
 from soup_xb.core.config.support_rows import BACKENDS
 from soup_xb.core.config.yaml import LEAST, Node, read_text, read_yaml, write_yaml

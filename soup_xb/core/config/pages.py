@@ -7,6 +7,7 @@ from typing import Any
 
 from attrs import NOTHING
 
+from soup_xb.core.base.proven import ProvenType, left_out, proven_type, proven_types, proven_with
 from soup_xb.core.config.keys import LONGEST_PATTERN, MOST_PATTERNS, Key, Range, key_of, shown
 from soup_xb.core.config.schema import KEYS, Config
 from soup_xb.core.config.support import SETTING_OF, Feature, features_table
@@ -125,8 +126,41 @@ def features_page() -> str:
         "| feature | torch | mlx |",
         "|---|---|---|",
         *(f"| `{feature.name}` | {feature.torch} | {feature.mlx} |" for feature in table),
+        "",
+        *_model_types(),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _model_types() -> list[str]:
+    """What proven.json says of the model types."""
+    versions, types = proven_with(), [proven_type(name) for name in proven_types()]
+    return [
+        "## Model types on mlx",
+        "",
+        f"mlx-lm {versions['mlx-lm']} was compared with transformers {versions['transformers']} by",
+        "`make prove-families`: logits of rows beyond every window and the gradients of all weights, against float noise.",
+        "Other kinds of rope, and fields whose values mlx-lm does not follow, are refused by name when a base is opened.",
+        "",
+        "| model type | kinds of rope | windows | experts | answers with a cache |",
+        "|---|---|---|---|---|",
+        *(_type_line(proven) for proven in types if proven is not None),
+        "",
+        "Types that both libraries know and mlx does not open:",
+        "",
+        "| model type | why not |",
+        "|---|---|",
+        *(f"| `{name}` | {_cell(reason)} |" for name, reason in left_out().items()),
+    ]
+
+
+def _type_line(proven: ProvenType) -> str:
+    def yes(answer: bool) -> str:
+        return "yes" if answer else "-"
+
+    experts = any(".experts." in name for name in proven.parts)
+    answers = " | ".join(yes(answer) for answer in (proven.windows, experts, proven.cached))
+    return f"| `{proven.name}` | {', '.join(sorted(proven.ropes)) or '-'} | {answers} |"
 
 
 def tasks_page() -> str:

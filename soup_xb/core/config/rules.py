@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from attrs import frozen
 
-from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.schema import LoadedConfig
 from soup_xb.core.errors import Problem
 from soup_xb.core.tasks import TASKS
 

@@ -6,9 +6,8 @@ import os.path
 import re
 from collections.abc import Iterator
 
-from soup_xb.core.config.loaded import LoadedConfig
 from soup_xb.core.config.rules import Rule, excluded
-from soup_xb.core.config.schema import Config, value_of
+from soup_xb.core.config.schema import Config, LoadedConfig, value_of
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.objectives.answer_pattern import BUILT_IN, compiled_pattern
 from soup_xb.core.tasks import TASKS, readers

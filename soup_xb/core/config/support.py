@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from attrs import frozen
 
-from soup_xb.core.config.loaded import COMMAND_LINE, LoadedConfig
-from soup_xb.core.config.schema import KEYS, value_of
+from soup_xb.core.config.schema import COMMAND_LINE, KEYS, LoadedConfig, value_of
 from soup_xb.core.config.support_rows import BACKENDS, ROWS, Row
 from soup_xb.core.errors import ConfigError, Problem
 from soup_xb.core.tasks import TASKS

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import attrs
 import numpy as np
 from attrs import field, frozen
 
@@ -190,3 +192,45 @@ class RowMedia:
 def media_inputs(media: Sequence[RowMedia], tokens: Array) -> Inputs:
     """The inputs of a micro-batch besides its tokens; none where no row has media."""
     return media[0].make(media, tokens) if media else {}
+
+
+# Every class of core.rows.examples that says what a row means; their values are texts, numbers, marks and tuples of
+# these.
+_CLASSES: Mapping[str, type] = MappingProxyType(
+    {name: value for name, value in globals().items() if isinstance(value, type) and attrs.has(value)}
+)
+_FIELDS = {name: tuple(field.name for field in attrs.fields(value)) for name, value in _CLASSES.items()}
+
+
+def plain(value: Any) -> Any:
+    """An example, or a value in it, as JSON has it: an object of a class is its name and its values.
+
+    >>> plain(Message("user", "Hi"))
+    {'is': 'Message', 'values': ['user', 'Hi', [], '', '', [], '', 1.0]}
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    name = type(value).__name__
+    if name not in _FIELDS:
+        raise TypeError(f"an example holds a {name}, which has no form in JSON")
+    return {"is": name, "values": [plain(getattr(value, field)) for field in _FIELDS[name]]}
+
+
+def example_of(value: Any) -> Any:
+    """The example, or the value in it, that `plain` made this of."""
+    if isinstance(value, list):
+        return tuple(example_of(item) for item in value)
+    if isinstance(value, dict):
+        return _CLASSES[value["is"]](*(example_of(item) for item in value["values"]))
+    return value
+
+
+def travels(example: AnyExample) -> bool:
+    """Whether examples of this kind have a form in JSON."""
+    try:
+        plain(example)
+    except TypeError:
+        return False
+    return True
