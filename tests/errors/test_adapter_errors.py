@@ -315,7 +315,7 @@ MLX_LM = {
             place / "x" / "adapters.safetensors",
         ),
         "code": "no-counterpart",
-        "words": "experts",
+        "words": "another layer in transformers",
         "help": "mlx_lm.fuse",
     },
     "an embedding": {

@@ -242,14 +242,19 @@ def find_parts(theirs: Any, ours: Any, rows: Rows) -> tuple[dict[str, Any], list
     for source, places in sorted(found.items(), key=lambda each: order.index(each[0])):
         listed = [{"place": place, **part} for place, part in places.items()]
         listed.sort(key=lambda part: part.get("index", 0))
-        if listed != [{"place": source}]:
+        # Stacks of experts are told apart from layers of the same name.
+        if listed != [{"place": source}] or known_experts(source, known):
             parts[source] = [part["place"] if len(part) == 1 else part for part in listed]
     text = {pattern(name) for name in known if not re.search("vision|visual|audio|multi_modal|mm_proj", name)}
-    if theirs.config.get_text_config().tie_word_embeddings:
+    if getattr(theirs.config.get_text_config(), "tie_word_embeddings", theirs.config.tie_word_embeddings):
         # A tied head is no module of its own in mlx-lm; an untied one of this type is.
         text.discard("lm_head")
     taken = sorted({name.rpartition(".")[2] for name, module in known.items() if module.by_weight})
     return parts, sorted(closed | text - set(found)), taken
+
+
+def known_experts(source: str, known: Mapping[str, Any]) -> bool:
+    return any(module.experts for name, module in known.items() if pattern(name) == source)
 
 
 def part_of(weight: np.ndarray, rows: Rows, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -363,24 +368,27 @@ def sense(name: str, work: Path) -> tuple[list[str], dict[str, list[Any]]]:
     """Fields whose other values are followed, and for all others the values with which the models are equal."""
     from tiny import config_of
 
-    from soup_xb.backends.mlx.reading import KINDS_OF_LAYERS, STRUCTURE, WEIGHTLESS
+    from soup_xb.backends.mlx.reading import KINDS_OF_LAYERS, told_fields
 
     config = config_of(name)
     text = config.get_text_config()
     parts = [(text, "text")] if text is config else [(text, "text"), (config, "top")]
     reads, values = [], {}
     for part, which in parts:
-        plain = type(part)().to_dict()
-        for field, value in part.to_dict().items():
-            if field in WEIGHTLESS or field in STRUCTURE or field not in plain:
-                continue
+        for field, value, usual in told_fields(part):
             tried = [list(value)[::-1]] if field in KINDS_OF_LAYERS and value else other_values(value)
-            told = [follows(name, work, **{field: other}) for other in tried if which == "text"]
+            told = [follows(name, work, **changed(part, field, other)) for other in tried if which == "text"]
             if True in told and False not in told:
                 reads.append(field)
-            elif value != plain[field] and field not in KINDS_OF_LAYERS:
-                values[field] = [value, plain[field]] if which == "top" else [value]
+            elif value != usual and field not in KINDS_OF_LAYERS:
+                values[field] = [value, usual] if which == "top" else [value]
     return reads, values
+
+
+def changed(part: Any, field: str, value: Any) -> dict[str, Any]:
+    """A field with another value; of a dotted one the whole that it is part of."""
+    outer, _, inner = field.partition(".")
+    return {outer: {**part.to_dict()[outer], inner: value}} if inner else {outer: value}
 
 
 def window_proof(name: str, work: Path) -> bool:

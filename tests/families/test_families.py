@@ -42,8 +42,9 @@ def test_every_type_that_both_libraries_know_has_a_row_or_a_reason() -> None:
 
 
 def test_the_proof_was_made_with_the_installed_versions() -> None:
-    installed = {name: importlib.metadata.version(name) for name in proven_with()}
-    assert installed == dict(proven_with()), f"run `make prove-families`, which writes {FILE.name}"
+    for name in ("transformers", "mlx-lm"):
+        installed = importlib.metadata.version(name)
+        assert installed == proven_with()[name], f"run `make prove-families`, which writes {FILE.name}"
 
 
 @pytest.mark.parametrize("name", SAMPLE)

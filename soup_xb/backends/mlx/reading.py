@@ -232,15 +232,26 @@ def unreadable_config(folder: BaseFolder, reason: str) -> ModelError:
 def check_fields(config: Any, text: Any, proven: ProvenType, where: str) -> None:
     """Raise ModelError for the first field whose value was not proven to be read alike."""
     for part in (config,) if config is text else (config, text):
-        plain = type(part)().to_dict()
-        for name, value in part.to_dict().items():
-            if name in WEIGHTLESS or name in STRUCTURE or name in proven.reads or name not in plain:
+        for name, value, usual in told_fields(part):
+            if name in proven.reads or value in proven.values.get(name, [usual]):
                 continue
             if name in KINDS_OF_LAYERS and (value is None or _is_regular(value)):
                 continue
-            if value in proven.values.get(name, [plain[name]]):
-                continue
             raise refused(where, f"{name}: {value}")
+
+
+def told_fields(part: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of a config that say something about the model: dotted name, value and the class's own value."""
+    plain = type(part)().to_dict()
+    for name, value in part.to_dict().items():
+        if name in WEIGHTLESS or name in STRUCTURE or name not in plain:
+            continue
+        if isinstance(value, dict) and isinstance(plain[name], dict):
+            for inner, each in value.items():
+                if inner not in WEIGHTLESS:
+                    yield f"{name}.{inner}", each, plain[name].get(inner)
+        else:
+            yield name, value, plain[name]
 
 
 def _is_regular(kinds: Sequence[Any]) -> bool:

@@ -168,13 +168,10 @@ def _modules_of(
     for place, arrays in layers.items():
         _check_name(place, model_type, folder)
         at = proven.module_at(place) if proven is not None else (place, Part(place))
-        stacked = arrays.get("lora_A", np.zeros(0)).ndim == 3
-        if (
-            at is None
-            or at[1].heads
-            or (proven is not None and proven.scaled)
-            or (stacked and proven is None)
-        ):
+        scaled = proven is not None and proven.scaled
+        experts = any(array.ndim == 3 for array in arrays.values())
+        unknown = at is None or (experts and (proven is None or not proven.is_moved(at[0])))
+        if at is None or unknown or scaled or at[1].heads:
             raise _no_counterpart(
                 f"`{place}` of `{model_type}` is another layer in transformers than in mlx-lm", folder
             )

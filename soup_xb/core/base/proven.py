@@ -70,6 +70,10 @@ class ProvenType:
         found = self.parts.get(pattern, (Part(pattern),))
         return tuple(_numbered(part, numbers) for part in found)
 
+    def is_moved(self, module: str) -> bool:
+        """Whether a module of transformers is elsewhere in mlx-lm, or in several places."""
+        return _pattern(module)[0] in self.parts
+
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Modules with those of one parent in transformers' order, in which PEFT's wrappers of experts are nested."""
         ordered, ranks = list(names), {pattern: rank for rank, pattern in enumerate(self.parts)}
