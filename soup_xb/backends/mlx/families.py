@@ -18,6 +18,8 @@ from soup_xb.backends.mlx.patches import Patch
 
 Config = dict[str, Any]
 Weights = dict[str, mx.array]
+# Types of which transformers opens the text part by itself for text, with that part's own config.
+TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
 # A value, or what gives it from the text model's config.
 Field = Any | Callable[[Config], Any]
 
@@ -46,9 +48,10 @@ def translate(config: Mapping[str, Any], family: Family) -> Config:
     whole: Config = {**config}
     if isinstance(whole.get("text_config"), dict):
         text = whole["text_config"] = {**whole["text_config"]}
-        if "tie_word_embeddings" in whole:
-            text["tie_word_embeddings"] = whole["tie_word_embeddings"]
-        whole.setdefault("vocab_size", text.get("vocab_size"))
+        # transformers reads the whole config's flag, and of the vocabulary's sizes that of the text model.
+        read = text if whole.get("model_type") in TEXT_ALONE else whole
+        whole["tie_word_embeddings"] = text["tie_word_embeddings"] = bool(read.get("tie_word_embeddings"))
+        whole["vocab_size"] = text.get("vocab_size")
     for part in (whole, whole.get("text_config")):
         if isinstance(part, dict):
             if "num_local_experts" in part:

@@ -29,7 +29,7 @@ from soup_xb.backends.mlx.quantization import (
     stored_quantization,
 )
 from soup_xb.backends.mlx.reading import Reading, read_base, unreadable_config
-from soup_xb.core.base.folder import BaseFolder, inspect_base, weight_files
+from soup_xb.core.base.folder import BaseFolder, check_tied_head, holds_head, inspect_base, weight_files
 from soup_xb.core.base.modules import Module
 from soup_xb.core.base.proven import Part, proven_with
 from soup_xb.core.disk import foreign_errors
@@ -57,6 +57,8 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     folder = inspect_base(settings.base)
     check_quantization(folder, settings.quantization)
     reading = read_base(folder, settings.rope_scaling)
+    if not settings.pooling:
+        _check_head(folder, reading)
     model = _build(folder, reading, settings)
     description, places = describe_model(model, folder, reading, bool(settings.pooling))
     notices = []
@@ -166,21 +168,47 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     return dict(arrays)
 
 
+def _check_head(folder: BaseFolder, reading: Reading) -> None:
+    """Raise ModelError where the files hold another head than the config means; some of mlx-lm's models take any."""
+    if reading.is_tied:
+        check_tied_head(folder)
+    elif not holds_head(folder):
+        raise ModelError(
+            "incomplete-weights",
+            "the config gives the model an output head of its own, and the files hold none",
+            where=str(folder.path),
+            help="download the base again, or set `tie_word_embeddings` to true in config.json where the embedding is "
+            "the head.",
+        )
+
+
 def _read_weights(folder: BaseFolder, reading: Reading, model: Any, headless: bool) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     with foreign_errors(partial(_unreadable, folder)):
         for file in weight_files(folder.path):
             weights.update(read_arrays(file))
         if headless or reading.is_tied:
-            weights = {name: array for name, array in weights.items() if "lm_head" not in name.split(".")}
-        if headless and not any(name.startswith("model.") for name in weights):
+            weights = {name: array for name, array in weights.items() if not _is_of_head(name, headless)}
+        # A buffer that older bases were saved with, computed from the config here as in transformers.
+        weights = {name: weights[name] for name in weights if not name.endswith("rotary_emb.inv_freq")}
+        if "embed_tokens.weight" in weights or (headless and not any(map(_is_whole, weights))):
             # transformers' AutoModel saves the decoder alone.
-            weights = {f"model.{name}": array for name, array in weights.items()}
+            weights = {f"model.{name}" if "lm_head" not in name else name: weights[name] for name in weights}
         stored = dict(weights)
         weights = reading.named(model, weights)
         if family_of(reading.model_type).scaled:
             note_scales(model, stored, weights)
     return weights
+
+
+def _is_whole(name: str) -> bool:
+    return name.startswith("model.")
+
+
+def _is_of_head(name: str, headless: bool) -> bool:
+    """Whether it is of the output head; of a tied one the bias is not left out, which the embedding has not."""
+    parts = name.split(".")
+    return "lm_head" in parts and (headless or parts[-1] != "bias")
 
 
 def note_scales(model: Any, stored: Mapping[str, mx.array], weights: Mapping[str, mx.array]) -> None:

@@ -6,7 +6,7 @@ Of a sharded base every process reads its rows of each weight, and none ever hol
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,7 +24,14 @@ from soup_xb.backends.torch.experts import expert_weights
 from soup_xb.backends.torch.injection import names_of_experts, refused_names
 from soup_xb.backends.torch.processes import Processes
 from soup_xb.backends.torch.sharding import mesh_of, shard_blocks, shard_vocabulary
-from soup_xb.core.base.folder import BaseFolder, inspect_base, unknown_type, weight_files
+from soup_xb.core.base.folder import (
+    BaseFolder,
+    check_tied_head,
+    inspect_base,
+    unknown_type,
+    untied_head,
+    weight_files,
+)
 from soup_xb.core.base.layers import layer_settings
 from soup_xb.core.base.model_config import POSITIONS_BEHIND_PADDING, padding_without_row
 from soup_xb.core.base.modules import Module
@@ -48,6 +55,8 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
     config, kind = read_config(folder, settings.media, embeds=bool(settings.pooling))
     stretch(config, folder, settings.rope_scaling)
     quantization = _quantization(settings.quantization, folder, device)
+    if is_tied(config, kind) and not settings.pooling:
+        check_tied_head(folder)
     with memory_guard("loading the base"):
         with foreign_errors(partial(unreadable, folder)):
             model, report = kind.from_pretrained(
@@ -61,7 +70,7 @@ def load_base(settings: SessionSettings, device: Device) -> Any:
                 output_loading_info=True,
                 **quantization,
             )
-        check_loading(folder, report)
+        check_loading(folder, model, report)
         if not quantization and not folder.quantization:
             model.to(device.torch_device)
     model.requires_grad_(False)
@@ -207,19 +216,65 @@ def _keep_quantized_layers_trainable(model: Any) -> None:
             module.training = True
 
 
-def check_loading(folder: BaseFolder, report: Any) -> None:
-    """Raise ModelError where transformers found weights missing, or of another shape."""
+def check_loading(folder: BaseFolder, model: Any, report: Any) -> None:
+    """Raise ModelError where the files are not the model's: weights missing, of another shape, or of another model."""
     # The pooler of a BERT is read by no loss here, and many encoders are saved without one.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     mismatched = sorted(str(key) for key in report["mismatched_keys"])
-    if missing or mismatched:
-        first = (missing or mismatched)[0]
+    foreign = [] if folder.quantization else _foreign(folder, model, report["unexpected_keys"])
+    if missing or mismatched or foreign:
+        first = (missing or mismatched or foreign)[0]
         raise ModelError(
             "incomplete-weights",
-            f"{len(missing)} weights are missing and {len(mismatched)} have another shape, first `{first}`",
+            f"{len(missing)} weights are missing, {len(mismatched)} have another shape and {len(foreign)} have no "
+            f"place in the model's layers, first `{first}`",
             where=str(folder.path),
-            help="download the base again; transformers would fill such weights with random numbers.",
+            help="download the base again: config and weights do not belong together, and transformers would leave "
+            "weights out, or fill them with random numbers.",
         )
+    # transformers leaves a head alone that is another than the embedding to which the config ties it.
+    untied = (
+        model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys()
+    )
+    if untied:
+        raise untied_head(folder, min(untied))
+
+
+def _foreign(folder: BaseFolder, model: Any, unread: Iterable[str]) -> list[str]:
+    """What was not read of a layer that the model has not, or of one of its linears, norms and embeddings.
+
+    Towers, further heads and buffers beside those take no part in what the model computes.
+    """
+    modules = dict(model.named_modules())
+    # Behind the model's layers lie those that predict tokens further on.
+    ahead = any("nextn" in key or "mtp" in key for part in _configs(folder.config) for key in part)
+    found = []
+    for name in sorted(unread):
+        parts = name.split(".")
+        owners = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+        owner = modules.get(next((owner for owner in owners if owner in modules), ""))
+        if isinstance(owner, torch.nn.ModuleList):
+            foreign = not ahead
+        else:
+            foreign = (
+                owner is not None and not any(owner.children()) and any(True for _ in owner.parameters())
+            )
+        if foreign and parts[-1] not in ("inv_freq", "position_ids"):
+            found.append(name)
+    return found
+
+
+def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    yield from (part for part in config.values() if isinstance(part, dict))
+
+
+def is_tied(config: Any, kind: Any) -> bool:
+    """Whether the config ties the output head of what this Auto class opens to its embedding."""
+    opened = kind._model_mapping[type(config)]
+    opened = opened[0] if isinstance(opened, tuple) else opened
+    own = config if opened.config_class is type(config) else config.get_text_config()
+    return bool(getattr(own, "tie_word_embeddings", False))
 
 
 def unreadable(folder: BaseFolder, reason: str) -> ModelError:
@@ -248,6 +303,9 @@ def load_sharded(settings: SessionSettings, device: Device, processes: Processes
     folder = inspect_base(settings.base)
     if folder.quantization:
         raise _quantized(folder)
+    config, kind = read_config(folder, settings.media, embeds=bool(settings.pooling))
+    if is_tied(config, kind) and not settings.pooling:
+        check_tied_head(folder)
     give_freed_memory_back()
     model = outline_base(settings, device.dtype)
     _keep_float32(model, device.dtype)
@@ -261,7 +319,7 @@ def load_sharded(settings: SessionSettings, device: Device, processes: Processes
             for module in model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device.torch_device)
-    check_loading(folder, report)
+    check_loading(folder, model, report)
     model.requires_grad_(False)
     model.eval()
     return model

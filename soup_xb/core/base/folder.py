@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attrs import frozen
 
 from soup_xb.core.disk import write_text
@@ -70,22 +71,44 @@ class BaseFolder:
 
 
 def has_tied_head(base: BaseFolder) -> bool:
-    """Whether the output head is the embedding: the config says so, or the files hold no weight for a head."""
-    from safetensors import safe_open
-
-    parts = (base.config, base.config.get("text_config"))
+    """Whether the output head is the embedding: the files hold no other head, and the config does not untie them."""
+    if _other_head(_stored_tensors(base.path)):
+        return False
     told = [
         part["tie_word_embeddings"]
-        for part in parts
+        for part in (base.config, base.config.get("text_config"))
         if isinstance(part, dict) and "tie_word_embeddings" in part
     ]
-    if told:
-        return told[-1] is True
-    for file in weight_files(base.path):
-        with safe_open(str(file), framework="numpy") as tensors:
-            if any(name.rpartition(".")[0].endswith(("lm_head", "embed_out")) for name in tensors.keys()):  # noqa: SIM118
-                return False
-    return True
+    if not told:
+        return True
+    return told[0] is True if holds_head(base) else True in told
+
+
+def holds_head(base: BaseFolder) -> bool:
+    """Whether the files hold a weight for the output head."""
+    return any(_is_head(name) for name in _stored_tensors(base.path))
+
+
+def check_tied_head(base: BaseFolder) -> None:
+    """Check the files of a base whose config ties the output head to the embedding.
+
+    A head that is stored all the same must have the embedding's values, which both are read for. Libraries disagree
+    about any other: some take the head, others the embedding. Raises ModelError.
+    """
+    other = _other_head(_stored_tensors(base.path))
+    if other:
+        raise untied_head(base, other)
+
+
+def untied_head(base: BaseFolder, head: str) -> ModelError:
+    """The error for a stored head that is not the embedding to which the config ties it."""
+    return ModelError(
+        "untied-head",
+        f"the config ties the output head to the embedding, and the files hold another `{head}`",
+        where=str(base.path),
+        help="set `tie_word_embeddings` to false in config.json where the head belongs to the model; else remove the "
+        "head from the files.",
+    )
 
 
 def inspect_base(path: Path, weights: bool = True) -> BaseFolder:
@@ -116,6 +139,10 @@ def inspect_base(path: Path, weights: bool = True) -> BaseFolder:
     parameters = size = 0
     for file in weight_files(path):
         parameters, size = parameters + count_parameters(file), size + file.stat().st_size
+    stored = _stored_tensors(path)
+    _refuse_doubles(path, stored)
+    if not _names_quantization(config):
+        _refuse_formats(stored)
     return BaseFolder(path, config, parameters, size)
 
 
@@ -265,6 +292,148 @@ def count_parameters(file: Path) -> int:
             where=str(file),
             help="download the file again.",
         ) from error
+
+
+# safetensors' names of number formats, and how NumPy reads their bytes; bf16 is the upper half of a float32.
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# Masks, positions and tables of experts are stored in these, weights are not.
+_INTEGERS = ("BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+_HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = (
+    "embed_tokens", "embed_in", "embeddings", "shared", "tok_embeddings", "tokens_embed", "word_embeddings", "wte",
+)  # fmt: skip
+# Of a head or an embedding; the latter two belong to weights that MLX has packed.
+_PARTS = ("weight", "scales", "biases")
+# Names begin with these or not, depending on the class that saved the base.
+_PREFIXES = ("model", "language_model")
+_COMPARED = 8 * 1024 * 1024
+
+
+@frozen
+class _Tensor:
+    """A tensor in a safetensors file: its number format, and from which byte of the file to which it lies."""
+
+    file: Path
+    format: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _stored_tensors(path: Path) -> dict[str, list[_Tensor]]:
+    """Every place of each tensor of a base, by name. The headers have been checked."""
+    stored: dict[str, list[_Tensor]] = {}
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                place = _Tensor(file, entry["dtype"], tuple(entry["shape"]), begin, end)
+                stored.setdefault(name, []).append(place)
+    return stored
+
+
+def _is_head(name: str) -> bool:
+    return _is_weight_of(name, _HEADS)
+
+
+def _is_weight_of(name: str, owners: Sequence[str]) -> bool:
+    """Whether it is the weight of one of them, and not of a layer that predicts tokens further on."""
+    owner, _, last = name.rpartition(".")
+    parts = owner.split(".")
+    return last == "weight" and parts[-1] in owners and not any(part.isdigit() for part in parts)
+
+
+def _other_head(stored: Mapping[str, list[_Tensor]]) -> str:
+    """The name of an output head that is none of the embeddings; empty where there is no head or nothing to compare."""
+    embeddings = [name for name in stored if _is_weight_of(name, _EMBEDDINGS)]
+    for head in filter(_is_head, stored):
+        if embeddings and not any(_same_weight(stored, head, embedding) for embedding in embeddings):
+            return head
+    return ""
+
+
+def _same_weight(stored: Mapping[str, list[_Tensor]], one: str, other: str) -> bool:
+    for part in _PARTS:
+        first, second = (stored.get(f"{name.removesuffix('weight')}{part}", []) for name in (one, other))
+        if len(first) != len(second) or (first and not _same_values(first[0], second[0])):
+            return False
+    return True
+
+
+def _same_values(one: _Tensor, other: _Tensor) -> bool:
+    """Whether two tensors are equal, read in pieces; one may be stored in a wider format than the other."""
+    if one.shape != other.shape:
+        return False
+    if one.format == other.format:
+        pairs = zip(_pieces(one, _COMPARED), _pieces(other, _COMPARED), strict=True)
+        return all(first == second for first, second in pairs)
+    if not {one.format, other.format} <= set(_FLOATS):
+        return False
+    sizes = [np.dtype(_FLOATS[each.format]).itemsize * (_COMPARED // 8) for each in (one, other)]
+    return all(
+        np.array_equal(_widened(first, one.format), _widened(second, other.format))
+        for first, second in zip(_pieces(one, sizes[0]), _pieces(other, sizes[1]), strict=True)
+    )
+
+
+def _pieces(tensor: _Tensor, size: int) -> Iterator[bytes]:
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.begin)
+        for begin in range(tensor.begin, tensor.end, size):
+            yield stream.read(min(size, tensor.end - begin))
+
+
+def _widened(raw: bytes, format: str) -> np.ndarray[Any, Any]:
+    array = np.frombuffer(raw, dtype=_FLOATS[format])
+    return (array.astype(np.uint32) << 16).view(np.float32) if format == "BF16" else array
+
+
+def _refuse_doubles(path: Path, stored: Mapping[str, list[_Tensor]]) -> None:
+    """A tensor may lie in several files, or under the names of two classes, as long as all have the same values."""
+    places: dict[str, list[tuple[str, _Tensor]]] = {}
+    for name, tensors in stored.items():
+        parts = name.split(".")
+        while parts[0] in _PREFIXES and len(parts) > 1:
+            parts = parts[1:]
+        places.setdefault(".".join(parts), []).extend((name, tensor) for tensor in tensors)
+    for (first, one), *others in places.values():
+        for name, other in others:
+            if not _same_values(one, other):
+                where = f"`{first}` in {one.file.name} and `{name}` in {other.file.name}"
+                raise ModelError(
+                    "doubled-weight",
+                    f"the same weight is stored twice with other values: {where}",
+                    where=str(path),
+                    help="remove the files that do not belong to the base, or download it again into an empty folder.",
+                )
+
+
+def _refuse_formats(stored: Mapping[str, list[_Tensor]]) -> None:
+    """Integers, float8 and complex numbers are no weights as they are; libraries convert them, each in its own way."""
+    for name, tensors in stored.items():
+        last = name.rpartition(".")[2]
+        for tensor in tensors:
+            weighs = last == "weight" or last.endswith("_proj") or (last == "bias" and len(tensor.shape) == 1)
+            if tensor.format in _FLOATS or (tensor.format in _INTEGERS and not weighs):
+                continue
+            raise ModelError(
+                "weight-format",
+                f"`{name}` is stored as {tensor.format}, and config.json does not say how it was quantized",
+                where=str(tensor.file),
+                help="take the plain base, or one whose config.json has its `quantization_config`.",
+            )
+
+
+def _names_quantization(config: Mapping[str, Any]) -> bool:
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    return any(
+        part.get(key)
+        for part in parts
+        for key in ("quantization_config", "quantization", "compression_config")
+    )
 
 
 def read_object(file: Path, code: str) -> dict[str, Any]:
