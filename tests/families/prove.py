@@ -48,6 +48,8 @@ LEFT_OUT = {
 FLOORS, LARGEST = 4.0, 4e-6
 LENGTHS = (40, 200)
 _AT_ONCE = 5
+# Of the type that is being proven.
+_floor = 0.0
 ROPES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "linear": {"factor": 4.0},
@@ -421,7 +423,9 @@ def follows(name: str, work: Path, **changes: Any) -> bool | None:
     if not np.isfinite(expected).all():
         return None
     try:
-        return relative(mlx_logits(on_mlx(folder, name)[1], tokens(60)), expected) < 2e-5
+        return relative(mlx_logits(on_mlx(folder, name)[1], tokens(60)), expected) < max(
+            2e-5, FLOORS * _floor
+        )
     except Exception:  # noqa: BLE001 - a value that mlx-lm, or our reading, refuses
         return False
 
@@ -511,6 +515,8 @@ def prove(name: str, work: Path) -> dict[str, Any]:
 
     result: dict[str, Any] = {"x3": logits_proof(name, work, 3.0)}
     result["x8"] = logits_proof(name, work, 8.0)
+    global _floor
+    _floor = result["x3"]["floor"]
     folder = tiny_base(name, work / "base")
     theirs = on_torch(folder)
     _, ours = on_mlx(folder, name)

@@ -194,10 +194,11 @@ def _read_weights(folder: BaseFolder, reading: Reading, model: Any, headless: bo
         if "embed_tokens.weight" in weights or (headless and not any(map(_is_whole, weights))):
             # transformers' AutoModel saves the decoder alone.
             weights = {f"model.{name}" if "lm_head" not in name else name: weights[name] for name in weights}
-        stored = dict(weights)
+        scaled = family_of(reading.model_type).scaled
+        # mlx-lm multiplies in place.
+        stored = {name: mx.array(array) for name, array in weights.items()} if scaled else {}
         weights = reading.named(model, weights)
-        if family_of(reading.model_type).scaled:
-            note_scales(model, stored, weights)
+        note_scales(model, stored, weights)
     return weights
 
 

@@ -92,10 +92,17 @@ def names_of_experts(model: Any, names: Iterable[str]) -> set[str]:
     return taken
 
 
+# Modules whose weight the model multiplies with itself, past any adapter on them.
+_READ_DIRECTLY = {"mamba": {"dt_proj"}, "falcon_mamba": {"dt_proj"}, "jamba": {"dt_proj"}}
+
+
 def refused_names(model: Any, names: Iterable[str]) -> set[str]:
-    """The module names that PEFT refuses to adapt on this model type: Mamba's fused kernels read their weights."""
+    """The module names on which an adapter would do nothing: their weights are read directly, as Mamba's kernels do.
+
+    PEFT refuses some of them itself.
+    """
     check: Any = getattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
-    refused = set()
+    refused = _READ_DIRECTLY.get(model.config.model_type, set()) & set(names)
     for name in names:
         try:
             check(LoraConfig(), model, name)
