@@ -205,7 +205,7 @@ _OPENED_BASES = (
         "model-type",
         mlx=No(
             f"its logits are not proven equal to transformers' (those of {len(proven_types())} types are, which "
-            "docs/mlx.md lists)",
+            "docs/reference/features.md lists)",
             "take a base of one of these types.",
         ),
     ),
