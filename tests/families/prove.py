@@ -240,6 +240,12 @@ def find_parts(theirs: Any, ours: Any, rows: Rows) -> tuple[dict[str, Any], list
         else:
             closed.add(pattern(place))
     parts = {}
+    # Of one stack of experts all weights carry an adapter, or none.
+    lost = {pattern(name) for name, module in known.items() if module.experts} - set(found)
+    for source in [
+        each for each in found if any(each.rpartition(".")[0] == name.rpartition(".")[0] for name in lost)
+    ]:
+        closed |= {source, *found.pop(source)}
     order = list(dict.fromkeys(pattern(name) for name in known))
     for source, places in sorted(found.items(), key=lambda each: order.index(each[0])):
         listed = [{"place": place, **part} for place, part in places.items()]
@@ -271,6 +277,9 @@ def part_of(weight: np.ndarray, rows: Rows, known: Mapping[str, Any]) -> tuple[s
     indices = np.array([index for _, _, index in hits])
     whole = rows.weights[source].shape[-1 if turned else -2]
     part: dict[str, Any] = {}
+    if weight.ndim == 3 and len(weight) != module.experts:
+        # LongCat's zero experts have weights in transformers, which nothing uses.
+        return None
     if weight.ndim == 3:
         indices = indices[:count] % whole
         # PEFT takes these outputs for inputs: the sides that the torch backend tells are the other way round.

@@ -76,6 +76,9 @@ def load_base(settings: SessionSettings, device: Device) -> Opened:
     model.freeze()
     notices += other_versions()
     notices.append(Problem("base-read", f"every field of the config is accounted for{_turned(reading)}"))
+    if not reading.proven.cached:
+        text = f"answers of `{folder.model_type}` are decoded without a cache, which gives other tokens than whole rows"
+        notices.append(Problem("no-cache", text))
     longest, because = reading.longest
     if longest:
         message = f"rows may have {longest} tokens at most on MLX: {because}"

@@ -290,10 +290,10 @@ def _ropes(text: Any, proven: ProvenType, where: str) -> tuple[Rope, ...] | None
         raise refused(where, f"rope_parameters.rope_type: {kind}")
     if not kinds or None in each or not kinds <= set(KINDS):
         return None
-    for parameters in each if "partial" not in proven.ropes else ():
+    latent = getattr(text, "kv_lora_rank", None)
+    for parameters in each if not latent and "partial" not in proven.ropes else ():
         if (share := (parameters or {}).get("partial_rotary_factor")) not in (None, 1.0):
             raise refused(where, f"rope_parameters.partial_rotary_factor: {share}")
-    latent = getattr(text, "kv_lora_rank", None)
     head = getattr(text, "qk_rope_head_dim", None) if latent else getattr(text, "head_dim", None)
     head = head or text.hidden_size // text.num_attention_heads
     whole = [_whole(parameters or {}, text) for parameters in each]
