@@ -41,6 +41,7 @@ def main() -> None:
         enable_prefix_caching=False,
         enable_lora=any(task.adapter for task in tasks),
         max_lora_rank=allowed_rank(tasks),
+        generation_config=ends_of(tasks),
     )
     for number, task in enumerate(tasks, start=1):
         adapter = LoRARequest(f"adapter-{number}", number, task.adapter) if task.adapter else None
@@ -66,6 +67,11 @@ def answer(engine: LLM, job: Job, adapter: LoRARequest | None) -> dict[str, Any]
     settings.temperature, settings.max_tokens = 0, job.longest_answer
     given = engine.chat(job.turns, settings, lora_request=adapter)[0].outputs[0]
     return {"stopped": given.finish_reason == "stop", "tokens": len(given.token_ids), "text": given.text}
+
+
+def ends_of(tasks: Sequence[Task]) -> str:
+    """Whose generation_config.json says where answers end: an adapter's, as its card tells, else the model's own."""
+    return next((task.adapter for task in tasks if task.asks == "answer" and task.adapter), "auto")
 
 
 def allowed_rank(tasks: Sequence[Task]) -> int:

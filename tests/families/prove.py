@@ -26,10 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-# Tens of small models: each compiled function would call a compiler. The numbers are the same.
-os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
-
 import numpy as np
 
 HERE = Path(__file__).parent
@@ -622,8 +618,20 @@ def rows_of(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dic
             )
 
 
+def quiet() -> None:
+    """Before the libraries are imported: no hub, no progress bars, and nothing compiled."""
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # Tens of small models: each compiled function would call a compiler. The numbers are the same.
+        "MLX_DISABLE_COMPILE": "1",
+    }
+
+
 def main() -> None:
     """The command line."""
+    quiet()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
@@ -180,6 +177,9 @@ def exchanged(theirs: Any, ours: Any) -> dict[str, float]:
 
 def main() -> None:
     """The command line."""
+    from prove import quiet
+
+    quiet()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -152,7 +152,9 @@ class Trunk:
     def vocabulary(self) -> int:
         """The number of logits of a token."""
         embedding = next(self.decoder[name] for name in _EMBEDDINGS if name in self.decoder)
-        return int(self.owner.get("lm_head", embedding).weight.shape[0])
+        head = self.owner.get("lm_head", embedding)
+        # Under an adapter there is the head itself.
+        return int(head.get("linear", head).weight.shape[0])
 
 
 def trunk_of(model: Any) -> Trunk:

@@ -123,7 +123,7 @@ def describe_model(
         found = reading.proven.module_at(place) if _carries(module) else None
         if found is None:
             if any(array.ndim > 1 for array in arrays):
-                others.append(place)
+                others.append(place.removeprefix("model.") if headless else place)
             continue
         name, part = found
         name = name.removeprefix("model.") if headless else name

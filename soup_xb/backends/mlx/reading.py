@@ -151,6 +151,8 @@ def read_base(folder: BaseFolder, scaling: RopeScaling | None = None) -> Reading
     where = str(folder.path / "config.json")
     if folder.is_encoder:
         raise _not_opened("base=an encoder", folder, where)
+    if folder.model_type not in transformers.CONFIG_MAPPING:
+        raise unknown_type(folder, transformers.__version__)
     proven = proven_type(folder.model_type)
     if proven is None:
         raise _not_opened("base=a model type without proof", folder, where)
@@ -201,8 +203,6 @@ def _not_opened(row: str, folder: BaseFolder, where: str) -> ConfigError:
 
 
 def _parse(folder: BaseFolder) -> Any:
-    if folder.model_type not in transformers.CONFIG_MAPPING:
-        raise unknown_type(folder, transformers.__version__)
     plain = {
         key: _plain_floats(value)
         for key, value in folder.config.items()
