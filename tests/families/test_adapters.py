@@ -91,3 +91,42 @@ def test_a_model_merged_by_mlx_gives_what_base_and_adapter_give(name: str, tmp_p
     session, _, _ = trained(name, tmp_path)
     session.save_merged(tmp_path / "merged")
     assert off(torch_logits(on_torch(tmp_path / "merged"), tokens(40)), session.logits(tokens(40))) <= 2e-5
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "gpt_oss"])
+def test_experts_that_mlx_lm_trained_apart_come_as_blocks_of_twice_the_rank(
+    name: str, tmp_path: Path
+) -> None:
+    import json
+
+    import mlx.core as mx
+    import transformers
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from peft import PeftModel
+    from prove import mlx_logits, on_mlx, tokens, torch_logits
+    from tiny import tiny_base
+
+    base = tiny_base(name, tmp_path / "base")
+    _, model = on_mlx(base, name)
+    keys = [place for place, module in model.named_modules() if isinstance(module, SwitchLinear)]
+    told = {"rank": 3, "scale": 2.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, 0, told)
+    rng = np.random.default_rng(0)
+    factors = {
+        place: mx.array(rng.standard_normal(array.shape).astype(np.float32) * 0.1)
+        for place, array in tree_flatten(model.parameters())
+        if place.rpartition(".")[2] in ("lora_a", "lora_b")
+    }
+    model.load_weights(list(factors.items()), strict=False)
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), factors)
+    settings = {"fine_tune_type": "lora", "model": str(base), "num_layers": 0, "lora_parameters": told}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), "utf-8")
+    export_adapter(folder, tmp_path / "peft", ExportOptions("peft"))
+    stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    stock = PeftModel.from_pretrained(stock, tmp_path / "peft").eval()
+    assert off(mlx_logits(model, tokens(40)), torch_logits(stock, tokens(40))) <= 2e-5
