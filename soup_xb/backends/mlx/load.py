@@ -5,7 +5,6 @@ With gradient checkpointing a block keeps its input and computes the rest again 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
+import transformers
 from attrs import evolve, frozen
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
@@ -261,10 +262,11 @@ def _flat(model: Any) -> list[tuple[str, mx.array]]:
 
 def other_versions() -> list[Problem]:
     """One notice where a library is installed in another version than the proof was made with."""
+    installed = {"transformers": transformers.__version__, "mlx-lm": mlx_lm.__version__}
     odd = [
-        f"{name} {installed} (proven with {proven})"
-        for name in ("transformers", "mlx-lm")
-        if (installed := importlib.metadata.version(name)) != (proven := proven_with().get(name, "another"))
+        f"{name} {version} (proven with {proven})"
+        for name, version in installed.items()
+        if version != (proven := proven_with().get(name, "another"))
     ]
     text = f"what mlx-lm computes was not compared with transformers in these versions: {', '.join(odd)}"
     return [Problem("other-versions", text)] if odd else []
