@@ -30,7 +30,7 @@ from quality_report import SAME_RATE, Measured, Runs, write_plot, write_table
 from quality_rows import LONGEST, write_rows
 
 from soup_xb.core.config.load import config_dict, parse_config
-from soup_xb.core.config.loaded import LoadedConfig
+from soup_xb.core.config.schema import LoadedConfig
 from soup_xb.core.run.events import EvalEvent, Event, RestartEvent, read_events
 from soup_xb.core.run.plan import held_out_batches
 from soup_xb.core.run.record import read_record

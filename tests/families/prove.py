@@ -368,6 +368,10 @@ def other_values(value: Any) -> list[Any]:
         return [value * 2, max(1, value // 2)]
     if isinstance(value, float):
         return [value * 1.7 if value else 0.3, 1e-3 if value < 1e-3 else value * 0.6]
+    if isinstance(value, list):
+        # Numbers of layers, or factors of theirs.
+        floats = value and all(type(each) is float for each in value)
+        return [[1]] if not value else [[0.8 * each for each in value]] if floats else []
     return [True, 16, 0.7] if value is None else []
 
 
@@ -387,6 +391,9 @@ def sense(name: str, work: Path) -> tuple[list[str], dict[str, list[Any]]]:
             told = [follows(name, work, **changed(part, field, other)) for other in tried if which == "text"]
             if True in told and False not in told:
                 reads.append(field)
+            elif type(value) is int and told[:2] == [True, False]:
+                # Such as how many experts a token has: mlx-lm takes one for a case of its own.
+                values[field] = [{"least": value}]
             elif value != usual and field not in KINDS_OF_LAYERS:
                 values[field] = [value, usual] if which == "top" else [value]
     return reads, values

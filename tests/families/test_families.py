@@ -64,6 +64,33 @@ def test_training_agrees(name: str, tmp_path: Path) -> None:
     assert told["moved"] > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "falcon_h1",
+            {"mamba_d_ssm": 96, "mamba_n_heads": 6, "hidden_size": 96, "mlp_multipliers": [0.5, 1.5]},
+        ),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [1], "num_experts_per_tok": 3, "num_hidden_layers": 5, "head_dim": 24},
+        ),
+        ("deepseek_v3", {"num_experts_per_tok": 4, "num_hidden_layers": 3, "v_head_dim": 24}),
+    ],
+)
+def test_other_sizes_than_the_proven_ones_open_and_agree(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    from prove import on_torch, relative, settings, tokens, torch_logits
+    from tiny import tiny_base
+
+    from soup_xb.backends.mlx.session import open_session
+
+    folder = tiny_base(name, tmp_path / "base", seed=7, **changes)
+    ours = open_session(settings(folder)).logits(tokens(60))
+    assert relative(ours, torch_logits(on_torch(folder), tokens(60))) < 1e-5
+
+
 def test_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from soup_xb.backends.mlx import load
 

@@ -41,12 +41,16 @@ WEIGHTLESS = {
     "boi_token_id", "eoi_token_id", "boa_token_id", "boi_token_index", "eoi_token_index", "eoa_token_index",
     "mm_tokens_per_image", "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length",
     "projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "projection_hidden_size",
-    "projector_hidden_size", "out_hidden_size", "text_config", "auto_map", "max_position_embeddings",
+    "projector_hidden_size", "out_hidden_size", "merged_hidden_size", "text_config", "auto_map",
+    "max_position_embeddings",
 }  # fmt: skip
 # What the weights' shapes follow from, so that another reading does not load; ropes and windows are looked at apart.
 STRUCTURE = {
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "tie_word_embeddings", "rope_parameters", "sliding_window", "use_sliding_window",
+    "qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim", "v_head_dim", "mamba_d_ssm", "mamba_n_heads",
+    "mamba_d_head", "num_heads", "linear_num_heads", "layer_group_size", "full_attn_idxs", "moe_layers",
+    "interleave_moe_layer_step", "per_layer_config",
 }  # fmt: skip
 # Lists of what each layer is. Where not every list is followed, a regular one is.
 KINDS_OF_LAYERS = {"layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"}
@@ -233,11 +237,21 @@ def check_fields(config: Any, text: Any, proven: ProvenType, where: str) -> None
     """Raise ModelError for the first field whose value was not proven to be read alike."""
     for part in (config,) if config is text else (config, text):
         for name, value, usual in told_fields(part):
-            if name in proven.reads or value in proven.values.get(name, [usual]):
+            if name in proven.reads or any(
+                _is_told(value, each) for each in proven.values.get(name, [usual])
+            ):
                 continue
             if name in KINDS_OF_LAYERS and (value is None or _is_regular(value)):
                 continue
             raise refused(where, f"{name}: {value}")
+
+
+def _is_told(value: Any, told: Any) -> bool:
+    """Whether a value is one that was equal: the same, one that is no smaller, or as many of the same kind."""
+    if isinstance(told, dict) and set(told) == {"least"}:
+        return type(value) is int and value >= told["least"]
+    alike = isinstance(told, list) and isinstance(value, list) and len(set(map(str, told))) == 1
+    return value == told or (alike and bool(value) and set(map(str, value)) == set(map(str, told)))
 
 
 def told_fields(part: Any) -> Iterator[tuple[str, Any, Any]]:
