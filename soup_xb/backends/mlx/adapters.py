@@ -142,7 +142,9 @@ class Adapters:
 
     def without_dropout(self, model_type: str) -> tuple[Problem, ...]:
         """What to know of a dropout that some layers do not have, as PEFT's of 3-D weights have none."""
-        bare = [name for name, layers in self.layers.items() if not isinstance(layers[0], DROPS)]
+        bare = [
+            name for name, layers in self.layers.items() if not isinstance(layers[0], LoRALinear | DoRALinear)
+        ]
         if self.plan.dropout == 0 or not bare:
             return ()
         text = (
@@ -314,9 +316,6 @@ class ExpertLora(nn.Module):
         added = mx.gather_mm(down, b, rhs_indices=indices, sorted_indices=sorted_indices)
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         return y + (self.scale * added).astype(x.dtype)
-
-
-DROPS = (LoRALinear, DoRALinear)
 
 
 def _beside(a: mx.array, b: mx.array, start: tuple[mx.array, mx.array] | None) -> tuple[mx.array, mx.array]:

@@ -198,9 +198,10 @@ def _read_weights(folder: BaseFolder, reading: Reading, model: Any, headless: bo
         if "embed_tokens.weight" in weights or (headless and not any(map(_is_whole, weights))):
             # transformers' AutoModel saves the decoder alone.
             weights = {f"model.{name}" if "lm_head" not in name else name: weights[name] for name in weights}
-        scaled = family_of(reading.model_type).scaled
+        if not family_of(reading.model_type).scaled:
+            return reading.named(model, weights)
         # mlx-lm multiplies in place.
-        stored = {name: mx.array(array) for name, array in weights.items()} if scaled else {}
+        stored = {name: mx.array(array) for name, array in weights.items()}
         weights = reading.named(model, weights)
         note_scales(model, stored, weights)
     return weights
